@@ -1,0 +1,94 @@
+"""The settings of data preparation: every field is a flag, a form field and an MLflow param.
+
+A field is documented once, here, by its ``description``; ``--help``, the Prefect form, the template YAML and the
+reference page print that text. In: plain values. Out: frozen, validated pydantic models. Cost: none, no I/O.
+The classes group fields by the stage that *owns* them, because a stage's fingerprint is made of its own group only.
+"""
+
+from typing import Any, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Overflow = Literal["drop", "truncate_prompt_left", "truncate_target", "split", "error"]
+
+
+class Settings(BaseModel):
+    """Base of every settings group: unknown fields are errors, values never change after validation."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+    @classmethod
+    def of(cls, wider: BaseModel) -> Self:
+        """This group's part of a wider settings object (the full configuration is a superset of every group)."""
+        return cls(**{name: getattr(wider, name) for name in cls.model_fields})
+
+
+class SeedSettings(Settings):
+    """Randomness"""
+
+    seed: int = Field(42, ge=0, lt=2**31, description="Seed of model initialisation, row order and sampling.")
+
+
+class CorpusSettings(Settings):
+    """Corpus: what is read, and which records are accepted"""
+
+    instruction_tuning_data_dir: str | None = Field(
+        "./dataset/instruction_tuning",
+        description="Directory of instruction records ({input, target}, {instruction, input, output}, chats); "
+        "every .json and .jsonl below it is read, also .gz and .zst.",
+    )
+    pretraining_data_dir: str | None = Field(
+        "./dataset/pretraining",
+        description="Directory of pretraining records ({title, content}, {text}), read the same way.",
+    )
+    reader: dict[str, Any] | None = Field(
+        None,
+        description="A `_target_` node: your generator of records from one file, called as fn(path, **kwargs).",
+    )
+    max_rejected_fraction: float = Field(
+        0.1, ge=0, le=1, description="Stop when a larger fraction of the records is rejected as unusable."
+    )
+    deduplicate: Literal["exact", "near", "none"] = Field(
+        "exact", description="Drop repeated records: same content (exact), MinHash neighbours too (near), or none."
+    )
+    near_duplicate_threshold: float = Field(
+        0.8, gt=0, le=1, description="Jaccard similarity from which two records are near duplicates (`deduplicate=near`)."
+    )
+    validation_fraction: float = Field(
+        0.02, ge=0, lt=1, description="Fraction of records held out for evaluation, chosen by content hash."
+    )
+    prepare_workers: int = Field(
+        0, ge=0, description="Processes that read and tokenize; 0 = one per core. Changes no byte of the output."
+    )
+
+
+class TokenizeSettings(Settings):
+    """Tokens: how a record becomes ids and targets"""
+
+    template: str | dict[str, Any] = Field(
+        "plain",
+        description="Prompt template: plain, alpaca, chatml, tokenizer (the tokenizer's own chat template), "
+        "or a `_target_` node of your function record -> segments.",
+    )
+    tokenizer_engine: Literal["auto", "reference"] = Field(
+        "auto",
+        description="auto = the fast engine wherever it gives the ids of `tokenizers`, proven on every shard; "
+        "reference = `tokenizers` only.",
+    )
+
+
+class PackSettings(SeedSettings):
+    """Packing: how examples fill the rows"""
+
+    max_seq_length: int = Field(2048, ge=8, description="Tokens in a training row.")
+    packing: bool = Field(True, description="Put several examples into one row, isolated from each other.")
+    overflow: Overflow = Field(
+        "drop",
+        description="An instruction example longer than a row is dropped, cut (truncate_prompt_left, truncate_target), "
+        "split into parts, or an error. Pretraining documents are always split, losing no token.",
+    )
+    mixture: dict[str, float] | None = Field(
+        None,
+        description="Weight of each source as epochs over it, e.g. {instruction: 2, pretraining: 0.5}; "
+        "sources are `instruction`, `pretraining` and their sub-directories (`instruction/medical`). None = 1 each.",
+    )

@@ -1,0 +1,141 @@
+"""The settings of training: every field is a flag, a form field and an MLflow param.
+
+Imports no torch, so that ``--help`` and a configuration error answer at once. Defaults are those of the PandaLLM guide
+where it states one. In: plain values. Out: frozen, validated pydantic models. Cost: none, no I/O.
+"""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from data_prep.settings import SeedSettings, Settings
+
+
+class ModelSettings(Settings):
+    """Model"""
+
+    model: str = Field(
+        "panda-tiny",
+        description="Model to train: a name in configs/model (panda-tiny, llama-7b, ...), a directory, or a hub id.",
+    )
+    ckpt_path: str | None = Field(
+        None, description="Weights to start from: a directory, a folder below ./pretrained-models, or a hub id."
+    )
+    architecture: dict[str, Any] | None = Field(
+        None, description="Hugging Face config (with `model_type`) of a model initialised from scratch."
+    )
+    precision: Literal["auto", "float32", "bf16"] = Field(
+        "auto", description="auto = bf16 on GPUs that have it, float32 elsewhere."
+    )
+    attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto", description="auto = FlashAttention when installed and on GPU, sdpa elsewhere."
+    )
+    trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint. Off is safe.")
+
+
+class LoraSettings(Settings):
+    """LoRA and quantisation"""
+
+    use_lora: bool = Field(False, description="Train a low-rank adapter instead of the weights (arXiv 2106.09685).")
+    lora_r: int = Field(64, ge=1, description="Rank of the adapter.")
+    lora_alpha: float = Field(16, gt=0, description="Scale of the adapter: its output is multiplied by alpha / r.")
+    lora_dropout: float = Field(0.05, ge=0, lt=1, description="Dropout before the adapter.")
+    lora_target_modules: list[str] | None = Field(
+        None, description="Names of the linear layers that get an adapter; None = all of them but the head."
+    )
+    use_quant: bool = Field(
+        False, description="Keep the frozen weights in 4 bits (nf4, double quantisation; arXiv 2305.14314)."
+    )
+
+
+class OptimizerSettings(Settings):
+    """Optimizer and schedule"""
+
+    optimizer: str | dict[str, Any] = Field(
+        "AdamW", description="AdamW, LAMB, Adafactor, or a `_target_` node called with the parameter groups."
+    )
+    use_nvlamb: bool = Field(False, description="LAMB with NVIDIA's gradient pre-normalisation (arXiv 1904.00962).")
+    bit_training: bool = Field(False, description="Optimizer states in 8 bits (bitsandbytes AdamW or LAMB).")
+    learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    lr_scheduler: str | dict[str, Any] = Field(
+        "warmup", description="linear, cosine, constant, poly, warmup (constant after warm-up), or a `_target_` node."
+    )
+    warmup_steps: int = Field(50, ge=0, description="Optimizer steps of linear warm-up.")
+    warmup_proportion: float = Field(
+        0.0, ge=0, le=1, description="Warm-up as a proportion of all steps; excludes warmup_steps."
+    )
+    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of matrices; norms and biases have none.")
+    adam_epsilon: float = Field(1e-6, gt=0, description="Epsilon of Adam and LAMB.")
+    adam_betas: tuple[float, float] = Field((0.9, 0.99), description="Decay of the gradient and squared-gradient means.")
+    max_grad_norm: float = Field(0.3, ge=0, description="Clip the global gradient norm to this; 0 = never.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def one_kind_of_warmup(cls, values: Any) -> Any:
+        """`warmup_proportion` switches the default `warmup_steps` off; both given by hand is a contradiction."""
+        if isinstance(values, dict) and values.get("warmup_proportion"):
+            values = {"warmup_steps": 0, **values}
+            if values["warmup_steps"]:
+                raise ValueError(
+                    f"warmup_steps={values['warmup_steps']} and warmup_proportion={values['warmup_proportion']} "
+                    "contradict each other; give one of them"
+                )
+        return values
+
+
+class BatchSettings(SeedSettings):
+    """Batches and length of training"""
+
+    per_gpu_train_batch_size: int = Field(1, ge=1, description="Rows in a micro-batch of one rank.")
+    per_gpu_eval_batch_size: int = Field(2, ge=1, description="Rows in an evaluation batch of one rank.")
+    gradient_accumulation_steps: int = Field(64, ge=1, description="Micro-batches a rank adds up before an update.")
+    num_train_epochs: float = Field(1, gt=0, description="Passes over the training rows.")
+    max_steps: int = Field(-1, ge=-1, description="Optimizer steps to stop after; -1 = as num_train_epochs says.")
+    num_workers: int = Field(2, ge=0, description="Threads that load rows ahead of training; 0 = load when needed.")
+    prefetch_factor: int = Field(2, ge=1, description="Batches each loading thread keeps ready.")
+
+
+class EngineSettings(Settings):
+    """Engine: processes, sharding, memory"""
+
+    num_processes: int = Field(0, ge=0, description="Ranks on this machine; 0 = one per GPU, or 2 without GPU.")
+    strategy: Literal["deepspeed", "fsdp"] = Field("deepspeed", description="Engine that shards the training state.")
+    zero_stage: Literal[0, 1, 2, 3] = Field(
+        2, description="DeepSpeed ZeRO stage (arXiv 1910.02054): what the ranks shard."
+    )
+    offload_optimizer: bool = Field(False, description="Keep optimizer states in CPU memory (ZeRO 1 to 3).")
+    offload_parameters: bool = Field(False, description="Keep weights in CPU memory (ZeRO 3).")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations: half the memory, ~0.75 x the speed.")
+
+
+class CheckpointSettings(Settings):
+    """Checkpoints and evaluation in the loop"""
+
+    save_steps: int = Field(0, ge=0, description="Checkpoint every so many steps; 0 = ten times in a run.")
+    keep_last: int = Field(2, ge=1, description="Complete checkpoints to keep.")
+    keep_best: bool = Field(False, description="Also keep, and deploy, the checkpoint with the lowest held-out loss.")
+    eval_steps: int = Field(0, ge=0, description="Held-out loss every so many steps; 0 = only before and after.")
+    early_stop_patience: int = Field(
+        0, ge=0, description="Stop after so many evaluations without a lower held-out loss; 0 = never."
+    )
+    stop_deadline_seconds: float = Field(
+        25, gt=0, description="Seconds a cancelled run has to write a checkpoint before its ranks are killed."
+    )
+
+
+class TrainSettings(
+    ModelSettings, LoraSettings, OptimizerSettings, BatchSettings, EngineSettings, CheckpointSettings
+):
+    """All that the training worker needs to know."""
+
+
+class TrackingSettings(Settings):
+    """Tracking and registry"""
+
+    mlflow_tracking_uri: str | None = Field(
+        None, description="MLflow server or database; None = sqlite in the output directory, created when missing."
+    )
+    experiment_name: str = Field("panda-train", description="MLflow experiment of the run.")
+    registered_model_name: str | None = Field(
+        None, description="Registered model that gets the new version; None = panda-<model>."
+    )
