@@ -1,0 +1,153 @@
+"""Why a training process ended: a closed set of reasons, each with an exit code and whether trying again can help.
+
+In: an exception of a rank, or the exit code the operating system gives. Out: an `ExitReason`; `run_rank` ends the process
+with its code. The worker and the launcher share this file, so it imports neither torch nor anything heavy: torch's
+exceptions are known by name. Cost: none.
+
+How a rank tells its parent: a `PANDA {"event": "exit", ...}` line on stdout, then the exit code. A rank that could print
+no line (killed, crashed in C) is judged by the code alone.
+"""
+
+import errno
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from enum import StrEnum
+
+from data_prep.errors import CorpusError, PandaError, StoreError
+
+PREFIX = "PANDA "
+
+
+class ExitReason(StrEnum):
+    """What ended a run. Decides the retry and the status of the MLflow run."""
+
+    completed = "completed"
+    cancelled = "cancelled"
+    user_error = "user_error"
+    data = "data"
+    out_of_memory = "out_of_memory"
+    non_finite = "non_finite"
+    lost_rank = "lost_rank"
+    infrastructure = "infrastructure"
+
+    @property
+    def code(self) -> int:
+        """Exit code: 0 for completed, 80 to 86 for the rest (Python uses 1 and 2, shells 126 and above)."""
+        return EXIT_CODES[self]
+
+    @property
+    def retry_helps(self) -> bool:
+        """True where the same run, resumed from its last checkpoint, may well succeed."""
+        return self in (ExitReason.lost_rank, ExitReason.infrastructure)
+
+    @property
+    def mlflow_status(self) -> str:
+        """FINISHED, KILLED or FAILED."""
+        return {ExitReason.completed: "FINISHED", ExitReason.cancelled: "KILLED"}.get(self, "FAILED")
+
+
+EXIT_CODES: dict[ExitReason, int] = {
+    ExitReason.completed: 0,
+    ExitReason.cancelled: 80,
+    ExitReason.user_error: 81,
+    ExitReason.data: 82,
+    ExitReason.out_of_memory: 83,
+    ExitReason.non_finite: 84,
+    ExitReason.lost_rank: 85,
+    ExitReason.infrastructure: 86,
+}
+_REASONS = {code: reason for reason, code in EXIT_CODES.items()}
+
+
+class TrainingStopped(Exception):
+    """Raised by a rank that has obeyed SIGTERM: its checkpoint is written, the run is cancelled."""
+
+
+class NonFiniteError(PandaError):
+    """Loss or gradient is not a finite number; raised before the optimizer step, naming step, rank and records."""
+
+
+class DataError(PandaError):
+    """Prepared data cannot be trained on (damaged, or not what the configuration says)."""
+
+
+def reason_of_code(code: int) -> ExitReason:
+    """The reason an exit code stands for; a death by signal is a lost rank, an unknown code infrastructure."""
+    if code < 0:
+        return ExitReason.lost_rank
+    return _REASONS.get(code, ExitReason.infrastructure)
+
+
+def reason_of_error(error: BaseException) -> ExitReason:
+    """The reason an exception stands for. Unknown exceptions count as infrastructure: one retry is cheap, silence is not."""
+    if isinstance(error, TrainingStopped | KeyboardInterrupt):
+        return ExitReason.cancelled
+    if isinstance(error, NonFiniteError):
+        return ExitReason.non_finite
+    if isinstance(error, CorpusError | StoreError | DataError):
+        return ExitReason.data
+    if isinstance(error, PandaError):
+        return ExitReason.user_error
+    if _is_out_of_memory(error):
+        return ExitReason.out_of_memory
+    return ExitReason.lost_rank if _is_lost_peer(error) else ExitReason.infrastructure
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """torch.OutOfMemoryError, MemoryError, and the plain RuntimeError of torch's CPU allocator."""
+    text = str(error)
+    return (
+        isinstance(error, MemoryError)
+        or (isinstance(error, OSError) and error.errno == errno.ENOMEM)
+        or "OutOfMemoryError" in {kind.__name__ for kind in type(error).__mro__}
+        or "can't allocate memory" in text
+        or "out of memory" in text
+    )
+
+
+def _is_lost_peer(error: BaseException) -> bool:
+    """What the surviving ranks raise when another one is gone: the consequence, never the cause."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    peer_texts = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Timed out waiting", "NCCL")
+    return bool(names & {"DistBackendError", "DistNetworkError", "DistStoreError"}) or (
+        isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in peer_texts)
+    )
+
+
+def emit(event: dict) -> None:
+    """Print one `PANDA {json}` line for the launcher, in one write so that lines of several ranks never mix."""
+    sys.stdout.write(f"{PREFIX}{json.dumps(event, ensure_ascii=False, default=str)}\n")
+    sys.stdout.flush()
+
+
+def run_rank(main: Callable[[], None]) -> None:
+    """Run a rank's `main` and leave the process with the exit code of what happened. Never returns on failure.
+
+    A failed rank leaves by `os._exit`: its peers wait in a collective, and closing the process group would wait for them.
+    """
+    faulthandler.enable()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks for stacks when the run stalls
+    try:
+        main()
+    except BaseException as error:
+        if isinstance(error, SystemExit) and not error.code:
+            return
+        _leave(error)
+
+
+def _leave(error: BaseException) -> None:
+    """Say why on stderr (one clear line for a user's error, the traceback otherwise) and as an event; then go."""
+    reason = reason_of_error(error)
+    if not isinstance(error, PandaError | TrainingStopped):
+        traceback.print_exception(error)
+    message = str(error) or type(error).__name__
+    print(f"{reason.value}: {message}", file=sys.stderr, flush=True)
+    rank = int(os.environ.get("RANK", "0"))
+    emit({"event": "exit", "reason": reason.value, "rank": rank, "message": message, "time": time.time()})
+    os._exit(reason.code)
