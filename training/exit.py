@@ -1,13 +1,14 @@
 """Why a training process ended: a closed set of reasons, each with an exit code and whether trying again can help.
 
-In: an exception of a rank, or the exit code the operating system gives. Out: an `ExitReason`; `run_rank` ends the process
-with its code. The worker and the launcher share this file, so it imports neither torch nor anything heavy: torch's
-exceptions are known by name. Cost: none.
+In: an exception of a rank, or the exit code the operating system gives. Out: an `ExitReason`; `run_rank` ends the
+process with its code. The worker and the launcher share this file, so it imports neither torch nor anything heavy:
+torch's exceptions are known by name. Cost: none.
 
-How a rank tells its parent: a `PANDA {"event": "exit", ...}` line on stdout, then the exit code. A rank that could print
-no line (killed, crashed in C) is judged by the code alone.
+How a rank tells its parent: a `PANDA {"event": "exit", ...}` line on stdout, then the exit code. A rank that could
+print no line (killed, crashed in C) is judged by the code alone.
 """
 
+import ctypes
 import errno
 import faulthandler
 import json
@@ -22,6 +23,8 @@ from enum import StrEnum
 from data_prep.errors import CorpusError, PandaError, StoreError
 
 PREFIX = "PANDA "
+OWNED = "PANDA_OWNED"  # set by the launcher: this process may not outlive its parent
+PR_SET_PDEATHSIG = 1
 
 
 class ExitReason(StrEnum):
@@ -85,7 +88,7 @@ def reason_of_code(code: int) -> ExitReason:
 
 
 def reason_of_error(error: BaseException) -> ExitReason:
-    """The reason an exception stands for. Unknown exceptions count as infrastructure: one retry is cheap, silence is not."""
+    """The reason an exception stands for. Unknown exceptions count as infrastructure: one retry is cheap."""
     if isinstance(error, TrainingStopped | KeyboardInterrupt):
         return ExitReason.cancelled
     if isinstance(error, NonFiniteError):
@@ -120,6 +123,12 @@ def _is_lost_peer(error: BaseException) -> bool:
     )
 
 
+def die_with_parent() -> None:
+    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere nothing, the supervisor still ends)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 def emit(event: dict) -> None:
     """Print one `PANDA {json}` line for the launcher, in one write so that lines of several ranks never mix."""
     sys.stdout.write(f"{PREFIX}{json.dumps(event, ensure_ascii=False, default=str)}\n")
@@ -129,8 +138,11 @@ def emit(event: dict) -> None:
 def run_rank(main: Callable[[], None]) -> None:
     """Run a rank's `main` and leave the process with the exit code of what happened. Never returns on failure.
 
-    A failed rank leaves by `os._exit`: its peers wait in a collective, and closing the process group would wait for them.
+    A failed rank leaves by `os._exit`: its peers are in a collective, and closing the process group would wait for
+    them.
     """
+    if os.environ.get(OWNED):
+        die_with_parent()
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks for stacks when the run stalls
     try:

@@ -4,7 +4,7 @@ Imports no torch, so that ``--help`` and a configuration error answer at once. D
 where it states one. In: plain values. Out: frozen, validated pydantic models. Cost: none, no I/O.
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -64,23 +64,24 @@ class OptimizerSettings(Settings):
     warmup_proportion: float = Field(
         0.0, ge=0, le=1, description="Warm-up as a proportion of all steps; excludes warmup_steps."
     )
-    weight_decay: float = Field(0.0, ge=0, description="Decoupled weight decay of matrices; norms and biases have none.")
+    weight_decay: float = Field(
+        0.0, ge=0, description="Decoupled weight decay of matrices; norms and biases have none."
+    )
     adam_epsilon: float = Field(1e-6, gt=0, description="Epsilon of Adam and LAMB.")
-    adam_betas: tuple[float, float] = Field((0.9, 0.99), description="Decay of the gradient and squared-gradient means.")
+    adam_betas: tuple[float, float] = Field(
+        (0.9, 0.99), description="Decay of the gradient and squared-gradient means."
+    )
     max_grad_norm: float = Field(0.3, ge=0, description="Clip the global gradient norm to this; 0 = never.")
 
-    @model_validator(mode="before")
-    @classmethod
-    def one_kind_of_warmup(cls, values: Any) -> Any:
-        """`warmup_proportion` switches the default `warmup_steps` off; both given by hand is a contradiction."""
-        if isinstance(values, dict) and values.get("warmup_proportion"):
-            values = {"warmup_steps": 0, **values}
-            if values["warmup_steps"]:
-                raise ValueError(
-                    f"warmup_steps={values['warmup_steps']} and warmup_proportion={values['warmup_proportion']} "
-                    "contradict each other; give one of them"
-                )
-        return values
+    @model_validator(mode="after")
+    def one_kind_of_warmup(self) -> Self:
+        """Two lengths of one warm-up contradict each other."""
+        if self.warmup_proportion and self.warmup_steps:
+            raise ValueError(
+                f"warmup_steps={self.warmup_steps} and warmup_proportion={self.warmup_proportion} "
+                "contradict each other; set one of them to 0"
+            )
+        return self
 
 
 class BatchSettings(SeedSettings):
@@ -105,7 +106,27 @@ class EngineSettings(Settings):
     )
     offload_optimizer: bool = Field(False, description="Keep optimizer states in CPU memory (ZeRO 1 to 3).")
     offload_parameters: bool = Field(False, description="Keep weights in CPU memory (ZeRO 3).")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations: half the memory, ~0.75 x the speed.")
+    gradient_checkpointing: bool = Field(
+        False, description="Recompute activations: half the memory, ~0.75 x the speed."
+    )
+    nodes: int = Field(1, ge=1, description="Machines that train together; above 1 torchrun's rendezvous joins them.")
+    node_rank: int = Field(0, ge=0, description="Number of this machine, 0 to nodes - 1 (when nodes > 1).")
+    master_addr: str = Field("127.0.0.1", description="Address of machine 0, where the ranks meet.")
+    master_port: int = Field(0, ge=0, lt=65536, description="Port on machine 0; 0 = a free one (29500 with nodes > 1).")
+    hostfile: str | None = Field(
+        None, description="DeepSpeed hostfile (`host slots=8` a line): start all machines from this one through pdsh."
+    )
+    halve_batch_on_out_of_memory: bool = Field(
+        True,
+        description="Out of memory: halve per_gpu_train_batch_size, double gradient_accumulation_steps (same rows a "
+        "step, same loss) and go on from the last checkpoint.",
+    )
+    stall_seconds: float = Field(
+        600,
+        ge=0,
+        description="Without a sign of progress for this long, or ten median steps if that is longer, the stacks of all "
+        "ranks are logged and the run ends. 0 = wait for ever.",
+    )
 
 
 class CheckpointSettings(Settings):
@@ -123,9 +144,7 @@ class CheckpointSettings(Settings):
     )
 
 
-class TrainSettings(
-    ModelSettings, LoraSettings, OptimizerSettings, BatchSettings, EngineSettings, CheckpointSettings
-):
+class TrainSettings(ModelSettings, LoraSettings, OptimizerSettings, BatchSettings, EngineSettings, CheckpointSettings):
     """All that the training worker needs to know."""
 
 
