@@ -1,0 +1,144 @@
+"""The store: complete or not there, reused by content, damage named and rebuilt, two builders at once, kill -9."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+
+import pytest
+
+from data_prep import store
+from data_prep.errors import StoreError
+
+
+def write_hello(directory: Path) -> dict:
+    (directory / "a.txt").write_text("hello")
+    (directory / "b.txt").write_text("world")
+    return {"rows": 2}
+
+
+def test_a_directory_is_built_once_and_then_reused(tmp_path):
+    first = store.build(tmp_path, "f00", write_hello)
+    second = store.build(tmp_path, "f00", lambda directory: pytest.fail("made again"))
+    assert (first.reused, second.reused) == (False, True)
+    assert first.manifest == second.manifest
+    assert first.manifest["rows"] == 2
+    assert first.manifest["files"]["a.txt"]["bytes"] == 5
+    assert sorted(path.name for path in first.path.iterdir()) == ["a.txt", "b.txt", "manifest.json"]
+    assert [path.name for path in tmp_path.iterdir()] == ["f00"]
+
+
+def test_the_fingerprint_is_of_values_not_of_their_order():
+    assert store.fingerprint(a=1, b=[2]) == store.fingerprint(b=[2], a=1)
+    assert store.fingerprint(a=1) != store.fingerprint(a=2)
+    assert store.fingerprint(a=1) != store.fingerprint(a=1, b=None)
+    assert len(store.fingerprint()) == 32
+
+
+def test_a_failed_make_leaves_nothing(tmp_path):
+    def fail(directory: Path) -> dict:
+        (directory / "half").write_text("x")
+        raise RuntimeError("no")
+
+    with pytest.raises(RuntimeError):
+        store.build(tmp_path, "f00", fail)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_missing_byte_is_named_and_rebuilt(tmp_path, caplog):
+    path = store.build(tmp_path, "f00", write_hello).path
+    (path / "b.txt").write_text("worl")
+    with pytest.raises(StoreError, match=r"b\.txt: 4 bytes instead of 5"):
+        store.open_manifest(path)
+    again = store.build(tmp_path, "f00", write_hello)
+    assert not again.reused
+    assert "b.txt" in caplog.text
+    assert store.verify(path) == []
+
+
+def test_a_flipped_byte_is_found_by_verify(tmp_path):
+    path = store.build(tmp_path, "f00", write_hello).path
+    assert store.verify(path) == []
+    (path / "b.txt").write_text("wOrld")
+    assert store.verify(path) == ["b.txt"]
+    store.discard(path)
+    assert not store.build(tmp_path, "f00", write_hello).reused
+    assert store.verify(path) == []
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"format_version": 99}', None])
+def test_a_damaged_manifest_is_named_and_rebuilt(tmp_path, damage):
+    path = store.build(tmp_path, "f00", write_hello).path
+    manifest = path / "manifest.json"
+    if damage is None:
+        manifest.unlink()
+    else:
+        manifest.write_bytes(damage)
+    with pytest.raises(StoreError, match="f00"):
+        store.open_manifest(path)
+    assert store.verify(path) == ["manifest.json"]
+    assert not store.build(tmp_path, "f00", write_hello).reused
+    assert store.build(tmp_path, "f00", write_hello).reused
+
+
+def test_a_changed_count_in_the_manifest_is_found(tmp_path):
+    path = store.build(tmp_path, "f00", write_hello).path
+    manifest = json.loads((path / "manifest.json").read_text())
+    (path / "manifest.json").write_text(json.dumps({**manifest, "rows": 3}))
+    assert store.verify(path) == ["manifest.json"]
+
+
+def test_two_builders_at_once_give_one_directory(tmp_path):
+    both = threading.Barrier(2)
+    results = []
+
+    def make(directory: Path) -> dict:
+        both.wait(10)
+        return write_hello(directory)
+
+    threads = [threading.Thread(target=lambda: results.append(store.build(tmp_path, "f00", make))) for _ in range(2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(result.reused for result in results) == [False, True]
+    assert [path.name for path in tmp_path.iterdir()] == ["f00"]
+
+
+def test_what_a_killed_builder_left_is_removed_and_a_living_one_is_not_touched(tmp_path):
+    script = textwrap.dedent("""
+        import sys, time
+        from pathlib import Path
+        from data_prep import store
+
+        def make(directory):
+            (directory / "half").write_text("x")
+            print("writing", flush=True)
+            time.sleep(60)
+
+        store.build(Path(sys.argv[1]), sys.argv[2], make)
+    """)
+    start = lambda name: subprocess.Popen(  # noqa: E731
+        [sys.executable, "-c", script, str(tmp_path), name],
+        stdout=subprocess.PIPE,
+        env={**os.environ, "PYTHONPATH": "."},
+    )
+    killed, living = start("dead"), start("alive")
+    try:
+        for process in (killed, living):
+            assert process.stdout.readline() == b"writing\n"
+        killed.send_signal(signal.SIGKILL)
+        killed.wait()
+        store.build(tmp_path, "f00", write_hello)
+        names = sorted(
+            path.name.split("-")[1] if path.name.startswith(".") else path.name for path in tmp_path.iterdir()
+        )
+        assert names == ["alive", "f00"]
+    finally:
+        for process in (killed, living):
+            process.kill()
+            process.wait()
