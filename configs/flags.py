@@ -5,6 +5,7 @@ is a list or a mapping; the settings classes convert and check it. Cost: millise
 """
 
 import argparse
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -14,6 +15,9 @@ import yaml
 
 from configs.errors import ConfigError, did_you_mean
 from configs.settings import PandaSettings, fields_by_group
+
+OVERRIDE = re.compile(r"^[+~]{0,2}[A-Za-z_][\w.@]*=")
+"""A Hydra override; taken out of argv first, so that `--adam_betas 0.9 0.95 lora_r=4` means what it says."""
 
 
 @dataclass
@@ -44,6 +48,7 @@ def build_parser(prog: str, description: str, switches: list[Switch], groups: se
     """Parser with one group of flags per settings group; `groups` limits it to field names that a command uses."""
     parser = argparse.ArgumentParser(
         prog=prog,
+        usage=f"{prog} [--flag value ...] [key=value ...]",
         description=description,
         allow_abbrev=False,
         epilog="Hydra overrides work as well: learning_rate=2e-4 architecture.hidden_size=128",
@@ -57,29 +62,27 @@ def build_parser(prog: str, description: str, switches: list[Switch], groups: se
             section = parser.add_argument_group(title)
             for name in shown:
                 _add_field(section, name)
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=argparse.SUPPRESS)
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> CommandLine:
     """Split argv into settings, overrides and switches; misspelt flags are named together with the nearest real one."""
     parser.error = _raise_usage  # type: ignore[method-assign]  # argparse would print usage and exit; we list problems
-    known, unknown = parser.parse_known_intermixed_args(argv)
+    overrides = [text for text in argv if OVERRIDE.match(text)]
+    known, unknown = parser.parse_known_args([text for text in argv if not OVERRIDE.match(text)])
     flags = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-    problems = [
-        f"unknown flag {text.split('=')[0]}" + did_you_mean(text.split("=")[0].lstrip("-"), flags, "--")
-        for text in unknown
-        if text.startswith("-")
-    ]
-    stray = [text for text in [*known.overrides, *unknown] if not text.startswith("-") and "=" not in text]
-    if not problems:
-        problems = [f"{text!r} is neither a flag nor a key=value override" for text in stray]
-    if problems:
-        raise ConfigError(problems)
+    problems = [_explain_unknown(text, flags) for text in unknown if text.startswith("-")]
+    if problems or unknown:
+        raise ConfigError(problems or [f"{text!r} is neither a flag nor a key=value override" for text in unknown])
     given = vars(known)
     values = {name: given[name] for name in PandaSettings.model_fields if given.get(name) is not None}
     switches = argparse.Namespace(**{k.removeprefix("switch_"): v for k, v in given.items() if k.startswith("switch_")})
-    return CommandLine(values, known.overrides, switches)
+    return CommandLine(values, overrides, switches)
+
+
+def _explain_unknown(flag: str, known: list[str]) -> str:
+    name = flag.split("=", maxsplit=1)[0]
+    return f"unknown flag {name}{did_you_mean(name.lstrip('-'), known, '--')}"
 
 
 def _raise_usage(message: str) -> typing.NoReturn:
@@ -129,6 +132,6 @@ def _reader(annotation: Any) -> Any:
 class _Sequence(argparse.Action):
     """`--adam_betas 0.9 0.99`, `0.9,0.99`, `(0.9, 0.99)` and `[0.9, 0.99]` are the same."""
 
-    def __call__(self, parser, namespace, values, option_string=None):  # noqa: D102  # the argparse protocol
+    def __call__(self, parser, namespace, values, option_string=None):
         items = " ".join(values).replace(",", " ").strip("()[] ").split()
         setattr(namespace, self.dest, items)

@@ -42,7 +42,11 @@ def load(
     conf = _read_yaml(Path(conf_path)) if conf_path else {}
     _refuse_unknown_names(overrides)
     dotted = dict(text.split("=", 1) for text in overrides)
-    choice = {group: values.get(group) or dotted.get(group) or conf.get(group) for group in ("model", "preset")}
+
+    def given(name: str) -> str | None:
+        return values.get(name) or dotted.get(name) or conf.get(name)
+
+    choice = {"model": given("model") or given("ckpt_path"), "preset": given("preset")}
     groups, chosen = _choose_groups(**choice)
     nested = [text for text in overrides if text.split("=")[0] not in choice]
     composed = _compose([*groups, *nested], conf)
@@ -73,7 +77,7 @@ def _choose_groups(model: str | None, preset: str | None) -> tuple[list[str], di
     problems, groups, chosen = [], [], {}
     if model in names("model"):
         groups.append(f"model={model}")
-    elif "/" in model or Path(model).is_dir():
+    elif "/" in model or Path(model).is_dir() or Path("pretrained-models", model).is_dir():
         groups.append(f"model={PATH_MODEL}")
         chosen = {"model": model}
     else:
