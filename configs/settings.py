@@ -29,6 +29,9 @@ class RunSettings(Settings):
     run_name: str | None = Field(
         None, pattern=r"^[\w.-]+$", description="Name of the run and its directory; None = date, time and model."
     )
+    resume: bool = Field(
+        False, description="Go on with the run `run_name` (the newest run when not given) from its newest checkpoint."
+    )
     preset: Literal["lora", "qlora", "full"] | None = Field(
         None, description="Modern values for a way of training (see configs/preset); your flags still win."
     )

@@ -1,0 +1,93 @@
+"""Command lines: `python train.py` and the console command `panda VERB`.
+
+In: argv. Out: an exit code (0 done, 2 the user's to mend, 1 anything else, 130 interrupted); results on stdout, logs and
+progress on stderr. Everything heavy is imported by the verb that needs it, so `--help` and errors answer at once.
+"""
+
+import importlib
+import json
+import logging
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from configs.flags import CONF_PATH, JSON, PRINT_CONFIG, VERBOSE, CommandLine, Switch, build_parser, parse
+from data_prep.errors import PandaError
+
+TRAIN_TEXT = "Turn JSON corpora and a base model into a registered, evaluated model: one Prefect flow, in this process."
+TRAIN_SWITCHES = [CONF_PATH, PRINT_CONFIG, JSON, VERBOSE]
+
+VERBS: dict[str, tuple[str, str]] = {}
+"""Verb -> (module below `flows` whose `main(argv) -> exit code` does it, one line of help)."""
+
+
+def train_main(argv: list[str]) -> int:
+    """`python train.py`."""
+    return guarded(lambda: _train(argv), verbose="--verbose" in argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`panda VERB ...`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help") or argv[0] not in VERBS:
+        return _overview(argv)
+    module, _ = VERBS[argv[0]]
+    return guarded(lambda: importlib.import_module(f"flows.{module}").main(argv[1:]), verbose="--verbose" in argv)
+
+
+def guarded(command: Callable[[], int], verbose: bool) -> int:
+    """Run a command; an error the user can mend is shown as its message alone."""
+    logging.basicConfig(
+        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
+    )
+    try:
+        return command()
+    except PandaError as error:
+        if verbose:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def read_arguments(
+    prog: str, text: str, argv: list[str], switches: list[Switch], settings: set[str] | None = None
+) -> CommandLine:
+    """Parse argv for one command; `settings` limits the flags to those the command uses."""
+    return parse(build_parser(prog, text, switches, settings), argv)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object as the last line of stdout."""
+    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
+
+
+def _train(argv: list[str]) -> int:
+    line = read_arguments("train.py", TRAIN_TEXT, argv, TRAIN_SWITCHES)
+    from configs.load import load
+
+    loaded = load(line.values, line.overrides, line.switches.conf_path)
+    if line.switches.print_config:
+        from configs.show import render
+
+        print(render(loaded))
+        return 0
+    from flows import direct
+
+    return direct.run(line, loaded)
+
+
+def _overview(argv: list[str]) -> int:
+    """The list of verbs; a misspelt one is an error."""
+    from configs.errors import did_you_mean
+
+    known = not argv or argv[0] in ("-h", "--help")
+    stream = sys.stdout if known else sys.stderr
+    if not known:
+        print(f"error: unknown command {argv[0]!r}{did_you_mean(argv[0], VERBS)}", file=stream)
+    print("usage: panda VERB [--flag value ...]   (panda VERB --help shows the flags)\n", file=stream)
+    for verb, (_, text) in VERBS.items():
+        print(f"  {verb:<12} {text}", file=stream)
+    return 0 if known else 2

@@ -1,0 +1,59 @@
+"""What can be known to be wrong before anything heavy is imported: all problems at once, in well under a second.
+
+In: settings. Out: nothing, or a `ConfigError`. Looks at names of files, reads none.
+"""
+
+import os
+from pathlib import Path
+
+from configs.errors import ConfigError
+from configs.settings import PandaSettings
+from training.source import base_checkpoint
+
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
+
+
+def check(settings: PandaSettings, chosen: set[str]) -> None:
+    """Raise one `ConfigError` with every problem.
+
+    :param chosen: names the user gave a value for; a default corpus directory that is missing is fine when the other
+        one is there, one that the user named is not.
+    """
+    problems = [*_corpus_problems(settings, chosen), *_output_problems(settings)]
+    if base_checkpoint(settings) is None and settings.architecture is None:
+        problems.append(f"model={settings.model!r}: neither a checkpoint (ckpt_path) nor an architecture to start from")
+    if problems:
+        raise ConfigError(problems)
+
+
+def _corpus_problems(settings: PandaSettings, chosen: set[str]) -> list[str]:
+    problems, usable = [], 0
+    for name in ("instruction_tuning_data_dir", "pretraining_data_dir"):
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if _has_corpus(Path(value)):
+            usable += 1
+        elif name in chosen:
+            state = "is empty (no .json or .jsonl file below it)" if Path(value).is_dir() else "does not exist"
+            problems.append(f"{name}={value!r}: the directory {state}")
+    if not usable and not problems:
+        problems.append(
+            "no corpus: neither ./dataset/instruction_tuning nor ./dataset/pretraining has a .json or .jsonl file; "
+            "put records there, or name your directories with --instruction_tuning_data_dir and --pretraining_data_dir"
+        )
+    return problems
+
+
+def _has_corpus(folder: Path) -> bool:
+    return any(name.endswith(SUFFIXES) for _, _, files in os.walk(folder) for name in files)
+
+
+def _output_problems(settings: PandaSettings) -> list[str]:
+    problems = []
+    for name in ("output_dir", "cache_dir"):
+        folder = Path(getattr(settings, name)).absolute()
+        parent = next(path for path in (folder, *folder.parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            problems.append(f"{name}={getattr(settings, name)!r}: cannot write there ({parent} is not writable)")
+    return problems

@@ -1,0 +1,82 @@
+"""The directory of one run: its name, what is written into it, and when it counts as done.
+
+In: settings. Out: `<output_dir>/<run>/` with ``config.yaml`` first and ``summary.json`` last; no summary, not done.
+Cost: none.
+"""
+
+import json
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.errors import ConfigError
+from configs.settings import PandaSettings
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+
+def create(settings: PandaSettings) -> RunDir:
+    """Make the directory of a new run, or open the one to resume."""
+    output = Path(settings.output_dir).absolute()
+    if settings.resume:
+        return _existing(output, settings.run_name)
+    name = settings.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(settings.model).name}"
+    path = output / name
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=not any(path.iterdir()) if path.is_dir() else False)
+    except FileExistsError:
+        raise ConfigError(
+            [f"run_name={name!r}: {path} is there already; choose another name, or go on with it: --resume"]
+        ) from None
+    except OSError as error:
+        raise ConfigError([f"output_dir={settings.output_dir!r}: cannot write there ({error.strerror})"]) from None
+    return RunDir(path)
+
+
+def _existing(output: Path, name: str | None) -> RunDir:
+    runs = [output / name] if name else sorted(path.parent for path in output.glob("*/config.yaml"))
+    if not runs or not (runs[-1] / "config.yaml").exists():
+        where = f"run_name={name!r}" if name else f"output_dir={str(output)!r}"
+        raise ConfigError([f"{where}: no run to resume there; start one without --resume"])
+    return RunDir(runs[-1])
+
+
+def write_config(run: RunDir, settings: PandaSettings, paths: dict[str, Path | None]) -> None:
+    """Write ``config.yaml``: the flat configuration and ``paths``, all that a rank of the training needs to know."""
+    content = settings.model_dump(mode="json")
+    content["paths"] = {name: str(path) if path else None for name, path in paths.items()}
+    write_atomically(run.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def write_summary(run: RunDir, summary: dict[str, Any]) -> None:
+    """Write ``summary.json``, the last file of a run."""
+    write_atomically(run.summary, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside and rename, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,58 @@
+"""Tasks of data preparation: each calls one function of `data_prep`, reports, and hands its result on."""
+
+from pathlib import Path
+
+from configs.settings import PandaSettings
+from data_prep.plan import PlanResult, plan_rows
+from data_prep.records import RecordsResult, shard_records
+from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
+from data_prep.tokenize import TokensResult, tokenize_records
+from data_prep.tokenizer import train_tokenizer
+from tasks.artifacts import show_report
+from tasks.progress import StageProgress
+from tasks.stage import stage
+from training.source import resolve_checkpoint
+
+DEFAULT_VOCAB_SIZE = 8192
+
+
+@stage("validate and shard")
+def shard(settings: PandaSettings) -> RecordsResult:
+    """JSON corpora -> Arrow shards of valid records, and a ledger line for every record."""
+    return shard_records(CorpusSettings.of(settings), Path(settings.cache_dir), StageProgress("records"))
+
+
+@stage("base model")
+def base_model(checkpoint: str) -> Path:
+    """The directory of the checkpoint to start from, downloaded when it is a hub id."""
+    return resolve_checkpoint(checkpoint)
+
+
+@stage("train tokenizer")
+def tokenizer(settings: PandaSettings, records: RecordsResult) -> Path:
+    """A byte-level BPE of the corpus itself, for a model that starts from scratch."""
+    vocab_size = int((settings.architecture or {}).get("vocab_size", 0)) or DEFAULT_VOCAB_SIZE
+    return train_tokenizer(records, vocab_size, Path(settings.cache_dir))
+
+
+@stage("tokenize and mask")
+def tokenize(settings: PandaSettings, records: RecordsResult, tokenizer_dir: Path) -> TokensResult:
+    """Records -> token shards in which the prompts are masked."""
+    return tokenize_records(
+        records,
+        TokenizeSettings.of(settings),
+        tokenizer_dir,
+        Path(settings.cache_dir),
+        settings.prepare_workers,
+        StageProgress("tokens"),
+    )
+
+
+@stage("plan packing")
+def plan(settings: PandaSettings, tokens: TokensResult) -> PlanResult:
+    """Token shards -> which example goes into which row, and the data report."""
+    result = plan_rows(tokens, CorpusSettings.of(settings), PackSettings.of(settings), Path(settings.cache_dir))
+    show_report(result.report)
+    return result
+
+
