@@ -1,0 +1,7 @@
+"""Errors of training that a user can cause and mend. In: nothing. Out: subclasses of `PandaError`. Cost: none."""
+
+from data_prep.errors import PandaError
+
+
+class CheckpointError(PandaError):
+    """A checkpoint cannot be found, downloaded or used: names what was looked for, where, and what to do."""

@@ -1,0 +1,94 @@
+"""Where the weights come from: a directory, a folder below ./pretrained-models, or a hub id that is downloaded.
+
+In: the name the user gave. Out: a local directory with config.json, safetensors weights and a tokenizer, or a
+`CheckpointError` that says what is missing. Cost: a few stat calls; for a hub id the download, once (Hugging Face's
+cache). No weights are read and torch is not imported. Pickled weights (.bin) are never loaded: they run code.
+"""
+
+import re
+from pathlib import Path
+
+from training.errors import CheckpointError
+from training.settings import ModelSettings
+
+PRETRAINED = Path("pretrained-models")
+HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
+DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.py", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+NOT_DOWNLOADED = ["original/*", "consolidated*", "onnx/*", "*.onnx_data"]
+"""The publisher's own format beside the Hugging Face one, which would double the download."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
+CONVERSION = (
+    'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
+    "M.from_pretrained('{name}').save_pretrained('{folder}'); T.from_pretrained('{name}').save_pretrained('{folder}')\""
+)
+
+
+def base_checkpoint(settings: ModelSettings) -> str | None:
+    """What the model starts from: `ckpt_path`, else `model` if that is a path or hub id; None = from scratch."""
+    if settings.ckpt_path is not None:
+        return settings.ckpt_path
+    model = settings.model
+    named = "/" in model or Path(model).is_dir() or (PRETRAINED / model).is_dir()
+    return model if named else None
+
+
+def resolve_checkpoint(ckpt_path: str) -> Path:
+    """The local directory of a checkpoint, complete enough to start from; a hub id is downloaded first."""
+    folder = find_checkpoint(ckpt_path) or _download(ckpt_path)
+    problem = missing_part(folder, ckpt_path)
+    if problem:
+        raise CheckpointError(f"ckpt_path={ckpt_path!r}: {problem} (looked in {folder})")
+    return folder
+
+
+def find_checkpoint(ckpt_path: str) -> Path | None:
+    """The directory `ckpt_path` names, itself or below ./pretrained-models; None when there is no such directory."""
+    places = (Path(ckpt_path).expanduser(), PRETRAINED / ckpt_path)
+    return next((place.absolute() for place in places if place.is_dir()), None)
+
+
+def missing_part(folder: Path, name: str) -> str | None:
+    """What the directory of the checkpoint `name` lacks, with the remedy; None when it has all."""
+    if not (folder / "config.json").is_file():
+        return "there is no config.json; a checkpoint in Hugging Face format is needed"
+    if not any(folder.glob("*.safetensors")):
+        return _no_weights(name)
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        return f"there is no tokenizer (one of {', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there"
+    return None
+
+
+def _no_weights(name: str) -> str:
+    target = PRETRAINED / f"{Path(name).name}-safetensors"
+    return (
+        "there are no .safetensors weights. Pickled weights (.bin, .pth) run code when they are loaded and are "
+        "refused; if you trust their publisher, convert them once: "
+        f"{CONVERSION.format(name=name, folder=target)} and give --ckpt_path {target.name}"
+    )
+
+
+def _download(ckpt_path: str) -> Path:
+    """The directory of a hub id in Hugging Face's cache; only what is missing there is downloaded."""
+    if not HUB_ID.match(ckpt_path):
+        raise CheckpointError(f"{_looked_at(ckpt_path)}; not a hub id (owner/name) either")
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(ckpt_path, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED))
+    except errors.GatedRepoError:
+        reason = f"the hub wants a licence accepted: open https://huggingface.co/{ckpt_path}, then `hf auth login`"
+    except errors.RepositoryNotFoundError:
+        reason = "the hub has no such public model (a private one needs `hf auth login`)"
+    except (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled):
+        reason = (
+            "the hub cannot be reached from here and its cache has no copy; download the model where there is "
+            f"network (`hf download {ckpt_path}`) and copy it to ./{PRETRAINED}/{Path(ckpt_path).name}"
+        )
+    except (errors.HfHubHTTPError, errors.HFValidationError, OSError) as error:
+        reason = f"the download failed: {' '.join(str(error).split())[:300]}"
+    raise CheckpointError(f"{_looked_at(ckpt_path)}; as a hub id: {reason}")
+
+
+def _looked_at(ckpt_path: str) -> str:
+    places = Path(ckpt_path).absolute(), (PRETRAINED / ckpt_path).absolute()
+    return f"ckpt_path={ckpt_path!r}: no directory {places[0]}, none {places[1]}"
