@@ -1,7 +1,7 @@
 """Command lines: `python train.py` and the console command `panda VERB`.
 
-In: argv. Out: an exit code (0 done, 2 the user's to mend, 1 anything else, 130 interrupted); results on stdout, logs and
-progress on stderr. Everything heavy is imported by the verb that needs it, so `--help` and errors answer at once.
+In: argv. Out: an exit code (0 done, 2 the user's to mend, 1 anything else, 130 interrupted); results on stdout, logs
+and progress on stderr. Everything heavy is imported by the verb that needs it, so `--help` and errors answer at once.
 """
 
 import importlib
@@ -37,9 +37,7 @@ def main(argv: list[str] | None = None) -> int:
 
 def guarded(command: Callable[[], int], verbose: bool) -> int:
     """Run a command; an error the user can mend is shown as its message alone."""
-    logging.basicConfig(
-        stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", datefmt="%H:%M:%S"
-    )
+    _log_to_stderr(verbose)
     try:
         return command()
     except PandaError as error:
@@ -50,6 +48,13 @@ def guarded(command: Callable[[], int], verbose: bool) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+
+
+def _log_to_stderr(verbose: bool) -> None:
+    """Our own progress for people; of other libraries only warnings."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    for package in ("data_prep", "training", "configs", "tasks", "flows"):
+        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
 
 
 def read_arguments(

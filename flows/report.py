@@ -33,7 +33,10 @@ def ui_commands(settings: PandaSettings) -> list[str]:
     """The commands that open the two UIs on this run."""
     uri = settings.mlflow_tracking_uri or f"sqlite:///{Path(settings.output_dir).absolute() / 'mlflow.db'}"
     mlflow = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if "://" in uri and not uri.startswith("http") else uri
-    return ["prefect server start    # then open http://127.0.0.1:4200", f"{mlflow}    # then open http://127.0.0.1:5000"]
+    return [
+        "prefect server start    # then open http://127.0.0.1:4200",
+        f"{mlflow}    # then open http://127.0.0.1:5000",
+    ]
 
 
 def _losses(losses: dict[str, dict[str, float]]) -> list[tuple[str, str]]:

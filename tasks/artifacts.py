@@ -1,4 +1,7 @@
-"""What a stage shows in the Prefect UI: tables and links. In: plain results. Out: Prefect artifacts. Cost: ~40 ms each."""
+"""What a stage shows in the Prefect UI: tables and links.
+
+In: plain results. Out: Prefect artifacts. Cost: ~40 ms each.
+"""
 
 from typing import Any
 

@@ -54,5 +54,3 @@ def plan(settings: PandaSettings, tokens: TokensResult) -> PlanResult:
     result = plan_rows(tokens, CorpusSettings.of(settings), PackSettings.of(settings), Path(settings.cache_dir))
     show_report(result.report)
     return result
-
-

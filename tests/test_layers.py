@@ -50,7 +50,11 @@ def test_every_file_says_what_it_is(path):
 def loaded_by(statement: str) -> set[str]:
     """Top-level names of the modules a fresh interpreter has after a statement."""
     code = f"import sys\n{statement}\nprint(*{{name.split('.')[0] for name in sys.modules}})"
-    return set(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout.split())
+    return set(
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+        ).stdout.split()
+    )
 
 
 def test_data_prep_needs_neither_torch_nor_prefect_nor_mlflow():

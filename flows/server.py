@@ -1,0 +1,97 @@
+"""The Prefect server a direct run reports to: the one that is up, or a temporary one of our own.
+
+In: prefect.toml and the environment. Out: the address in PREFECT_API_URL. A temporary server starts while we import the
+rest (3 s, 7 s when it creates the database), is light (no UI, no scheduler), lives on loopback and dies with this
+process; its database is the user's, so a server started later shows the run.
+Prefect would start one by itself, but later, and when prefect.toml names an address it does so with broken events.
+"""
+
+import contextlib
+import logging
+import os
+import socket
+import subprocess
+import sys
+import time
+import tomllib
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from data_prep.errors import PandaError
+
+DEFAULT_URL = "http://127.0.0.1:4200/api"
+START_SECONDS = 120
+
+logger = logging.getLogger(__name__)
+
+
+class ServerError(PandaError):
+    """No Prefect server could be reached or started."""
+
+
+@contextlib.contextmanager
+def connected() -> Iterator[Callable[[], None]]:
+    """Yields a function that waits until the server answers; import what is heavy before calling it."""
+    url = os.environ.get("PREFECT_API_URL") or _configured_url()
+    if _answers(url):
+        os.environ["PREFECT_API_URL"] = url
+        yield lambda: None
+        return
+    logger.info("no Prefect server at %s: starting a temporary one", url)
+    port = _free_port()
+    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "flows.server", str(port)],
+        env={**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
+        stdout=sys.stderr,
+        start_new_session=True,  # Ctrl-C is for us: the server has to see the run end
+    )
+    try:
+        yield lambda: _wait(process, os.environ["PREFECT_API_URL"])
+    finally:
+        process.terminate()
+        process.wait(timeout=30)
+
+
+def _wait(process: subprocess.Popen, url: str) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while not _answers(url):
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise ServerError(f"the temporary Prefect server at {url} did not start; see the log lines above")
+        time.sleep(0.1)
+
+
+def _answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(f"{url}/health", timeout=2) as response:
+            return response.status == 200
+    except (OSError, ValueError):
+        return False
+
+
+def _configured_url() -> str:
+    """The address in prefect.toml, read without importing prefect (1.5 s)."""
+    with contextlib.suppress(OSError, KeyError, tomllib.TOMLDecodeError):
+        return tomllib.loads(Path("prefect.toml").read_text(encoding="utf-8"))["api"]["url"]
+    return DEFAULT_URL
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _serve(port: int) -> None:
+    """The child: end with the parent, whatever ends it."""
+    from training.exit import die_with_parent
+
+    die_with_parent()
+    import uvicorn
+
+    uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error")
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))
