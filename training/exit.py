@@ -124,7 +124,7 @@ def _is_lost_peer(error: BaseException) -> bool:
 
 
 def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux; elsewhere nothing, the supervisor still ends)."""
+    """Ask the kernel to kill this process when its parent dies (Linux only)."""
     if sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
