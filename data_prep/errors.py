@@ -1,4 +1,7 @@
-"""Errors a user can cause and mend. Each message names the thing, the value, the limit and the fix; none needs a traceback."""
+"""Errors a user can cause and mend. Each message names the thing, the value, the limit and the fix, without a traceback."""
+
+import difflib
+from collections.abc import Iterable
 
 
 class PandaError(ValueError):
@@ -15,3 +18,10 @@ class TokenizerError(PandaError):
 
 class StoreError(PandaError):
     """Prepared data is damaged, of another format version, or violates conservation."""
+
+
+def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """`"; did you mean X?"`, or an empty string when nothing is near."""
+    by_lower = {other.lower(): other for other in known}
+    near = difflib.get_close_matches(name.lower(), by_lower, n=1, cutoff=0.6)
+    return f"; did you mean {prefix}{by_lower[near[0]]}?" if near else ""

@@ -5,9 +5,11 @@ reference page print that text. In: plain values. Out: frozen, validated pydanti
 The classes group fields by the stage that *owns* them, because a stage's fingerprint is made of its own group only.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+
+from data_prep.errors import did_you_mean
 
 Overflow = Literal["drop", "truncate_prompt_left", "truncate_target", "split", "error"]
 
@@ -21,6 +23,31 @@ class Settings(BaseModel):
     def of(cls, wider: BaseModel) -> Self:
         """This group's part of a wider settings object (the full configuration is a superset of every group)."""
         return cls(**{name: getattr(wider, name) for name in cls.model_fields})
+
+
+def name_or_target(*names: str) -> AfterValidator:
+    """Accept one of the names in any case, or a `_target_` node; None stays None."""
+    known = {name.lower(): name for name in names}
+
+    def check(value: Any) -> Any:
+        if isinstance(value, dict):
+            return _check_target(value)
+        if isinstance(value, str) and value.lower() not in known:
+            raise ValueError(f"use one of {', '.join(names)}, or a `_target_` node{did_you_mean(value, names)}")
+        return known[value.lower()] if isinstance(value, str) else value
+
+    return AfterValidator(check)
+
+
+def _check_target(node: dict[str, Any]) -> dict[str, Any]:
+    target = node.get("_target_")
+    if not isinstance(target, str) or not all(part.isidentifier() for part in target.split(".")) or "." not in target:
+        raise ValueError("a node names its function as `_target_: package.module.function`")
+    return node
+
+
+TEMPLATES = ("plain", "alpaca", "chatml", "tokenizer")
+Target = Annotated[dict[str, Any], AfterValidator(_check_target)]
 
 
 class SeedSettings(Settings):
@@ -41,7 +68,7 @@ class CorpusSettings(Settings):
         "./dataset/pretraining",
         description="Directory of pretraining records ({title, content}, {text}), read the same way.",
     )
-    reader: dict[str, Any] | None = Field(
+    reader: Target | None = Field(
         None,
         description="A `_target_` node: your generator of records from one file, called as fn(path, **kwargs).",
     )
@@ -52,7 +79,10 @@ class CorpusSettings(Settings):
         "exact", description="Drop repeated records: same content (exact), MinHash neighbours too (near), or none."
     )
     near_duplicate_threshold: float = Field(
-        0.8, gt=0, le=1, description="Jaccard similarity from which two records are near duplicates (`deduplicate=near`)."
+        0.8,
+        gt=0,
+        le=1,
+        description="Jaccard similarity from which two records are near duplicates (`deduplicate=near`).",
     )
     validation_fraction: float = Field(
         0.02, ge=0, lt=1, description="Fraction of records held out for evaluation, chosen by content hash."
@@ -65,7 +95,7 @@ class CorpusSettings(Settings):
 class TokenizeSettings(Settings):
     """Tokens: how a record becomes ids and targets"""
 
-    template: str | dict[str, Any] = Field(
+    template: Annotated[str | dict[str, Any], name_or_target(*TEMPLATES)] = Field(
         "plain",
         description="Prompt template: plain, alpaca, chatml, tokenizer (the tokenizer's own chat template), "
         "or a `_target_` node of your function record -> segments.",
@@ -87,7 +117,7 @@ class PackSettings(SeedSettings):
         description="An instruction example longer than a row is dropped, cut (truncate_prompt_left, truncate_target), "
         "split into parts, or an error. Pretraining documents are always split, losing no token.",
     )
-    mixture: dict[str, float] | None = Field(
+    mixture: dict[str, Annotated[float, Field(ge=0)]] | None = Field(
         None,
         description="Weight of each source as epochs over it, e.g. {instruction: 2, pretraining: 0.5}; "
         "sources are `instruction`, `pretraining` and their sub-directories (`instruction/medical`). None = 1 each.",

@@ -4,11 +4,15 @@ Imports no torch, so that ``--help`` and a configuration error answer at once. D
 where it states one. In: plain values. Out: frozen, validated pydantic models. Cost: none, no I/O.
 """
 
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data_prep.settings import SeedSettings, Settings
+from data_prep.settings import SeedSettings, Settings, name_or_target
+
+OPTIMIZERS = ("AdamW", "LAMB", "Adafactor")
+SCHEDULES = ("linear", "cosine", "constant", "poly", "warmup")
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ModelSettings(Settings):
@@ -51,13 +55,13 @@ class LoraSettings(Settings):
 class OptimizerSettings(Settings):
     """Optimizer and schedule"""
 
-    optimizer: str | dict[str, Any] = Field(
+    optimizer: Annotated[str | dict[str, Any], name_or_target(*OPTIMIZERS)] = Field(
         "AdamW", description="AdamW, LAMB, Adafactor, or a `_target_` node called with the parameter groups."
     )
     use_nvlamb: bool = Field(False, description="LAMB with NVIDIA's gradient pre-normalisation (arXiv 1904.00962).")
     bit_training: bool = Field(False, description="Optimizer states in 8 bits (bitsandbytes AdamW or LAMB).")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
-    lr_scheduler: str | dict[str, Any] = Field(
+    lr_scheduler: Annotated[str | dict[str, Any], name_or_target(*SCHEDULES)] = Field(
         "warmup", description="linear, cosine, constant, poly, warmup (constant after warm-up), or a `_target_` node."
     )
     warmup_steps: int = Field(50, ge=0, description="Optimizer steps of linear warm-up.")
@@ -68,7 +72,7 @@ class OptimizerSettings(Settings):
         0.0, ge=0, description="Decoupled weight decay of matrices; norms and biases have none."
     )
     adam_epsilon: float = Field(1e-6, gt=0, description="Epsilon of Adam and LAMB.")
-    adam_betas: tuple[float, float] = Field(
+    adam_betas: tuple[Decay, Decay] = Field(
         (0.9, 0.99), description="Decay of the gradient and squared-gradient means."
     )
     max_grad_norm: float = Field(0.3, ge=0, description="Clip the global gradient norm to this; 0 = never.")
@@ -124,8 +128,8 @@ class EngineSettings(Settings):
     stall_seconds: float = Field(
         600,
         ge=0,
-        description="Without a sign of progress for this long, or ten median steps if that is longer, the stacks of all "
-        "ranks are logged and the run ends. 0 = wait for ever.",
+        description="Without a sign of progress for this long, or ten median steps if that is longer, the stacks of "
+        "all ranks are logged and the run ends. 0 = wait for ever.",
     )
 
 
