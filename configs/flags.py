@@ -51,11 +51,15 @@ def build_parser(prog: str, description: str, switches: list[Switch], groups: se
         usage=f"{prog} [--flag value ...] [key=value ...]",
         description=description,
         allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,  # what is not typed is not there: `--pretraining_data_dir null` is
         epilog="Hydra overrides work as well: learning_rate=2e-4 architecture.hidden_size=128",
     )
     command = parser.add_argument_group("command")
     for switch in switches:
-        command.add_argument(f"--{switch.name}", dest=f"switch_{switch.name}", help=switch.help, **switch.options)
+        default = False if switch.options.get("action") == "store_true" else None
+        command.add_argument(
+            f"--{switch.name}", dest=f"switch_{switch.name}", default=default, help=switch.help, **switch.options
+        )
     for title, names in fields_by_group().items():
         shown = [name for name in names if groups is None or name in groups]
         if shown:
@@ -75,9 +79,15 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> CommandLine:
     if problems or unknown:
         raise ConfigError(problems or [f"{text!r} is neither a flag nor a key=value override" for text in unknown])
     given = vars(known)
-    values = {name: given[name] for name in PandaSettings.model_fields if given.get(name) is not None}
+    values = {name: _or_none(name, given[name]) for name in PandaSettings.model_fields if name in given}
     switches = argparse.Namespace(**{k.removeprefix("switch_"): v for k, v in given.items() if k.startswith("switch_")})
     return CommandLine(values, overrides, switches)
+
+
+def _or_none(name: str, value: Any) -> Any:
+    """`null` or `none` for a setting that may be none is None, as in YAML."""
+    optional = type(None) in typing.get_args(PandaSettings.model_fields[name].annotation)
+    return None if optional and value in ("null", "none", "None") else value
 
 
 def _explain_unknown(flag: str, known: list[str]) -> str:

@@ -29,7 +29,7 @@ def run(line: CommandLine, loaded: Loaded) -> int:
     resolved = Path("configs") / "tmp.yaml"
     if resolved.parent.is_dir():
         resolved.write_text(dump(loaded.settings), encoding="utf-8")
-    summary = call_flow({**line.values, "overrides": line.overrides or None, "conf_path": line.switches.conf_path})
+    summary = call_flow(as_parameters(line))
     if line.switches.json:
         print_json(summary)
     else:
@@ -37,6 +37,12 @@ def run(line: CommandLine, loaded: Loaded) -> int:
 
         show(summary, loaded.settings)
     return 0
+
+
+def as_parameters(line: CommandLine) -> dict[str, Any]:
+    """What was typed as parameters of the flow, where None means "not given": an explicit none is an override."""
+    nothing = [f"{name}=null" for name, value in line.values.items() if value is None]
+    return {**line.values, "overrides": [*line.overrides, *nothing] or None, "conf_path": line.switches.conf_path}
 
 
 def chosen(loaded: Loaded) -> set[str]:
