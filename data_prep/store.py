@@ -50,12 +50,15 @@ def fingerprint(**parts: Any) -> str:
     return _hash_json({"format_version": FORMAT_VERSION, **parts})
 
 
-def hash_file(path: str | Path) -> str:
-    """xxh3_128 of a file's bytes, 32 hex digits (5-7 GB/s)."""
+def hash_file(path: str | Path, start: int = 0, stop: int | None = None) -> str:
+    """xxh3_128 of a file's bytes (or of ``start:stop``), 32 hex digits (5-7 GB/s)."""
     digest = xxhash.xxh3_128()
     with open(path, "rb", buffering=0) as stream:
-        while chunk := stream.read(HASH_CHUNK_BYTES):
+        stream.seek(start)
+        left = os.fstat(stream.fileno()).st_size - start if stop is None else stop - start
+        while left > 0 and (chunk := stream.read(min(left, HASH_CHUNK_BYTES))):
             digest.update(chunk)
+            left -= len(chunk)
     return digest.hexdigest()
 
 
@@ -65,7 +68,7 @@ def build(root: Path, fp: str, make: Callable[[Path], dict[str, Any]]) -> Built:
     ``make`` writes into a temporary sibling. Of two builders at once the second to finish discards its own work.
     """
     path = root / fp
-    if reused := _reusable(path):
+    if reused := find(path):
         return reused
     root.mkdir(parents=True, exist_ok=True)
     remove_stale(root)
@@ -73,6 +76,17 @@ def build(root: Path, fp: str, make: Callable[[Path], dict[str, Any]]) -> Built:
         body = make(building)
         _write_manifest(building, body)
         return _publish(building, path)
+
+
+def find(path: Path) -> Built | None:
+    """The complete directory at ``path``, or None; a damaged one is named in a warning."""
+    if not path.exists():
+        return None
+    try:
+        return Built(path, open_manifest(path), reused=True)
+    except StoreError as error:
+        logger.warning("%s; it is built again", error)
+        return None
 
 
 def open_manifest(path: Path) -> dict[str, Any]:
@@ -120,16 +134,6 @@ def remove_stale(root: Path) -> None:
         with _open_directory(path) as descriptor:
             if descriptor is not None and _try_lock(descriptor):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def _reusable(path: Path) -> Built | None:
-    if not path.exists():
-        return None
-    try:
-        return Built(path, open_manifest(path), reused=True)
-    except StoreError as error:
-        logger.warning("%s; it is built again", error)
-        return None
 
 
 @contextmanager
@@ -187,7 +191,7 @@ def _publish(building: Path, path: Path) -> Built:
     """Rename into place, under the lock of the root so that nobody swaps out what another has just put there."""
     with _open_directory(path.parent) as root:
         fcntl.flock(root, fcntl.LOCK_EX)
-        if theirs := _reusable(path):
+        if theirs := find(path):
             return theirs
         try:
             building.rename(path)
