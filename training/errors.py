@@ -5,3 +5,11 @@ from data_prep.errors import PandaError
 
 class CheckpointError(PandaError):
     """A checkpoint cannot be found, downloaded or used: names what was looked for, where, and what to do."""
+
+
+class ModelError(PandaError):
+    """The model cannot be loaded, does not fit the tokenizer, or cannot be trained as asked."""
+
+
+class CompatibilityError(PandaError):
+    """Settings that contradict each other or that no engine can run."""

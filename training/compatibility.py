@@ -1,0 +1,164 @@
+"""Which settings work together, as code: refused when a run is planned, with the reason and what to use instead.
+
+In: training settings, the model's configuration as plain JSON (or None), whether rows are packed. Out: a list of
+problems; `check` raises them all at once. No torch import: the plan calls this before any GPU is asked for.
+"""
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from training.errors import CompatibilityError
+from training.settings import TrainSettings
+
+
+@dataclass(frozen=True)
+class Case:
+    """What the rules look at."""
+
+    settings: TrainSettings
+    model_config: dict[str, Any] | None  # config.json of the checkpoint; None = from scratch
+    packing: bool
+
+    @property
+    def zero(self) -> int:
+        """ZeRO stage; 0 for another engine."""
+        return self.settings.zero_stage if self.settings.strategy == "deepspeed" else 0
+
+    @property
+    def fsdp(self) -> bool:
+        return self.settings.strategy == "fsdp"
+
+    @property
+    def optimizer(self) -> str:
+        return self.settings.optimizer.lower() if isinstance(self.settings.optimizer, str) else "_target_"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """A combination that does not work."""
+
+    what: str
+    applies: Callable[[Case], bool]
+    why: str
+    instead: str
+
+
+RULES: tuple[Rule, ...] = (
+    Rule(
+        "use_quant without use_lora",
+        lambda case: case.settings.use_quant and not case.settings.use_lora,
+        "4-bit weights are frozen: nothing would be trained",
+        "add --use_lora",
+    ),
+    Rule(
+        "use_lora or use_quant with a model from scratch",
+        lambda case: (case.settings.use_lora or case.settings.use_quant) and case.model_config is None,
+        "an adapter on frozen random weights learns nothing useful",
+        "give --ckpt_path, or train the whole model",
+    ),
+    Rule(
+        "use_quant with zero_stage 3",
+        lambda case: case.settings.use_quant and case.zero == 3,
+        "ZeRO 3 would shard the packed 4-bit weights without their quantisation constants",
+        "--zero_stage 2 (4-bit weights are small: each rank holds them whole)",
+    ),
+    Rule(
+        "use_quant with strategy fsdp",
+        lambda case: case.settings.use_quant and case.fsdp,
+        "FSDP shards by the shape of the weights, which 4-bit weights have lost",
+        "--strategy deepspeed --zero_stage 2",
+    ),
+    Rule(
+        "offload_parameters without zero_stage 3",
+        lambda case: case.settings.offload_parameters and case.zero != 3,
+        "only ZeRO 3 gathers weights when they are needed",
+        "--strategy deepspeed --zero_stage 3",
+    ),
+    Rule(
+        "offload_optimizer without ZeRO 1 to 3",
+        lambda case: case.settings.offload_optimizer and not case.zero,
+        "only ZeRO's sharded optimizer can live in CPU memory",
+        "--strategy deepspeed --zero_stage 2",
+    ),
+    Rule(
+        "LAMB with zero_stage 1 to 3",
+        lambda case: case.optimizer == "lamb" and case.zero > 0,
+        "LAMB needs the length of whole parameters, ZeRO gives it flat pieces of several",
+        "--zero_stage 0 or --strategy fsdp",
+    ),
+    Rule(
+        "Adafactor with zero_stage 1 to 3 or fsdp",
+        lambda case: case.optimizer == "adafactor" and (case.zero > 0 or case.fsdp),
+        "Adafactor keeps sums over whole rows and columns of a matrix, a shard has only pieces of them",
+        "--strategy deepspeed --zero_stage 0, or AdamW",
+    ),
+    Rule(
+        "bit_training with zero_stage 1 to 3 or fsdp",
+        lambda case: case.settings.bit_training and (case.zero > 0 or case.fsdp),
+        "8-bit states are quantised in blocks that would straddle the shards of other ranks",
+        "--zero_stage 0, or 32-bit states, which ZeRO already divides by the number of ranks",
+    ),
+    Rule(
+        "bit_training with Adafactor or a `_target_` optimizer",
+        lambda case: case.settings.bit_training and case.optimizer not in ("adamw", "lamb"),
+        "bitsandbytes has AdamW and LAMB in 8 bits",
+        "--optimizer AdamW or LAMB",
+    ),
+    Rule(
+        "use_nvlamb without --optimizer LAMB in 32 bits",
+        lambda case: case.settings.use_nvlamb and (case.optimizer != "lamb" or case.settings.bit_training),
+        "NVLAMB is LAMB with gradients divided by their norm, which bitsandbytes' 8-bit LAMB cannot do",
+        "--optimizer LAMB without --bit_training",
+    ),
+    Rule(
+        "flash_attention_2 with packed micro-batches above 1",
+        lambda case: (
+            case.packing
+            and case.settings.attention == "flash_attention_2"
+            and max(case.settings.per_gpu_train_batch_size, case.settings.per_gpu_eval_batch_size) > 1
+        ),
+        "FlashAttention isolates packed segments at batch size 1 only",
+        "--per_gpu_train_batch_size 1 --per_gpu_eval_batch_size 1 with more accumulation steps",
+    ),
+    Rule(
+        "packing with a recurrent or hybrid model",
+        lambda case: case.packing and bool(recurrent_parts(case.model_config or case.settings.architecture or {})),
+        "its state runs through the whole row, so the segments of a row would see each other",
+        "--packing false",
+    ),
+)
+
+RECURRENT_TYPES = frozenset(
+    ("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "zamba", "zamba2", "bamba",
+     "falcon_h1", "nemotron_h", "granitemoehybrid", "lfm2", "lfm2_moe", "qwen3_next", "minimax", "kimi_linear", "plamo2")
+)  # fmt: skip
+RECURRENT_LAYERS = frozenset(
+    ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "lightning_attention", "hybrid", "ssm")
+)
+
+
+def recurrent_parts(model_config: dict[str, Any]) -> list[str]:
+    """Names of what in a model carries state along the row: its type, or kinds of its layers."""
+    inner = model_config.get("text_config") or model_config
+    found = {str(model_config.get("model_type"))} & RECURRENT_TYPES
+    for key in ("layer_types", "layers_block_type", "block_types"):
+        layers = inner.get(key)
+        found |= set(layers) & RECURRENT_LAYERS if isinstance(layers, list) else set()
+    return sorted(found)
+
+
+def problems(settings: TrainSettings, model_config: dict[str, Any] | None, packing: bool) -> list[str]:
+    """One line for every rule that forbids these settings; empty when they work together."""
+    case = Case(settings, model_config, packing)
+    return [f"{rule.what}: {rule.why}. Use {rule.instead}." for rule in RULES if rule.applies(case)]
+
+
+def check(settings: TrainSettings, model_dir: str | None, packing: bool) -> None:
+    """Raise a CompatibilityError that lists every problem."""
+    config = json.loads(Path(model_dir, "config.json").read_text()) if model_dir else None
+    found = problems(settings, config, packing)
+    if found:
+        raise CompatibilityError("; ".join(found))

@@ -1,0 +1,214 @@
+"""DeepSpeed ZeRO 0 to 3 behind the `Engine` interface.
+
+In: a `TargetLoss`, settings, ranks. Out: an `Engine`. DeepSpeed divides gradients by the number of ranks (undone through
+`averaging`) and, unless told otherwise, by the accumulation steps (told otherwise); the last micro-batch of a step is
+announced, because the last step of an epoch has fewer of them than the configuration says.
+
+bfloat16: ZeRO 1 to 3 keep the model in bfloat16 and a sharded float32 copy; ZeRO 0 keeps trainable weights in float32 and
+computes under autocast, so that optimizers that need whole parameters (LAMB, Adafactor, 8-bit) see them.
+
+Start-up: importing deepspeed would import mlflow (1.2 s), and joining would compile an operator that only inference uses
+(30 to 40 s the first time); neither happens here.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from training.engine import WEIGHT, set_learning_rate, trainable, uses_bf16
+from training.optim import build_optimizer
+from training.ranks import Ranks
+from training.settings import TrainSettings
+
+
+def import_deepspeed() -> ModuleType:
+    """DeepSpeed, without mlflow, torch's compiler and the just-in-time build of its shared-memory operator."""
+    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    absent = "mlflow" not in sys.modules
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]  # its autotuner takes ImportError for an answer
+    try:
+        import deepspeed
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    return deepspeed
+
+
+def zero_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
+    """The DeepSpeed configuration: pure, so that it can be looked at and tested."""
+    stage = settings.zero_stage
+    zero: dict[str, Any] = {"stage": stage}
+    if stage and settings.offload_optimizer:
+        zero["offload_optimizer"] = {"device": "cpu"}
+    if stage == 3 and settings.offload_parameters:
+        zero["offload_param"] = {"device": "cpu"}
+    if stage == 3:
+        zero["stage3_param_persistence_threshold"] = 10_000  # norms and biases stay whole: gathering them costs more
+    return {
+        "train_micro_batch_size_per_gpu": settings.per_gpu_train_batch_size,
+        "gradient_accumulation_steps": settings.gradient_accumulation_steps,
+        "gradient_clipping": settings.max_grad_norm if stage else 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU: nothing to compile
+        "bf16": {"enabled": bool(stage) and uses_bf16(settings, ranks), "check_grad_overflow": True},
+        "steps_per_print": None,
+        "wall_clock_breakdown": False,
+    }
+
+
+@dataclass
+class DeepSpeedEngine:
+    """See `training.engine.Engine`."""
+
+    module: nn.Module
+    averaging: float
+    engine: Any
+    base: torch.optim.Optimizer  # the optimizer below DeepSpeed's, which holds the states
+    stage: int
+    max_grad_norm: float
+    autocast: torch.dtype | None
+    device: torch.device
+
+    @classmethod
+    def build(cls, module: nn.Module, settings: TrainSettings, ranks: Ranks) -> "DeepSpeedEngine":
+        """Wrap the model; DeepSpeed moves it to the device and shards it."""
+        deepspeed = import_deepspeed()
+        deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+        base = build_optimizer(module.named_parameters(), settings)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=zero_config(settings, ranks))
+        return cls(
+            module=module,
+            averaging=float(ranks.world_size),
+            engine=engine,
+            base=base,
+            stage=settings.zero_stage,
+            max_grad_norm=settings.max_grad_norm,
+            autocast=torch.bfloat16 if uses_bf16(settings, ranks) and not settings.zero_stage else None,
+            device=ranks.device,
+        )
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+            return self.engine(*arguments, **options)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        self.engine.set_gradient_accumulation_boundary(last)
+        self.engine.backward(loss, scale_wrt_gas=False)
+
+    def step(self, learning_rate: float) -> float:
+        set_learning_rate(self.base, learning_rate)
+        if not self.stage:
+            return self._plain_step()
+        self.engine.step()
+        return float(self.engine.get_global_grad_norm())  # inf when DeepSpeed refused to update
+
+    def _plain_step(self) -> float:
+        """ZeRO 0: DeepSpeed has reduced the gradients and looks at nothing; the norm is ours to take."""
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.max_grad_norm or float("inf")))
+        if norm == norm and norm != float("inf"):
+            self.engine.step()
+        return norm
+
+    def trained(self) -> list[str]:
+        return list(self._parameters)
+
+    def read(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        if self.stage and self.base.state:
+            self._link_states()
+        for name, parameter in self._parameters.items():
+            yield name, {key: value.cpu() for key, value in self._states(parameter)}
+
+    @cached_property
+    def _parameters(self) -> dict[str, nn.Parameter]:
+        return dict(trainable(self.module))
+
+    def _states(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if not self.stage:
+            yield WEIGHT, parameter.detach()
+            yield from ((key, torch.as_tensor(value)) for key, value in self.base.state[parameter].items())
+            return
+        yield WEIGHT, safe_get_full_fp32_param(parameter)
+        shard_state = next(iter(self.base.state.values()), {})
+        for key, value in shard_state.items():
+            if torch.is_tensor(value) and value.dim():
+                yield key, safe_get_full_optimizer_state(parameter, key)
+            else:
+                yield key, torch.as_tensor(value)
+
+    def write(self, name: str, state: dict[str, Tensor]) -> None:
+        parameter = self._parameters[name]
+        if not self.stage:
+            self._write_plain(parameter, state)
+            return
+        self._allocate_states(state)
+        for key, value in state.items():
+            if value.dim() or key == WEIGHT:
+                self._write_shard(parameter, value.to(self.device), None if key == WEIGHT else key)
+        self._refresh_compute_copy(parameter, state[WEIGHT].to(self.device))
+
+    def _write_plain(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+        with torch.no_grad():
+            parameter.copy_(state[WEIGHT])
+        entry = {key: value for key, value in state.items() if key != WEIGHT}
+        self.base.state[parameter] = {key: value.to(self.device) if value.dim() else value for key, value in entry.items()}
+
+    def _allocate_states(self, state: dict[str, Tensor]) -> None:
+        """Give every flat shard the states that a first update would create, and tell DeepSpeed about them."""
+        if self.base.state:
+            return
+        zero = self.engine.optimizer
+        for shard in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
+            self.base.state[shard] = {
+                key: torch.zeros_like(shard) if value.dim() else value.clone()
+                for key, value in state.items()
+                if key != WEIGHT
+            }
+        self._link_states()
+
+    def _link_states(self) -> None:
+        """Make DeepSpeed see the states of all groups: by itself it looks after the update of the first one only."""
+        if self.stage < 3:
+            self.engine.optimizer._hp_optimizer_states_linked = False
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _write_shard(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+        if self.stage < 3:
+            parameter.set_full_hp_param(value, key)
+            return
+        optimizer = self.engine.optimizer
+        length, rank = parameter.ds_tensor.ds_numel, torch.distributed.get_rank()
+        padded = torch.nn.functional.pad(value.flatten(), (0, length * torch.distributed.get_world_size() - value.numel()))
+        optimizer.set_local_hp_param(padded[rank * length : (rank + 1) * length], parameter, key)
+
+    def _refresh_compute_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
+        """The weights that the forward pass reads are a second copy of the float32 shards."""
+        with torch.no_grad():
+            if self.stage < 3:
+                parameter.copy_(value)
+                return
+            from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+            with GatheredParameters([parameter], modifier_rank=0):
+                if torch.distributed.get_rank() == 0:
+                    parameter.copy_(value)
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+
+        for name, value in self.module.model.state_dict(keep_vars=True).items():
+            with GatheredParameters([value] if self.stage == 3 and hasattr(value, "ds_id") else []):
+                yield name, value.detach().cpu().clone()

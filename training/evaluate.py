@@ -1,0 +1,53 @@
+"""Evaluate the model that a run has written: what is deployed, read back from disk.
+
+In: RUN/config.yaml, RUN/model, the validation rows of the plan. Out: RUN/evaluation.json, `{source: {loss, perplexity,
+target_tokens}}`. By hand: ``python -m training.evaluate --config RUN/config.yaml``. One process; no DeepSpeed is imported.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.reader import open_plan
+from training.config_file import read_config
+from training.evaluation import evaluate
+from training.model import load_deployed
+from training.ranks import join, leave, this_rank
+from training.settings import TrainSettings
+from training.step import TargetLoss
+
+
+def evaluate_model(model_dir: Path, plan_dir: Path, settings: TrainSettings) -> dict[str, Any]:
+    """Held-out loss and perplexity per source of a model directory; {} when nothing is held out."""
+    plan = open_plan(plan_dir, "validation")
+    if not plan.num_rows:
+        return {}
+    ranks = this_rank()
+    join(ranks)
+    try:
+        model = TargetLoss(load_deployed(model_dir, _dtype(settings)).to(ranks.device))
+        return evaluate(lambda batch: model(batch, "each"), plan, settings.per_gpu_eval_batch_size, ranks)
+    finally:
+        leave()
+
+
+def _dtype(settings: TrainSettings) -> torch.dtype:
+    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    return torch.bfloat16 if settings.precision == "bf16" or (settings.precision == "auto" and on_gpu) else torch.float32
+
+
+def main() -> None:
+    """Command line: evaluate, write RUN/evaluation.json, print it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="RUN/config.yaml")
+    config = read_config(parser.parse_args().config)
+    result = evaluate_model(config.run_dir / "model", config.plan_dir, config.settings)
+    (config.run_dir / "evaluation.json").write_text(json.dumps(result, indent=1))
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,95 @@
+"""Optimizers by name, and which parameters decay.
+
+In: settings and named parameters. Out: a torch optimizer. Matrices decay; norms and biases (fewer than two dimensions)
+do not. AdamW is torch's fused kernel (CPU and GPU). LAMB is ours (`training/lamb.py`); Adafactor is torch's; 8-bit
+states are bitsandbytes', imported only when asked for (up to 15 s on a cold disk).
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import nn
+
+from data_prep.errors import PandaError
+from data_prep.target import load_target
+from training.lamb import Lamb
+from training.settings import OptimizerSettings
+
+Groups = list[dict[str, Any]]
+
+
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> Groups:
+    """Trainable parameters in two groups: matrices with decay, norms and biases without."""
+    trainable = [parameter for _, parameter in parameters if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if _dimensions(parameter) >= 2]
+    rest = [parameter for parameter in trainable if _dimensions(parameter) < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: ZeRO-3 may have emptied it, and keeps its shape aside."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _adamw(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=settings.adam_betas, eps=settings.adam_epsilon, fused=True
+    )
+
+
+def _adamw_8bit(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(
+        groups, lr=settings.learning_rate, betas=settings.adam_betas, eps=settings.adam_epsilon
+    )
+
+
+def _lamb(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return Lamb(
+        groups,
+        lr=settings.learning_rate,
+        betas=settings.adam_betas,
+        eps=settings.adam_epsilon,
+        normalise_gradients=settings.use_nvlamb,
+    )
+
+
+def _lamb_8bit(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    return bitsandbytes.optim.LAMB8bit(
+        groups, lr=settings.learning_rate, betas=settings.adam_betas, eps=settings.adam_epsilon
+    )
+
+
+def _adafactor(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(groups, lr=settings.learning_rate)
+
+
+Build = Callable[[Groups, OptimizerSettings], torch.optim.Optimizer]
+OPTIMIZERS: dict[tuple[str, bool], Build] = {  # (name in lower case, 8 bits)
+    ("adamw", False): _adamw,
+    ("adamw", True): _adamw_8bit,
+    ("lamb", False): _lamb,
+    ("lamb", True): _lamb_8bit,
+    ("adafactor", False): _adafactor,
+}
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings
+) -> torch.optim.Optimizer:
+    """The optimizer that the settings name. A `_target_` node is called with the groups and `lr`."""
+    groups = parameter_groups(parameters, settings.weight_decay)
+    if isinstance(settings.optimizer, dict):
+        return load_target(settings.optimizer)(groups, lr=settings.learning_rate)
+    build = OPTIMIZERS.get((settings.optimizer.lower(), settings.bit_training))
+    if build is None:
+        raise PandaError(
+            f"optimizer={settings.optimizer!r} with bit_training={settings.bit_training} is unknown; "
+            "use AdamW or LAMB (bit_training allowed), Adafactor, or a `_target_` node"
+        )
+    return build(groups, settings)

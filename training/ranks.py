@@ -1,0 +1,68 @@
+"""The processes that train together: who this rank is, and the few numbers they agree on.
+
+In: the environment variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (set by the launcher, torchrun or by
+hand). Out: `Ranks`. Numbers travel over gloo on the CPU, in float64, whatever the device of the model: agreeing costs
+0.1 to 0.3 ms on one machine and never waits for the GPU. Gradients travel over NCCL where there are GPUs.
+"""
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+TIMEOUT = timedelta(minutes=30)
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others."""
+
+    rank: int
+    local_rank: int
+    world_size: int
+    device: torch.device
+
+    @property
+    def is_first(self) -> bool:
+        return self.rank == 0
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks, in float64."""
+        return self._reduced(values, dist.ReduceOp.SUM)
+
+    def max(self, *values: float) -> list[float]:
+        """Each value's maximum over the ranks."""
+        return self._reduced(values, dist.ReduceOp.MAX)
+
+    def barrier(self) -> None:
+        self.sum(0.0)
+
+    def _reduced(self, values: tuple[float, ...], operation: dist.ReduceOp) -> list[float]:
+        numbers = torch.tensor(values, dtype=torch.float64)
+        dist.all_reduce(numbers, op=operation)
+        return numbers.tolist()
+
+
+def this_rank() -> Ranks:
+    """The rank that the environment describes; a process started alone is rank 0 of 1."""
+    local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
+    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
+    rank, world_size = (int(os.environ.setdefault(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    return Ranks(rank, local_rank, world_size, device)
+
+
+def join(ranks: Ranks) -> None:
+    """Meet the other ranks (waits for all of them)."""
+    if ranks.device.type == "cuda":
+        torch.cuda.set_device(ranks.device)
+    backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
+
+
+def leave() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()

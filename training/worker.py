@@ -1,0 +1,176 @@
+"""What every rank runs: ``python -m training.worker --config RUN/config.yaml [--resume]``, by hand also under torchrun.
+
+In: RUN/config.yaml and the environment of a rank (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Out, in RUN:
+metrics.jsonl, evaluations.jsonl, checkpoints/, model/, train.json. Rank 0 prints `PANDA {json}` events on stdout; the
+rest is log text. The exit code is one of `training.exit`.
+"""
+
+import argparse
+import logging
+import shutil
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from training import compatibility
+from training.config_file import RunConfig, read_config
+from training.exit import DataError, emit, run_rank
+
+log = logging.getLogger("training.worker")
+
+
+def main() -> None:
+    """Command line of a rank."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="RUN/config.yaml")
+    parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of this run")
+    arguments = parser.parse_args()
+    work(read_config(arguments.config), arguments.resume)
+
+
+def work(config: RunConfig, resume: bool) -> None:
+    """Train, evaluate, save the model, say how it went."""
+    compatibility.check(config.settings, config.model_dir, config.packing)
+    from training.ranks import join, leave, this_rank  # torch from here on
+
+    ranks = this_rank()
+    logging.basicConfig(
+        level=logging.INFO if ranks.is_first else logging.WARNING,
+        format=f"%(asctime)s rank {ranks.rank} %(name)s: %(message)s",
+    )
+    join(ranks)
+    try:
+        _work(config, ranks, resume)
+    finally:
+        leave()
+
+
+def _work(config: RunConfig, ranks: Any, resume: bool) -> None:
+    from training import checkpoint, loop
+
+    newest = checkpoint.newest_of_all(config.run_dir / "checkpoints", ranks) if resume else None
+    if not resume and ranks.is_first:
+        forget(config.run_dir)
+    progress = checkpoint.read_progress(newest) if newest else checkpoint.Progress()
+    run = prepare(config, ranks, progress)
+    if newest:
+        checkpoint.load(run.engine, newest)
+        log.info("resumed from %s", newest)
+    if ranks.is_first:
+        emit({"event": "start", "after_step": progress.step, "steps": run.course.total_steps, "resumed": bool(newest)})
+    progress = loop.train(run, progress)
+    finish(config, run, progress)
+
+
+def forget(run_dir: Path) -> None:
+    """A run that starts from the beginning must not be mixed with an earlier one's files."""
+    for name in ("metrics.jsonl", "evaluations.jsonl", "train.json"):
+        (run_dir / name).unlink(missing_ok=True)
+    for name in ("checkpoints", "model"):
+        shutil.rmtree(run_dir / name, ignore_errors=True)
+
+
+def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
+    """Load the model, wrap it in its engine, prove it isolates segments, lay out the course."""
+    import torch
+
+    from data_prep.reader import open_plan
+    from training import isolation, metrics, model, step
+    from training.course import plan_course
+    from training.engine import build_engine, compute_dtype
+    from training.loop import Run
+    from training.schedule import schedule
+    from training.stop import Stop
+
+    settings = config.settings
+    plan = open_plan(config.plan_dir, "train")
+    if not plan.num_rows:
+        raise DataError(f"{config.plan_dir}: no rows to train on; every record was rejected, dropped or held out")
+    course = plan_course(plan, settings, ranks.world_size, progress.rows_per_step or None)
+    progress.rows_per_step = course.rows_per_step
+    dtype = compute_dtype(settings, ranks)
+    stop = Stop(ranks)
+    stop.listen()
+    causal = model.load_model(settings, config.model_dir, config.tokenizer_dir, dtype)
+    vocabulary = step.causal_model(causal).get_input_embeddings().weight.shape[0]
+    flops = metrics.flops_per_token(step.causal_model(causal))
+    engine = build_engine(step.TargetLoss(causal), settings, ranks)
+    _check_disk(config, engine, causal, ranks)
+    engine.module.eval()
+    isolation.check(
+        engine.forward, vocabulary, config.packing, settings.per_gpu_train_batch_size, dtype, ranks
+    )
+    engine.module.train()
+    return Run(
+        settings=settings,
+        ranks=ranks,
+        engine=engine,
+        course=course,
+        validation=open_plan(config.plan_dir, "validation"),
+        factor=schedule(settings, course.total_steps),
+        stop=stop,
+        directory=config.run_dir,
+        flops_per_token=flops,
+        peak_flops=metrics.peak_flops(ranks.device),
+    )
+
+
+def _check_disk(config: RunConfig, engine: Any, causal: Any, ranks: Any) -> None:
+    """Predict what checkpoints and model take, before the first step."""
+    from training import checkpoint
+    from training.metrics import num_elements
+
+    settings = config.settings
+    if not ranks.is_first:
+        return
+    trained = sum(num_elements(p) for p in causal.parameters() if p.requires_grad)
+    saved = trained if settings.use_lora else sum(num_elements(p) for p in causal.parameters())
+    (config.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    needed = checkpoint.bytes_needed(trained, 12, settings.keep_last, settings.keep_best) + 4 * saved
+    checkpoint.check_disk(config.run_dir / "checkpoints", needed)
+
+
+def finish(config: RunConfig, run: Any, progress: Any) -> None:
+    """Deploy the last or best weights, evaluate them, write the summary."""
+    from training import checkpoint, loop, metrics
+
+    if config.settings.keep_best and progress.best_step is not None:
+        checkpoint.load(run.engine, run.checkpoints / checkpoint.name_of(progress.best_step))
+    with_file = metrics.JsonLines(config.run_dir / "evaluations.jsonl", progress.step - 1)
+    if run.ranks.is_first:
+        with with_file as evaluations:
+            after = loop.evaluate(run, progress, evaluations)
+    else:
+        after = loop.evaluate(run, progress, None)
+    save_model(config, run)
+    if run.ranks.is_first:
+        summary = {
+            "steps": progress.step,
+            **{key: value for key, value in asdict(progress).items() if key != "step"},
+            "eval_after": after,
+            "exit_reason": "completed",
+            "finished": time.time(),
+        }
+        metrics.write_json(config.run_dir / "train.json", summary)
+        emit({"event": "done", **summary})
+
+
+def save_model(config: RunConfig, run: Any) -> None:
+    """RUN/model, written beside and renamed. All ranks gather, rank 0 writes."""
+    from training import model
+
+    final = config.run_dir / "model"
+    state = {name: value for name, value in run.engine.weights() if run.ranks.is_first}
+    if run.ranks.is_first:
+        temporary = config.run_dir / ".model"
+        shutil.rmtree(temporary, ignore_errors=True)
+        model.save_model(run.engine.module.model, state, config.tokenizer_dir, temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        emit({"event": "model", "path": str(final)})
+    run.ranks.barrier()
+
+
+if __name__ == "__main__":
+    run_rank(main)
