@@ -185,7 +185,7 @@ def _find(stream: Any, border: bytes, start: int) -> int | None:
 
 
 def _grouped(specs: Iterable[UnitSpec]) -> Iterator[UnitSpec]:
-    """Small whole files next to each other as one unit; a group ends after a file with probability size / GROUP_BYTES."""
+    """Small neighbouring files as one unit, which ends after a file with probability size / GROUP_BYTES."""
     group: list[UnitSpec] = []
     size = 0
     for spec in specs:

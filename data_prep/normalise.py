@@ -136,8 +136,14 @@ def normalise(row: Row | list, kind: str) -> Normal:
 
 
 def content_hash(roles: bytes, texts: list[str]) -> bytes:
-    """16 bytes, equal for equal normal forms: the key of duplicates and of the validation split."""
-    return xxhash.xxh3_128_digest(roles + _encode_texts(texts))
+    """16 bytes, equal for equal normal forms: the key of duplicates and of the validation split.
+
+    :raises Rejected: invalid_utf8, for a lone surrogate that a user's reader let through.
+    """
+    try:
+        return xxhash.xxh3_128_digest(roles + _encode_texts(texts))
+    except UnicodeEncodeError:
+        raise Rejected(Reason.INVALID_UTF8, "a lone surrogate in a text") from None
 
 
 def _decode_other(data: bytes | msgspec.Raw) -> Row | list:

@@ -88,6 +88,7 @@ class Source:
         self.piece = piece
         self.truncated = False
         self.size = 0
+        self.newlines = 0
         self._digest = xxhash.xxh3_128()
 
     @property
@@ -111,6 +112,7 @@ class Source:
             while left and (chunk := stream.read(min(chunk_bytes, left))):
                 left -= len(chunk)
                 self.size += len(chunk)
+                self.newlines += chunk.count(b"\n")
                 self._digest.update(chunk)
                 yield chunk
 
