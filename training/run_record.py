@@ -1,0 +1,114 @@
+"""RUN/tracking.json: what MLflow is to know of a run and how much of it MLflow has been told.
+
+In: facts of the run. Out: one small file, replaced atomically. It is the spool of tracking: a run whose process was
+killed, or whose MLflow server was down, can be completed from it by any later process. Cost: one small write a
+synchronisation.
+"""
+
+import json
+import os
+import socket
+import time
+import uuid
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+FILE_NAME = "tracking.json"
+RUNNING = "RUNNING"
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """A data set of the run as MLflow shows it; `digest` is the fingerprint (at most 36 characters)."""
+
+    name: str
+    digest: str
+    path: str
+    context: str = "training"
+    profile: dict[str, Any] = field(default_factory=dict)
+
+
+def this_process() -> dict[str, Any]:
+    """Who owns the run: enough to find out later whether that process is still alive."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
+
+
+@dataclass
+class RunRecord:
+    """The content of RUN/tracking.json; `sent_*` say what MLflow already has."""
+
+    experiment: str
+    run_name: str
+    uri: str  # without password; only to recognise the server
+    params: dict[str, str]
+    tags: dict[str, str]
+    datasets: list[dict[str, Any]]
+    status: str = RUNNING
+    token: str = field(default_factory=lambda: uuid.uuid4().hex)
+    owner: dict[str, Any] = field(default_factory=this_process)
+    started_ms: int = field(default_factory=lambda: int(time.time() * 1000))
+    ended_ms: int | None = None
+    run_id: str | None = None
+    sent_facts: bool = False
+    sent_offsets: dict[str, int] = field(default_factory=dict)
+    sent_files: dict[str, str] = field(default_factory=dict)
+    sent_status: str = RUNNING
+
+    def finish(self, status: str) -> None:
+        """The run has ended with this status; MLflow is to be told."""
+        self.status = status
+        self.ended_ms = int(time.time() * 1000)
+
+    def reopen(self, tags: dict[str, str]) -> None:
+        """The run goes on (resumed) in this process."""
+        self.status, self.ended_ms, self.owner = RUNNING, None, this_process()
+        self.tags.update(tags)
+        self.sent_facts = False
+
+    @property
+    def is_owner_alive(self) -> bool:
+        """Whether the process of a running record lives; a process of another machine is taken to."""
+        if self.owner["host"] != socket.gethostname():
+            return True
+        try:
+            return abs(psutil.Process(self.owner["pid"]).create_time() - self.owner["started"]) < 1
+        except psutil.NoSuchProcess:
+            return False
+
+    @property
+    def is_settled(self) -> bool:
+        """Whether the run has ended and MLflow knows all of it."""
+        return self.status != RUNNING and self.sent_status == self.status
+
+
+def read(run_dir: Path) -> RunRecord | None:
+    """The record of a run directory, None if it has none."""
+    path = run_dir / FILE_NAME
+    return RunRecord(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+
+
+def write(run_dir: Path, record: RunRecord) -> None:
+    """Replace the record in one go."""
+    temporary = run_dir / f".{FILE_NAME}.{os.getpid()}"
+    temporary.write_text(json.dumps(asdict(record), ensure_ascii=False, indent=1), encoding="utf-8")
+    temporary.replace(run_dir / FILE_NAME)
+
+
+def new_lines(path: Path, offset: int) -> tuple[int, list[dict[str, Any]]]:
+    """(offset after the last whole line, its objects). A resumed run cuts its file: then all is read, and sent, again.
+
+    Sending a line twice changes nothing, MLflow keeps one of two equal points.
+    """
+    if not path.exists():
+        return 0, []
+    with open(path, "rb") as file:
+        file.seek(max(0, offset - 1))
+        if offset and file.read(1) != b"\n":
+            file.seek(0)
+            offset = 0
+        data = file.read()
+    whole = data[: data.rfind(b"\n") + 1]
+    return offset + len(whole), [json.loads(line) for line in whole.splitlines()]

@@ -1,0 +1,31 @@
+"""Keep passwords and tokens out of parameters, artifacts and logs.
+
+In: settings or text. Out: the same with `***` where a secret was. A secret is the password of a URL, or the value of a
+field whose name says so. Cost: none.
+"""
+
+import re
+from typing import Any
+
+HIDDEN = "***"
+_PASSWORD = re.compile(r"(?P<before>\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@/]+(?=@)", re.IGNORECASE)
+_SECRET_NAME = re.compile(r"(^|_)(password|passwd|secret|token|api_key|credentials?)$", re.IGNORECASE)
+
+
+def redact_text(text: str) -> str:
+    """`scheme://user:password@host` becomes `scheme://user:***@host`."""
+    return _PASSWORD.sub(rf"\g<before>{HIDDEN}", text)
+
+
+def redact(value: Any) -> Any:
+    """The same for every string in nested lists and mappings, and for fields with a secret's name."""
+    if isinstance(value, str):
+        return redact_text(value)
+    if isinstance(value, dict):
+        return {
+            name: HIDDEN if inner is not None and _SECRET_NAME.search(str(name)) else redact(inner)
+            for name, inner in value.items()
+        }
+    if isinstance(value, list | tuple):
+        return [redact(inner) for inner in value]
+    return value

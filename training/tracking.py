@@ -1,0 +1,205 @@
+"""Tracking: one MLflow run per run of the flow, opened before training and closed with its true status.
+
+In: settings, run directory, facts. Out: a run in MLflow. The files of RUN are the truth and MLflow follows them from a
+thread, so that no outage, slow server or full disk ever touches training: what could not be sent stays in RUN and is
+sent by the next run with the same output directory, which also closes the runs of killed processes (status KILLED).
+Cost: one thread that wakes every five seconds; opening waits for nothing, not even MLflow's import.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training import mlflow_sync, plots, run_record, system_metrics
+from training.exit import ExitReason
+from training.run_record import Dataset, RunRecord
+from training.secrets import redact, redact_text
+from training.settings import TrackingSettings
+
+logger = logging.getLogger(__name__)
+
+SYNC_SECONDS = 5.0
+_sending = threading.Lock()  # one writer of a run's record at a time
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a run before it trains; `reports` become RUN/report/<name>.json and artifacts."""
+
+    params: dict[str, Any]
+    datasets: list[Dataset] = field(default_factory=list)
+    reports: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """An open run. `run_id` is None as long as MLflow could not be reached."""
+
+    run_dir: Path
+    uri: str
+
+    @property
+    def run_id(self) -> str | None:
+        """The id MLflow gave the run."""
+        return run_record.read(self.run_dir).run_id
+
+    def sync(self) -> bool:
+        """Send what is new; False, with a warning, when MLflow cannot be reached. Raises nothing."""
+        return try_sync(self.run_dir, self.uri)
+
+
+def tracking_uri(settings: TrackingSettings, output_dir: Path) -> str:
+    """The URI as set, or an SQLite file in the output directory."""
+    return settings.mlflow_tracking_uri or f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
+
+
+@contextlib.contextmanager
+def open_run(settings: TrackingSettings, run_dir: Path, facts: Facts) -> Iterator[TrackedRun]:
+    """Open the run (a resumed one again), follow its files, close it with what really happened."""
+    tracked = TrackedRun(run_dir, tracking_uri(settings, run_dir.parent))
+    _open_record(settings, tracked, facts)
+    status = "FAILED"
+    try:
+        with following(tracked), system_metrics.sampling(run_dir):
+            yield tracked
+        status = "FINISHED"
+    except BaseException as error:
+        status = status_of(error)
+        raise
+    finally:
+        close_run(tracked, status)
+
+
+def _open_record(settings: TrackingSettings, tracked: TrackedRun, facts: Facts) -> None:
+    """Write (or reopen) RUN/tracking.json and the facts that become artifacts."""
+    run_dir = tracked.run_dir
+    tags = {**facts.tags, **source_tags()}
+    write_reports(run_dir, {**facts.reports, "environment": environment()})
+    record = run_record.read(run_dir)
+    if record:
+        record.reopen(tags)
+    else:
+        record = RunRecord(
+            experiment=settings.experiment_name,
+            run_name=run_dir.name,
+            uri=redact_text(tracked.uri),
+            params={name: as_param(value) for name, value in redact(facts.params).items()},
+            tags=tags,
+            datasets=[asdict(dataset) for dataset in facts.datasets],
+        )
+    run_record.write(run_dir, record)
+
+
+def as_param(value: Any) -> str:
+    """Text of a parameter: plain for strings, JSON for the rest."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def write_reports(run_dir: Path, reports: dict[str, Any]) -> None:
+    """RUN/report/<name>.json for each."""
+    (run_dir / "report").mkdir(exist_ok=True)
+    for name, content in reports.items():
+        text = json.dumps(content, ensure_ascii=False, indent=1, default=str)
+        (run_dir / "report" / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """Python and the version of every installed distribution: the lock of this run."""
+    packages = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    return {"python": sys.version, "packages": dict(sorted(packages.items(), key=lambda item: str(item[0]).lower()))}
+
+
+def source_tags() -> dict[str, str]:
+    """Commit of the code, and whether it was changed since; nothing outside of a git repository."""
+    try:
+        commit, changes = (_git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"mlflow.source.git.commit": commit, "panda.code_changed": str(bool(changes)).lower()}
+
+
+def _git(*arguments: str) -> str:
+    directory = Path(__file__).parent
+    done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def following(tracked: TrackedRun, interval_seconds: float = SYNC_SECONDS) -> Iterator[None]:
+    """Send what is new every few seconds, from a thread; longer pauses while MLflow does not answer."""
+    done = threading.Event()
+    thread = threading.Thread(target=_follow, args=(tracked, done, interval_seconds), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _follow(tracked: TrackedRun, done: threading.Event, interval_seconds: float) -> None:
+    reconcile(tracked.run_dir.parent, tracked.uri)
+    pause = 0.0
+    while not done.wait(pause):
+        pause = interval_seconds if tracked.sync() else min(60.0, interval_seconds + 2 * pause)
+
+
+def try_sync(run_dir: Path, uri: str) -> bool:
+    """`mlflow_sync.sync`, for which MLflow being away (or broken in whatever way) is a warning, never an error."""
+    try:
+        with _sending:
+            mlflow_sync.sync(run_dir, uri)
+    except Exception as error:
+        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        logger.warning(
+            "MLflow at %s has not taken the news of %s (%s); they are kept there and sent later",
+            redact_text(uri), run_dir, redact_text(first_line),
+        )  # fmt: skip
+        return False
+    return True
+
+
+def status_of(error: BaseException) -> str:
+    """MLflow's status for what ended the run: the exit report of training where there is one."""
+    report = getattr(error, "report", None)
+    if report is not None and isinstance(report.reason, ExitReason):
+        return report.reason.mlflow_status
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
+
+
+def close_run(tracked: TrackedRun, status: str) -> bool:
+    """End the run with FINISHED, FAILED or KILLED; False when MLflow will hear of it later."""
+    try:
+        plots.write_plots(tracked.run_dir)
+    except Exception:
+        logger.warning("no plots of %s", tracked.run_dir, exc_info=True)
+    record = run_record.read(tracked.run_dir)
+    record.finish(status)
+    run_record.write(tracked.run_dir, record)
+    return tracked.sync()
+
+
+def reconcile(output_dir: Path, uri: str) -> list[Path]:
+    """Close the runs of killed processes and send what earlier runs could not; returns the runs that were completed."""
+    completed = []
+    for path in sorted(output_dir.glob(f"*/{run_record.FILE_NAME}")):
+        record = run_record.read(path.parent)
+        if record.is_settled or record.uri != redact_text(uri):
+            continue
+        if record.status == run_record.RUNNING:
+            if record.is_owner_alive:
+                continue
+            record.finish("KILLED")
+            run_record.write(path.parent, record)
+        if try_sync(path.parent, uri):
+            completed.append(path.parent)
+    return completed
