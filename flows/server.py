@@ -33,8 +33,8 @@ class ServerError(PandaError):
 @contextlib.contextmanager
 def connected() -> Iterator[Callable[[], None]]:
     """Yields a function that waits until the server answers; import what is heavy before calling it."""
-    url = os.environ.get("PREFECT_API_URL") or _configured_url()
-    if _answers(url):
+    url = api_url()
+    if answers(url):
         os.environ["PREFECT_API_URL"] = url
         yield lambda: None
         return
@@ -56,13 +56,14 @@ def connected() -> Iterator[Callable[[], None]]:
 
 def _wait(process: subprocess.Popen, url: str) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while not _answers(url):
+    while not answers(url):
         if process.poll() is not None or time.monotonic() > deadline:
             raise ServerError(f"the temporary Prefect server at {url} did not start; see the log lines above")
         time.sleep(0.1)
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a server is up: its `/health` answers 200."""
     try:
         with urllib.request.urlopen(f"{url}/health", timeout=2) as response:
             return response.status == 200
@@ -70,8 +71,10 @@ def _answers(url: str) -> bool:
         return False
 
 
-def _configured_url() -> str:
-    """The address in prefect.toml, read without importing prefect (1.5 s)."""
+def api_url() -> str:
+    """The address of the server to use: PREFECT_API_URL, or prefect.toml's, read without importing prefect (1.5 s)."""
+    if url := os.environ.get("PREFECT_API_URL"):
+        return url
     with contextlib.suppress(OSError, KeyError, tomllib.TOMLDecodeError):
         return tomllib.loads(Path("prefect.toml").read_text(encoding="utf-8"))["api"]["url"]
     return DEFAULT_URL

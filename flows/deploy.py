@@ -1,0 +1,135 @@
+"""Put onto a Prefect server what operations need there: work pool, deployments, automations. Safe to repeat.
+
+In: prefect.yaml in the working directory; the server at PREFECT_API_URL. Out: nothing; whether a schedule is paused
+stays as the user left it (the one in prefect.yaml is paused when it first appears). Cost: ~6 s, mostly two imports of
+Prefect.
+"""
+
+import subprocess
+import sys
+from datetime import timedelta
+from uuid import UUID
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectNotFound
+from prefect.settings import get_current_settings
+from prefect.workers.process import ProcessWorker
+
+from data_prep.errors import PandaError
+from flows.services import POOL
+
+MISSED_HEARTBEATS = 3
+TAG = "prefect.tag.panda"
+
+
+def deploy() -> None:
+    """Pool, then `prefect deploy --all`, then automations."""
+    with get_client(sync_client=True) as client:
+        _ensure_pool(client)
+        active = _schedules(client)
+        _prefect_deploy()
+        _restore_schedules(client, active)
+        for automation in automations():
+            _ensure_automation(client, automation)
+
+
+def automations() -> list[AutomationCore]:
+    """What the server does by itself with runs of our deployments."""
+    return [_crash_silent_runs(), _cancel_queued_scheduled_runs()]
+
+
+def _crash_silent_runs() -> AutomationCore:
+    """Heartbeats are sent by every flow run, and nothing on a self-hosted server listens to them unless told to."""
+    seconds = MISSED_HEARTBEATS * (get_current_settings().flows.heartbeat_frequency or 30)
+    return AutomationCore(
+        name="panda: runs without heartbeat have crashed",
+        description=f"No sign of life for {seconds} s: the process, its worker or its machine is gone.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={
+                "prefect.flow-run.heartbeat",
+                *(f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Crashed", "Cancelled", "Paused")),
+            },
+            match={"prefect.resource.id": ["prefect.flow-run.*"]},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=seconds),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CRASHED,
+                message=f"No heartbeat for {seconds} s: the flow's process, its worker or its machine is gone. "
+                "The next run with resume goes on from the last checkpoint.",
+            )
+        ],
+    )
+
+
+def _cancel_queued_scheduled_runs() -> AutomationCore:
+    """A deployment has one way to treat runs above its limit, and ours is to let them wait."""
+    return AutomationCore(
+        name="panda: scheduled runs do not queue",
+        description="A scheduled run that finds another one at work is cancelled; one started by hand waits.",
+        trigger=EventTrigger(
+            expect={"prefect.flow-run.AwaitingConcurrencySlot"},
+            match={"prefect.resource.id": ["prefect.flow-run.*"]},
+            match_related={"prefect.resource.id": "prefect.tag.auto-scheduled", "prefect.resource.role": "tag"},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Reactive,
+            threshold=1,
+            within=timedelta(0),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                state=StateType.CANCELLED,
+                name="SkippedStillRunning",
+                message="Another run of this deployment is at work; the next scheduled one will see all new data.",
+            )
+        ],
+    )
+
+
+def _ensure_automation(client: SyncPrefectClient, automation: AutomationCore) -> None:
+    """One automation of that name, as stated here; whether it is enabled stays the user's."""
+    known: list[Automation] = client.read_automations_by_name(automation.name)
+    if known:
+        client.update_automation(known[0].id, automation.model_copy(update={"enabled": known[0].enabled}))
+    else:
+        client.create_automation(automation)
+
+
+def _ensure_pool(client: SyncPrefectClient) -> None:
+    try:
+        client.read_work_pool(POOL)
+    except ObjectNotFound:
+        template = ProcessWorker.get_default_base_job_template()
+        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+
+
+def _schedules(client: SyncPrefectClient) -> dict[UUID, dict[str | None, bool]]:
+    """Deployment -> schedule by slug -> active."""
+    return {
+        deployment.id: {schedule.slug: schedule.active for schedule in deployment.schedules}
+        for deployment in client.read_deployments()
+    }
+
+
+def _restore_schedules(client: SyncPrefectClient, active: dict[UUID, dict[str | None, bool]]) -> None:
+    """Undo what `prefect deploy` did to schedules the user had activated or paused."""
+    for deployment in client.read_deployments():
+        before = active.get(deployment.id, {})
+        for schedule in deployment.schedules:
+            if before.get(schedule.slug, schedule.active) != schedule.active:
+                client.update_deployment_schedule(deployment.id, schedule.id, active=before[schedule.slug])
+
+
+def _prefect_deploy() -> None:
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PandaError(f"prefect deploy --all failed:\n{done.stdout}{done.stderr}".strip())
