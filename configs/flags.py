@@ -6,18 +6,20 @@ is a list or a mapping; the settings classes convert and check it. Cost: millise
 
 import argparse
 import re
-import types
 import typing
 from dataclasses import dataclass, field
 from typing import Any
 
 import yaml
 
+from configs import dialect
 from configs.errors import ConfigError, did_you_mean
+from configs.limits import allowed, kind_of, takes_mapping, takes_none
 from configs.settings import PandaSettings, fields_by_group
 
 OVERRIDE = re.compile(r"^[+~]{0,2}[A-Za-z_][\w.@]*=")
 """A Hydra override; taken out of argv first, so that `--adam_betas 0.9 0.95 lora_r=4` means what it says."""
+MISSING = "<no value>"
 
 
 @dataclass
@@ -38,110 +40,151 @@ class Switch:
     options: dict[str, Any] = field(default_factory=lambda: {"action": "store_true"})
 
 
+@dataclass(frozen=True)
+class Shown:
+    """The value of a setting as help shows it, and where it comes from."""
+
+    value: Any
+    origin: str
+
+
 CONF_PATH = Switch("conf_path", "YAML file whose values go over the template's.", {"metavar": "FILE"})
 PRINT_CONFIG = Switch("print_config", "Show every value with its origin, and stop.")
 JSON = Switch("json", "Print one JSON object as the last line of stdout.")
 VERBOSE = Switch("verbose", "Show the traceback of an error, and debug logs.")
 
 
-def build_parser(prog: str, description: str, switches: list[Switch], groups: set[str] | None = None):
-    """Parser with one group of flags per settings group; `groups` limits it to field names that a command uses."""
+def build_parser(
+    prog: str,
+    description: str,
+    switches: list[Switch],
+    groups: set[str] | None = None,
+    shown: dict[str, Shown] | None = None,
+) -> argparse.ArgumentParser:
+    """Parser with one group of flags per settings group.
+
+    :param groups: limits the flags to the field names that a command uses.
+    :param shown: the values help shows; the defaults of the settings classes when not given.
+    """
     parser = argparse.ArgumentParser(
         prog=prog,
         usage=f"{prog} [--flag value ...] [key=value ...]",
         description=description,
         allow_abbrev=False,
-        argument_default=argparse.SUPPRESS,  # what is not typed is not there: `--pretraining_data_dir null` is
-        epilog="Hydra overrides work as well: learning_rate=2e-4 architecture.hidden_size=128",
+        formatter_class=_formatter,
+        epilog="Each setting: what it is (its range) [its value; where that comes from]. "
+        "Hydra overrides work as well: learning_rate=2e-4 architecture.hidden_size=128",
     )
     command = parser.add_argument_group("command")
     for switch in switches:
-        default = False if switch.options.get("action") == "store_true" else None
-        command.add_argument(
-            f"--{switch.name}", dest=f"switch_{switch.name}", default=default, help=switch.help, **switch.options
-        )
+        command.add_argument(f"--{switch.name}", dest=f"switch_{switch.name}", help=switch.help, **switch.options)
     for title, names in fields_by_group().items():
-        shown = [name for name in names if groups is None or name in groups]
-        if shown:
+        offered = [name for name in names if groups is None or name in groups]
+        if offered:
             section = parser.add_argument_group(title)
-            for name in shown:
-                _add_field(section, name)
+            for name in offered:
+                _add_field(section, name, (shown or {}).get(name) or _default(name))
     return parser
 
 
 def parse(parser: argparse.ArgumentParser, argv: list[str]) -> CommandLine:
-    """Split argv into settings, overrides and switches; misspelt flags are named together with the nearest real one."""
+    """Split argv into settings, overrides and switches; raises a ConfigError with every problem."""
+    line, problems = read(parser, argv)
+    if problems:
+        raise ConfigError(problems)
+    return line
+
+
+def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[CommandLine, list[str]]:
+    """What is right in argv, and the problems with the rest; a misspelt flag comes with the nearest real one."""
     parser.error = _raise_usage  # type: ignore[method-assign]  # argparse would print usage and exit; we list problems
     overrides = [text for text in argv if OVERRIDE.match(text)]
     known, unknown = parser.parse_known_args([text for text in argv if not OVERRIDE.match(text)])
+    problems = _explain_unknown(parser, unknown)
+    values = {}
+    for name, text in vars(known).items():
+        if name in PandaSettings.model_fields and text is not None:
+            try:
+                values[name] = _convert(name, text)
+            except ValueError as error:
+                problems.append(f"--{name} {error}")
+    switches = {key.removeprefix("switch_"): value for key, value in vars(known).items() if key.startswith("switch_")}
+    return CommandLine(values, overrides, argparse.Namespace(**switches)), problems
+
+
+def _explain_unknown(parser: argparse.ArgumentParser, unknown: list[str]) -> list[str]:
+    """The unknown flags; what follows one of them is taken for its value."""
     flags = [option.lstrip("-") for action in parser._actions for option in action.option_strings]
-    problems = [_explain_unknown(text, flags) for text in unknown if text.startswith("-")]
-    if problems or unknown:
-        raise ConfigError(problems or [f"{text!r} is neither a flag nor a key=value override" for text in unknown])
-    given = vars(known)
-    values = {name: _or_none(name, given[name]) for name in PandaSettings.model_fields if name in given}
-    switches = argparse.Namespace(**{k.removeprefix("switch_"): v for k, v in given.items() if k.startswith("switch_")})
-    return CommandLine(values, overrides, switches)
-
-
-def _or_none(name: str, value: Any) -> Any:
-    """`null` or `none` for a setting that may be none is None, as in YAML."""
-    optional = type(None) in typing.get_args(PandaSettings.model_fields[name].annotation)
-    return None if optional and value in ("null", "none", "None") else value
-
-
-def _explain_unknown(flag: str, known: list[str]) -> str:
-    name = flag.split("=", maxsplit=1)[0]
-    return f"unknown flag {name}{did_you_mean(name.lstrip('-'), known, '--')}"
+    misspelt = [text.split("=", maxsplit=1)[0] for text in unknown if text.startswith("-")]
+    if unknown and not misspelt:
+        return [f"{text!r} is neither a flag nor a key=value override" for text in unknown]
+    return [f"unknown flag {name}{did_you_mean(name.lstrip('-'), flags, '--')}" for name in misspelt]
 
 
 def _raise_usage(message: str) -> typing.NoReturn:
     raise ConfigError([message.replace("argument --", "--")])
 
 
-def _add_field(section: argparse._ArgumentGroup, name: str) -> None:
-    info = PandaSettings.model_fields[name]
-    default = "none" if info.default is None else info.default
-    text = f"{info.description} [{default}]".replace("%", "%%")
-    kind = _plain_type(info.annotation)
-    if kind is bool:
-        section.add_argument(f"--{name}", nargs="?", const="true", metavar="true|false", help=text)
-    elif typing.get_origin(kind) in (list, tuple):
-        section.add_argument(f"--{name}", nargs="+", action=_Sequence, metavar="VALUE", help=text)
-    else:
-        section.add_argument(f"--{name}", type=_reader(info.annotation), metavar=_metavar(kind), help=text)
+def _convert(name: str, text: Any) -> Any:
+    """The value of a flag: lists split, mappings read, the rest left to the settings classes."""
+    kind = kind_of(name)
+    if text in (MISSING, []):
+        raise ValueError(f"needs a value: {allowed(name)}")
+    if takes_none(name) and str(text).lower() in ("none", "null"):
+        return None
+    if typing.get_origin(kind) in (list, tuple):
+        return " ".join(text).replace(",", " ").strip("()[] ").split()
+    if typing.get_origin(kind) is typing.Literal:
+        return {str(value): value for value in typing.get_args(kind)}.get(text, text)
+    return _mapping(text) if takes_mapping(name) and text.lstrip().startswith("{") else text
 
 
-def _plain_type(annotation: Any) -> Any:
-    """The type of a field without `| None`."""
-    if isinstance(annotation, types.UnionType):
-        parts = [part for part in typing.get_args(annotation) if part is not type(None)]
-        return parts[0]
-    return annotation
+def _mapping(text: str) -> Any:
+    try:
+        value = dialect.parse(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{text}: no YAML mapping: {dialect.one_line(error)}") from error
+    if None in value.values():
+        raise ValueError(f"{text}: a key without a value; write {{key: value}} with a space after the colon, in quotes")
+    return value
 
 
-def _metavar(kind: Any) -> str:
+def _add_field(section: argparse._ArgumentGroup, name: str, shown: Shown) -> None:
+    kind, takes = kind_of(name), allowed(name)
+    limits = f" ({takes})" if " >" in takes or " <" in takes else ""
+    text = f"{PandaSettings.model_fields[name].description}{limits} [{plain_text(shown.value)}; {shown.origin}]"
+    options: dict[str, Any] = {"nargs": "?", "const": "true" if kind is bool else MISSING}
+    if typing.get_origin(kind) in (list, tuple):
+        options = {"nargs": "*"}
+    section.add_argument(f"--{name}", metavar=_metavar(name), help=text.replace("%", "%%"), **options)
+
+
+def _default(name: str) -> Shown:
+    return Shown(PandaSettings.model_fields[name].default, "default")
+
+
+def plain_text(value: Any) -> str:
+    """A value as one would type it after its flag."""
+    if isinstance(value, bool) or value is None:
+        return {None: "none", True: "true", False: "false"}[value]
+    return " ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
+
+
+def _metavar(name: str) -> str:
+    kind = kind_of(name)
     if typing.get_origin(kind) is typing.Literal:
         return "|".join(str(value) for value in typing.get_args(kind))
-    origin = typing.get_origin(kind) or kind
-    return {int: "N", float: "X", dict: "YAML"}.get(origin, "TEXT")
+    if takes_mapping(name):
+        return "YAML" if kind is not str else "NAME|YAML"
+    return {int: "N", float: "X", bool: "true|false", str: "TEXT"}.get(kind, "VALUE")
 
 
-def _reader(annotation: Any) -> Any:
-    """A mapping may be typed as YAML; everything else stays text for the settings class to convert."""
-    union = typing.get_args(annotation) if isinstance(annotation, types.UnionType) else (annotation,)
-    if not any(typing.get_origin(part) is dict for part in union):
-        return str
-
-    def read(text: str) -> Any:
-        return yaml.safe_load(text) if text.lstrip().startswith("{") or str not in union else text
-
-    return read
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    return _Formatter(prog, max_help_position=30)
 
 
-class _Sequence(argparse.Action):
-    """`--adam_betas 0.9 0.99`, `0.9,0.99`, `(0.9, 0.99)` and `[0.9, 0.99]` are the same."""
+class _Formatter(argparse.HelpFormatter):
+    """Shows `--flag VALUE`, without the brackets of argument counts that exist for better error messages."""
 
-    def __call__(self, parser, namespace, values, option_string=None):
-        items = " ".join(values).replace(",", " ").strip("()[] ").split()
-        setattr(namespace, self.dest, items)
+    def _format_args(self, action: argparse.Action, default_metavar: str) -> str:
+        return str(action.metavar) if action.nargs in ("?", "*") else super()._format_args(action, default_metavar)

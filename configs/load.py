@@ -6,6 +6,7 @@ Raises `ConfigError` with all problems at once.
 """
 
 import tempfile
+import typing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,17 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from configs import dialect
 from configs.errors import ConfigError, did_you_mean
+from configs.limits import allowed, kind_of, takes_mapping
 from configs.settings import PandaSettings
 
 CONFIG_DIR = Path(__file__).parent
 PATH_MODEL = "from-path"
 """The file of configs/model that stands for any directory or hub id."""
+QUOTED = "key='\"a(b)\"'"
+RUN_PATHS = "paths"
+"""What the config.yaml of a run has beside the settings."""
 
 
 @dataclass(frozen=True)
@@ -30,26 +36,30 @@ class Loaded:
 
 
 def load(
-    values: dict[str, Any] | None = None, overrides: list[str] | None = None, conf_path: str | Path | None = None
+    values: dict[str, Any] | None = None,
+    overrides: list[str] | None = None,
+    conf_path: str | Path | None = None,
+    problems: list[str] | None = None,
 ) -> Loaded:
     """Compose, convert and check a configuration.
 
     :param values: flat field -> value, as flags or form fields give them.
     :param overrides: Hydra overrides ``key=value``; nested keys (``architecture.hidden_size=128``) work.
     :param conf_path: the user's YAML file.
+    :param problems: what is known to be wrong already; reported together with what is found here.
     """
-    values, overrides = dict(values or {}), list(overrides or [])
-    conf = _read_yaml(Path(conf_path)) if conf_path else {}
-    _refuse_unknown_names(overrides)
-    dotted = dict(text.split("=", 1) for text in overrides)
+    values, problems = dict(values or {}), list(problems or [])
+    conf = _read_user_file(Path(conf_path)) if conf_path else {}
+    overrides = _parsable(_without_unknown(overrides or [], problems), problems)
+    dotted = dict(text.split("=", 1) for text in overrides if "=" in text)
 
     def given(name: str) -> str | None:
         return values.get(name) or dotted.get(name) or conf.get(name)
 
-    choice = {"model": given("model") or given("ckpt_path"), "preset": given("preset")}
-    groups, chosen = _choose_groups(**choice)
-    nested = [text for text in overrides if text.split("=")[0] not in choice]
-    composed = _compose([*groups, *nested], conf)
+    groups, chosen = _choose_groups(given("model") or given("ckpt_path"), given("preset"), problems)
+    nested = [text for text in overrides if _key(text) not in ("model", "preset")]
+    composed = _compose([*groups, *nested], conf, problems)
+    composed = _whole_architecture(composed, conf, dotted)
     files = [group.replace("=", "/") + ".yaml" for group in groups]
     layers = [
         *((file, _read_yaml(CONFIG_DIR / file)) for file in files),
@@ -57,8 +67,8 @@ def load(
         ("override", {_top(name): None for name in dotted}),
         ("flag", {**chosen, **values}),
     ]
-    merged = _settle_warmup({**composed, **chosen, **values}, [set(content) for _, content in layers])
-    return _validate(merged, _origins(layers))
+    settled = _settle_warmup(layers)
+    return _validate({**composed, **chosen, **values, **settled}, _origins(layers), problems)
 
 
 def names(group: str) -> list[str]:
@@ -71,44 +81,52 @@ def dump(settings: PandaSettings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _choose_groups(model: str | None, preset: str | None) -> tuple[list[str], dict[str, Any]]:
+def _read_user_file(path: Path) -> dict[str, Any]:
+    """The user's values. The config.yaml of a run will do: its `paths` are facts of that run, no settings."""
+    conf = _read_yaml(path)
+    if "defaults" in conf:
+        raise ConfigError([f"{path}: a defaults list has no place here; write `model: llama-7b` and `preset: lora`"])
+    return {name: value for name, value in conf.items() if name != RUN_PATHS}
+
+
+def _choose_groups(model: Any, preset: Any, problems: list[str]) -> tuple[list[str], dict[str, Any]]:
     """Hydra's group choices, and the values that follow from a model that is a path or a hub id."""
-    model = model or str(_read_yaml(CONFIG_DIR / "template.yaml")["defaults"][1]["model"])
-    problems, groups, chosen = [], [], {}
+    model = str(model or _read_yaml(CONFIG_DIR / "template.yaml")["defaults"][1]["model"])
+    groups: list[str] = []
+    chosen: dict[str, Any] = {}
     if model in names("model"):
         groups.append(f"model={model}")
     elif "/" in model or Path(model).is_dir() or Path("pretrained-models", model).is_dir():
         groups.append(f"model={PATH_MODEL}")
         chosen = {"model": model}
     else:
-        problems.append(_unknown("model", model) + "; a directory or a hub id (owner/name) works as well")
+        near = did_you_mean(model, names("model")) or "; known are " + ", ".join(names("model"))
+        problems.append(f"unknown model {model!r}{near}; a directory or a hub id (owner/name) works as well")
     if preset in names("preset"):
         groups.append(f"preset={preset}")
     elif preset:
-        problems.append(_unknown("preset", preset))
-    if problems:
-        raise ConfigError(problems)
+        chosen["preset"] = preset  # refused with the other values
     return groups, chosen
 
 
-def _unknown(group: str, name: str) -> str:
-    known = names(group)
-    return f"unknown {group} {name!r}{did_you_mean(name, known)} (known: {', '.join(known)})"
-
-
-def _refuse_unknown_names(overrides: list[str]) -> None:
+def _without_unknown(overrides: list[str], problems: list[str]) -> list[str]:
+    """The overrides of known settings; the others become problems."""
     known = PandaSettings.model_fields
-    unknown = [_top(text) for text in overrides if _top(text) not in known]
-    if unknown:
-        raise ConfigError([f"unknown setting {name!r}{did_you_mean(name, known)} (override)" for name in unknown])
+    unknown = [text for text in overrides if _top(text) not in known]
+    problems.extend(f"unknown setting {_top(text)!r}{did_you_mean(_top(text), known)} (override)" for text in unknown)
+    return [text for text in overrides if text not in unknown]
+
+
+def _key(override: str) -> str:
+    return override.split("=", 1)[0].lstrip("+~")
 
 
 def _top(override: str) -> str:
     """The field an override touches: ``+architecture.hidden_size=128`` -> ``architecture``."""
-    return override.split("=", 1)[0].lstrip("+~").split(".")[0]
+    return _key(override).split(".")[0]
 
 
-def _compose(overrides: list[str], conf: dict[str, Any]) -> dict[str, Any]:
+def _compose(overrides: list[str], conf: dict[str, Any], problems: list[str]) -> dict[str, Any]:
     """The YAML tree as one flat mapping; the user's file is a Hydra config put after ours."""
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -124,7 +142,38 @@ def _compose(overrides: list[str], conf: dict[str, Any]) -> dict[str, Any]:
                 composed = compose("template", overrides=[*user, *overrides])
             return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError([str(error).split("\n")[0]]) from error
+            problems.append(dialect.one_line(error))
+            return {}
+
+
+def _parsable(overrides: list[str], problems: list[str]) -> list[str]:
+    """The overrides that Hydra's grammar accepts; the others become problems."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    parser, good = OverridesParser.create(), []
+    for text in overrides:
+        try:
+            override = parser.parse_override(text)
+        except HydraException as error:
+            problems.append(
+                f"{text}: {str(error).splitlines()[0]}; a value with special characters needs quotes: {QUOTED}"
+            )
+            continue
+        if override.is_sweep_override():
+            problems.append(f"{text}: several values; one run takes one, and a list is written [1,2]")
+        else:
+            good.append(text)
+    return good
+
+
+def _whole_architecture(composed: dict[str, Any], conf: dict[str, Any], dotted: dict[str, str]) -> dict[str, Any]:
+    """An architecture with a `model_type` in the user's file is a whole one: nothing of the model's own stays in it."""
+    own = conf.get("architecture")
+    if not isinstance(own, dict) or "model_type" not in own or not isinstance(composed.get("architecture"), dict):
+        return composed
+    kept = own.keys() | {_key(text).split(".")[1] for text in dotted if _key(text).startswith("architecture.")}
+    return {**composed, "architecture": {key: value for key, value in composed["architecture"].items() if key in kept}}
 
 
 def _origins(layers: list[tuple[str, dict[str, Any]]]) -> dict[str, str]:
@@ -134,44 +183,60 @@ def _origins(layers: list[tuple[str, dict[str, Any]]]) -> dict[str, str]:
     return origins
 
 
-def _settle_warmup(merged: dict[str, Any], layers: list[set[str]]) -> dict[str, Any]:
-    """The later layer decides which of the two kinds of warm-up holds; both in one layer stay, and are an error."""
-    for given in reversed(layers):
-        chosen = given & {"warmup_steps", "warmup_proportion"}
+def _settle_warmup(layers: list[tuple[str, dict[str, Any]]]) -> dict[str, int]:
+    """The last layer with one of the two kinds of warm-up sets the other to 0; both in one layer stay, an error."""
+    kinds = {"warmup_steps": "warmup_proportion", "warmup_proportion": "warmup_steps"}
+    for _, content in reversed(layers):
+        chosen = content.keys() & kinds
         if len(chosen) == 1:
-            other = {"warmup_steps": "warmup_proportion", "warmup_proportion": "warmup_steps"}[chosen.pop()]
-            return {**merged, other: 0}
+            other = kinds[chosen.pop()]
+            content[other] = 0
+            return {other: 0}
         if chosen:
             break
-    return merged
+    return {}
 
 
-def _validate(merged: dict[str, Any], origins: dict[str, str]) -> Loaded:
+def _validate(merged: dict[str, Any], origins: dict[str, str], problems: list[str]) -> Loaded:
     try:
-        return Loaded(PandaSettings(**merged), origins)
+        loaded = Loaded(PandaSettings(**merged), origins)
     except ValidationError as error:
-        raise ConfigError([_explain(problem, origins) for problem in error.errors()]) from None
+        found = [_explain(problem, origins) for problem in error.errors(include_url=False)]
+        raise ConfigError(list(dict.fromkeys([*problems, *found]))) from None
+    if problems:
+        raise ConfigError(problems)
+    return loaded
 
 
 def _explain(problem: Any, origins: dict[str, str]) -> str:
     """One pydantic problem as ``key=value: what is wrong (origin)``."""
-    key = ".".join(str(part) for part in problem["loc"])
-    origin = origins.get(str(problem["loc"][0]) if problem["loc"] else "", "form")
+    if not problem["loc"]:
+        return str(problem["msg"]).removeprefix("Value error, ")
+    name = str(problem["loc"][0])
+    origin = origins.get(name, "form")
     if problem["type"] == "extra_forbidden":
-        return f"unknown setting {key!r}{did_you_mean(key, PandaSettings.model_fields)} ({origin})"
-    message = problem["msg"].removeprefix("Value error, ")
-    message = message[:1].lower() + message[1:]
-    return f"{key}={problem['input']!r}: {message} ({origin})" if key else message
+        return f"unknown setting {name!r}{did_you_mean(name, PandaSettings.model_fields)} ({origin})"
+    if problem["type"] == "value_error":
+        message = str(problem["msg"]).removeprefix("Value error, ")
+    else:
+        message = f"must be {allowed(name)}" + (
+            " or a mapping" if takes_mapping(name) and "mapping" not in allowed(name) else ""
+        )
+        message += did_you_mean(str(problem["input"]), map(str, typing.get_args(kind_of(name))))
+    return f"{name}={_typed(problem['input'])}: {message} ({origin})"
+
+
+def _typed(value: Any) -> str:
+    """A value as the user typed it."""
+    return value if isinstance(value, str) and value and not any(map(str.isspace, value)) else repr(value)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    """A mapping in OmegaConf's YAML dialect: 3e-4 is a float (a string in plain PyYAML), duplicate keys are errors."""
-    from omegaconf._utils import get_yaml_loader
-
+    """A mapping in a file."""
     try:
-        content = yaml.load(path.read_text(encoding="utf-8"), Loader=get_yaml_loader()) or {}
+        content = dialect.parse(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([f"{path}: {' '.join(str(error).split())}"]) from error
+        raise ConfigError([f"{path}: {dialect.one_line(error)}"]) from error
     if not isinstance(content, dict):
         raise ConfigError([f"{path}: a mapping of settings is expected, not a {type(content).__name__}"])
     return content

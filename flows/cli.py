@@ -11,6 +11,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+from configs.command import configure
 from configs.flags import CONF_PATH, JSON, PRINT_CONFIG, VERBOSE, CommandLine, Switch, build_parser, parse
 from data_prep.errors import PandaError
 
@@ -70,10 +71,7 @@ def print_json(value: dict[str, Any]) -> None:
 
 
 def _train(argv: list[str]) -> int:
-    line = read_arguments("train.py", TRAIN_TEXT, argv, TRAIN_SWITCHES)
-    from configs.load import load
-
-    loaded = load(line.values, line.overrides, line.switches.conf_path)
+    line, loaded = configure("train.py", TRAIN_TEXT, argv, TRAIN_SWITCHES)
     if line.switches.print_config:
         from configs.show import render
 
