@@ -82,3 +82,13 @@ def uses_bf16(settings: TrainSettings, ranks: Ranks) -> bool:
 
 def compute_dtype(settings: TrainSettings, ranks: Ranks) -> torch.dtype:
     return torch.bfloat16 if uses_bf16(settings, ranks) else torch.float32
+
+
+def load_dtype(settings: TrainSettings, ranks: Ranks) -> torch.dtype:
+    """What weights are loaded as: float32 where the engine trains the loaded weights themselves.
+
+    ZeRO 1 to 3 keep a float32 copy of bfloat16 weights; frozen weights need none. Adapters are float32 always.
+    """
+    frozen = settings.use_lora and settings.strategy == "deepspeed"
+    copied = settings.strategy == "deepspeed" and settings.zero_stage > 0
+    return compute_dtype(settings, ranks) if frozen or copied else torch.float32

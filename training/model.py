@@ -35,6 +35,7 @@ def load_model(
         model = from_scratch(settings, tokenizer_dir)
     else:
         model = from_directory(settings, model_dir, dtype)
+    keep_differentiable(model)
     _check_vocabulary(model, tokenizer_dir)
     model.config.use_cache = False
     if settings.use_lora:
@@ -71,6 +72,15 @@ def from_directory(settings: TrainSettings, model_dir: str, dtype: torch.dtype) 
         )
     except OSError as error:
         raise ModelError(f"{model_dir}: {error}") from error
+
+
+def keep_differentiable(model: nn.Module) -> nn.Module:
+    """Forbid bitsandbytes' CPU kernel for AVX512-BF16: it repacks weights at the first evaluation, and from then on no
+    gradient passes the layer, silently, in training too."""
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
+    return model
 
 
 def four_bits(dtype: torch.dtype) -> Any:

@@ -78,7 +78,7 @@ def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
     from data_prep.reader import open_plan
     from training import isolation, metrics, model, step
     from training.course import plan_course
-    from training.engine import build_engine, compute_dtype
+    from training.engine import build_engine, compute_dtype, load_dtype
     from training.loop import Run
     from training.schedule import schedule
     from training.stop import Stop
@@ -92,7 +92,7 @@ def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
     dtype = compute_dtype(settings, ranks)
     stop = Stop(ranks)
     stop.listen()
-    causal = model.load_model(settings, config.model_dir, config.tokenizer_dir, dtype)
+    causal = model.load_model(settings, config.model_dir, config.tokenizer_dir, load_dtype(settings, ranks))
     vocabulary = step.causal_model(causal).get_input_embeddings().weight.shape[0]
     flops = metrics.flops_per_token(step.causal_model(causal))
     engine = build_engine(step.TargetLoss(causal), settings, ranks)
