@@ -26,6 +26,7 @@ _SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vo
 _ID_FILES = ("generation_config.json", "config.json")
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
+DEFAULT_VOCAB_SIZE = 8192
 
 
 @dataclass(frozen=True)
