@@ -6,6 +6,7 @@ Every step can be repeated: a process may die, or the server go away, between an
 """
 
 import json
+import logging
 import os
 import shutil
 import tempfile
@@ -40,8 +41,11 @@ def connect(uri: str) -> "MlflowClient":
     """A client of this server or database, which is created when missing."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    from mlflow.tracking import MlflowClient
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial MLflow database tables..."
+    from mlflow.tracking import MlflowClient, set_registry_uri, set_tracking_uri
 
+    set_tracking_uri(uri)  # MLflow resolves `models:/` through its global settings, whatever the client says
+    set_registry_uri(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 
 

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.errors import PandaError
 from training import mlflow_sync, plots, run_record, system_metrics
 from training.exit import ExitReason
 from training.run_record import Dataset, RunRecord
@@ -40,6 +41,10 @@ class Facts:
     tags: dict[str, str] = field(default_factory=dict)
 
 
+class TrackingError(PandaError):
+    """MLflow is needed now and does not answer."""
+
+
 @dataclass(frozen=True)
 class TrackedRun:
     """An open run. `run_id` is None as long as MLflow could not be reached."""
@@ -51,6 +56,14 @@ class TrackedRun:
     def run_id(self) -> str | None:
         """The id MLflow gave the run."""
         return run_record.read(self.run_dir).run_id
+
+    def wait_for_run_id(self) -> str:
+        """The id, after sending all that is known now; for registration, which cannot go on without MLflow."""
+        if not self.sync() or self.run_id is None:
+            raise TrackingError(
+                f"MLflow at {redact_text(self.uri)} does not answer; start it, then go on with --resume"
+            )
+        return self.run_id
 
     def sync(self) -> bool:
         """Send what is new; False, with a warning, when MLflow cannot be reached. Raises nothing."""

@@ -1,0 +1,124 @@
+"""The code of a registered model ("models from code"): MLflow copies this file beside the weights and runs it to load.
+
+In: a request with `messages` (chat: roles and contents) or `prompt` (one text a row), and the parameters of generation.
+Out: an OpenAI-style chat completion, or one text a row. Imports nothing of this project, so a registered model loads
+wherever its few requirements are installed. Cost: the weights once in memory; of an adapter also its base model, found
+by the reference in the model's configuration, or at $PANDA_BASE_MODEL where that path does not exist.
+"""
+
+import os
+import time
+import uuid
+from pathlib import Path
+from typing import Any
+
+import torch
+from mlflow.models import set_model
+from mlflow.pyfunc import PythonModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+DEFAULTS = {"max_new_tokens": 128, "max_tokens": 0, "temperature": 0.0, "top_p": 1.0}
+
+
+class ServedModel(PythonModel):
+    """A causal language model with its tokenizer; greedy unless a temperature is asked for."""
+
+    def load_context(self, context: Any) -> None:
+        """Load what `context.artifacts["model"]` holds: whole weights, or an adapter and the base it refers to."""
+        directory = context.artifacts["model"]
+        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        if Path(directory, "adapter_config.json").exists():
+            from peft import PeftModel
+
+            base = load_weights(find_base(context.model_config["base_model"]))
+            self.model = PeftModel.from_pretrained(base, directory)
+        else:
+            self.model = load_weights(directory)
+        self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+
+    def predict(self, context, model_input, params=None):
+        """A chat completion for `messages`, a list of texts for `prompt`. MLflow would take type hints for the schema."""
+        options = {**DEFAULTS, **(params or {})}
+        rows = rows_of(model_input)
+        if rows and rows[0].get("messages") is not None:
+            return self.complete_chat(plain(rows[0]["messages"]), options)
+        prompts = [self.tokenizer(str(row["prompt"]), return_tensors="pt").input_ids for row in rows]
+        return [self.generate(ids, options)[0] for ids in prompts]
+
+    def complete_chat(self, messages: list[dict[str, str]], options: dict[str, Any]) -> dict[str, Any]:
+        """The assistant's next message in OpenAI's form."""
+        ids = self.encode_chat(messages)
+        text, num_new, reason = self.generate(ids, options)
+        num_prompt = ids.shape[1]
+        return {
+            "id": f"chatcmpl-{uuid.uuid4().hex}",
+            "object": "chat.completion",
+            "created": int(time.time()),
+            "model": "panda",
+            "choices": [{"index": 0, "message": {"role": "assistant", "content": text}, "finish_reason": reason}],
+            "usage": {
+                "prompt_tokens": num_prompt,
+                "completion_tokens": num_new,
+                "total_tokens": num_prompt + num_new,
+            },
+        }
+
+    def encode_chat(self, messages: list[dict[str, str]]) -> torch.Tensor:
+        """``(1, num_tokens)`` ids through the tokenizer's chat template; without one, the texts line by line."""
+        if self.tokenizer.chat_template:
+            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            return self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
+        return self.tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt").input_ids
+
+    @torch.inference_mode()
+    def generate(self, ids: torch.Tensor, options: dict[str, Any]) -> tuple[str, int, str]:
+        """(text, number of new tokens, "stop" or "length") for one prompt of shape ``(1, num_tokens)``."""
+        limit = int(options["max_tokens"] or options["max_new_tokens"])
+        sampling = float(options["temperature"]) > 0
+        ids = ids.to(self.model.device)
+        output = self.model.generate(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=limit,
+            do_sample=sampling,
+            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+            **({"temperature": float(options["temperature"]), "top_p": float(options["top_p"])} if sampling else {}),
+        )
+        new = output[0, ids.shape[1] :]
+        reason = "stop" if len(new) and int(new[-1]) == self.tokenizer.eos_token_id else "length"
+        return self.tokenizer.decode(new, skip_special_tokens=True), len(new), reason
+
+
+def load_weights(directory: str) -> Any:
+    """The model of a directory or hub id, in the precision it was saved in; no pickles, no remote code."""
+    return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", use_safetensors=True, low_cpu_mem_usage=True)
+
+
+def find_base(reference: str) -> str:
+    """Where the base model of an adapter is on this machine."""
+    override = os.environ.get("PANDA_BASE_MODEL")
+    if override and not Path(reference).exists():
+        return override
+    if Path(reference).is_absolute() and not Path(reference).exists():
+        raise FileNotFoundError(f"base model {reference} is not on this machine; set PANDA_BASE_MODEL to its directory")
+    return reference
+
+
+def rows_of(model_input: Any) -> list[dict[str, Any]]:
+    """A request as a list of rows, whether MLflow hands it over as a data frame, a mapping or a list."""
+    if hasattr(model_input, "to_dict"):
+        return model_input.to_dict("records")
+    if isinstance(model_input, dict):
+        if "messages" in model_input:
+            return [model_input]
+        prompt = model_input["prompt"]
+        return [{"prompt": text} for text in ([prompt] if isinstance(prompt, str) else prompt)]
+    return [row if isinstance(row, dict) else {"prompt": row} for row in model_input]
+
+
+def plain(messages: Any) -> list[dict[str, str]]:
+    """Messages as plain dictionaries with text contents."""
+    return [{"role": str(message["role"]), "content": str(message["content"])} for message in messages]
+
+
+set_model(ServedModel())
