@@ -22,7 +22,7 @@ from typing import Any
 
 from data_prep import store
 from data_prep.errors import CorpusError
-from data_prep.read import SUFFIXES, WINDOW_BYTES, Piece, find_form, find_opening
+from data_prep.read import HEAD_BYTES, SUFFIXES, WINDOW_BYTES, Piece, find_form, find_opening
 from data_prep.settings import CorpusSettings
 from data_prep.target import target_fingerprint
 
@@ -145,7 +145,7 @@ def _cut(file: InputFile) -> list[Piece]:
     if file.size <= 2 * PART_BYTES or _compression(file.path):
         return [Piece(file.path)]
     with open(file.path, "rb") as stream:
-        head = stream.read(WINDOW_BYTES)
+        head = stream.read(HEAD_BYTES)
         form = find_form(head.removeprefix(b"\xef\xbb\xbf"))
         opening = find_opening(head) if form == "array" else b""
         border = b"\n" if form == "lines" else opening

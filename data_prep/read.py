@@ -30,6 +30,7 @@ from data_prep.normalise import Rejected, decode, normalise
 
 Form = Literal["lines", "array", "values"]
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
+HEAD_BYTES = 4 << 20
 WINDOW_BYTES = 4 << 20
 MIN_WINDOW_BYTES = 32 << 10
 MAX_RECORD_BYTES = 64 << 20
@@ -43,6 +44,7 @@ _SCALAR = re.compile(rb'"%b"|[^\s,\[\]{}"]++' % _INSIDE)
 _TOKEN = re.compile(rb'"%b"|([:,]?)\s*+([{\[])|[}\]]|"' % _INSIDE)
 _OPEN_STRING = re.compile(rb"%b\\?\Z" % _INSIDE)
 _AFTER_STRING = re.compile(rb"\s*+[:,\]}]")
+_AFTER_SCALAR = re.compile(rb"\s*+(?:[,\]]|\Z)")
 _NEARLY_END = re.compile(rb"\s*+\Z")
 _BORDER = re.compile(rb"[}\]]\s*+,\s*+(?=[{\[])")
 _RESUME = re.compile(rb"(?:[}\]]\s*+,|\n)\s*+(?=[{\[])")
@@ -194,7 +196,7 @@ class Window:
 def read_blocks(source: Source) -> Iterator[Block]:
     """All records of a piece in file order; what is no record comes with a reason."""
     window = Window(source)
-    window.fill(WINDOW_BYTES)
+    window.fill(HEAD_BYTES)
     if source.piece.first and window.data.startswith(BOM):
         window.skip(len(BOM))
     form = source.piece.form or find_form(window.data[window.position :])
@@ -458,7 +460,8 @@ def _scan(data: bytes, start: int) -> tuple[int, bool]:
     """The end of the value at ``start`` and True; or where it breaks (the end of data if it may go on) and False."""
     if data[start : start + 1] not in (b"{", b"["):
         match = _SCALAR.match(data, start)
-        return (match.end(), True) if match else (start, False)
+        complete = match is not None and _AFTER_SCALAR.match(data, match.end()) is not None
+        return (match.end(), True) if complete else (start, False)
     stack: list[int] = []
     for match in _TOKEN.finditer(data, start):
         if not _fits(data, match, stack):
