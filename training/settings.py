@@ -25,6 +25,11 @@ class ModelSettings(Settings):
     ckpt_path: str | None = Field(
         None, description="Weights to start from: a directory, a folder below ./pretrained-models, or a hub id."
     )
+    delta_base: str | None = Field(
+        None,
+        description="What a delta checkpoint (weights minus a base, such as llama-panda-zh-7b-delta) is added to: a "
+        "directory, a folder below ./pretrained-models, or a hub id.",
+    )
     architecture: dict[str, Any] | None = Field(
         None, description="Hugging Face config (with `model_type`) of a model initialised from scratch."
     )

@@ -32,10 +32,10 @@ def base_checkpoint(settings: ModelSettings) -> str | None:
     return model if named else None
 
 
-def resolve_checkpoint(ckpt_path: str) -> Path:
+def resolve_checkpoint(ckpt_path: str, needs_tokenizer: bool = True) -> Path:
     """The local directory of a checkpoint, complete enough to start from; a hub id is downloaded first."""
     folder = find_checkpoint(ckpt_path) or _download(ckpt_path)
-    problem = missing_part(folder, ckpt_path)
+    problem = missing_part(folder, ckpt_path, needs_tokenizer)
     if problem:
         raise CheckpointError(f"ckpt_path={ckpt_path!r}: {problem} (looked in {folder})")
     return folder
@@ -47,13 +47,13 @@ def find_checkpoint(ckpt_path: str) -> Path | None:
     return next((place.absolute() for place in places if place.is_dir()), None)
 
 
-def missing_part(folder: Path, name: str) -> str | None:
+def missing_part(folder: Path, name: str, needs_tokenizer: bool) -> str | None:
     """What the directory of the checkpoint `name` lacks, with the remedy; None when it has all."""
     if not (folder / "config.json").is_file():
         return "there is no config.json; a checkpoint in Hugging Face format is needed"
     if not any(folder.glob("*.safetensors")):
         return _no_weights(name)
-    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+    if needs_tokenizer and not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return f"there is no tokenizer (one of {', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there"
     return None
 
