@@ -11,7 +11,8 @@ from data_prep.tokenizer import train_tokenizer
 from tasks.artifacts import show_report
 from tasks.progress import StageProgress
 from tasks.stage import stage
-from training.source import resolve_checkpoint
+from training.delta import model_directory
+from training.settings import ModelSettings
 
 DEFAULT_VOCAB_SIZE = 8192
 
@@ -23,9 +24,9 @@ def shard(settings: PandaSettings) -> RecordsResult:
 
 
 @stage("base model")
-def base_model(checkpoint: str) -> Path:
-    """The directory of the checkpoint to start from, downloaded when it is a hub id."""
-    return resolve_checkpoint(checkpoint)
+def base_model(settings: PandaSettings) -> Path | None:
+    """The directory of the weights to start from, downloaded or added up if need be; None = from scratch."""
+    return model_directory(ModelSettings.of(settings), Path(settings.cache_dir))
 
 
 @stage("train tokenizer")

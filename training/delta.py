@@ -24,7 +24,7 @@ from data_prep import store
 from training.errors import CheckpointError
 from training.settings import ModelSettings
 from training.source import base_checkpoint, resolve_checkpoint
-from training.tensor_file import INDEX, TensorInfo, read_values, rounded, tensors_of, write
+from training.tensor_file import INDEX, TensorInfo, read_values, rounded, tensors_of, widened, write
 
 logger = logging.getLogger(__name__)
 
@@ -126,9 +126,9 @@ def _weights(folder: Path) -> dict[str, TensorInfo]:
 
 
 def _sums(infos: dict[str, TensorInfo], bases: dict[str, TensorInfo], total: list[float]) -> Iterator[np.ndarray]:
-    """base + delta, tensor by tensor, before rounding to the file's type; the sum of all values goes to `total`."""
+    """base + delta, tensor by tensor, as the file will hold it; the sum of all values goes to `total`."""
     for name, info in infos.items():
-        value = read_values(bases[name]) + read_values(info)
+        value = widened(rounded(read_values(bases[name]) + read_values(info), info.dtype), info.dtype)
         if not np.isfinite(value).all():
             raise CheckpointError(f"{info.file}: {name} is not finite after adding the base; the file is damaged")
         total[0] += float(value.sum(dtype=np.float64))

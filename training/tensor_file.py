@@ -81,8 +81,12 @@ def read_values(info: TensorInfo) -> np.ndarray:
         raise CheckpointError(f"{info.file}: a tensor of type {info.dtype}; weights in {', '.join(NUMPY)} are needed")
     if not math.prod(info.shape):
         return np.zeros(info.shape, np.float32)
-    raw = np.memmap(info.file, NUMPY[info.dtype], "r", info.start, info.shape)
-    return (raw.astype(np.uint32) << 16).view(np.float32) if info.dtype == "BF16" else raw.astype(np.float32)
+    return widened(np.memmap(info.file, NUMPY[info.dtype], "r", info.start, info.shape), info.dtype)
+
+
+def widened(raw: np.ndarray, dtype: str) -> np.ndarray:
+    """Values as a file of type `dtype` holds them, as float32."""
+    return (raw.astype(np.uint32) << 16).view(np.float32) if dtype == "BF16" else raw.astype(np.float32)
 
 
 def rounded(values: np.ndarray, dtype: str) -> np.ndarray:

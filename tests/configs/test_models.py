@@ -70,7 +70,10 @@ def test_architecture_on_the_meta_device(name):
     assert not set(settings.architecture) - set(config.to_dict()) - {"rope_theta", "rope_scaling"}, "unknown field"
 
 
-@pytest.mark.parametrize("path", sorted(CONFIG_DIR.rglob("*.yaml")), ids=lambda path: path.stem)
+SHIPPED = [path for path in sorted(CONFIG_DIR.rglob("*.yaml")) if path.name != "tmp.yaml"]  # that one train.py writes
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda path: path.stem)
 def test_every_yaml_loads(path: Path):
     content = yaml.safe_load(path.read_text(encoding="utf-8"))
     if path.parent == CONFIG_DIR:
