@@ -5,15 +5,16 @@ On disk, below ``RUN/checkpoints``::
     step-000120/  state-00000.safetensors ...   "<parameter>|weight", "<parameter>|exp_avg", ... whole, float32
                   complete.json                 step, progress, sizes and hashes of the files; written last
 
-Only trained parameters are in it, so a LoRA checkpoint holds no base weights. Written to a temporary name, fsynced, then
-renamed; a directory without a valid `complete.json` is not a checkpoint. The newest valid one is resumed, a damaged one is
-skipped with a warning, and old ones are deleted only after a newer one is complete. No pickle is read or written.
+Only trained parameters are in it, so a LoRA checkpoint holds no base weights. Written to a temporary name, fsynced,
+then renamed; a directory without a valid `complete.json` is not a checkpoint. The newest valid one is resumed, a
+damaged one is skipped with a warning, and old ones are deleted only after a newer one is complete. No pickle is read
+or written.
 
-Random numbers are not in it: every micro-batch seeds dropout from (seed, step, rows), see `loop.py`.
+Random numbers are not in it: every micro-batch seeds dropout from (seed, step, rows), see `step.py`.
 
-Cost: every trained parameter is gathered once and written by rank 0, in files of at most 1 GiB (so that is the memory it
-takes); 12 bytes a trained parameter with AdamW. One writer is slower than one per rank on a large cluster, but N ranks
-resume on M and ZeRO resumes on FSDP without a conversion.
+Cost: every trained parameter is gathered once and written by rank 0, in files of at most 1 GiB (so that is the memory
+it takes); 12 bytes a trained parameter with AdamW. One writer is slower than one per rank on a large cluster, but N
+ranks resume on M and ZeRO resumes on FSDP without a conversion.
 """
 
 import json
@@ -56,6 +57,15 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
+
+    def add(self, loss: float, tokens: int, target_tokens: int, seconds: float) -> None:
+        """One more step is done."""
+        self.step += 1
+        self.tokens += tokens
+        self.target_tokens += target_tokens
+        self.seconds += seconds
+        self.first_loss = loss if self.first_loss is None else self.first_loss
+        self.last_loss = loss
 
 
 def name_of(step: int) -> str:
@@ -130,7 +140,8 @@ def is_complete(directory: Path) -> bool:
         if content["format_version"] != FORMAT_VERSION:
             raise ValueError(f"format version {content['format_version']}, this program reads {FORMAT_VERSION}")
         for name, expected in content["files"].items():
-            if (directory / name).stat().st_size != expected["bytes"] or hash_file(directory / name) != expected["xxh3"]:
+            file = directory / name
+            if file.stat().st_size != expected["bytes"] or hash_file(file) != expected["xxh3"]:
                 raise ValueError(f"{name} is damaged")
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: skipped, not a whole checkpoint (%s)", directory, error)
@@ -160,12 +171,12 @@ def load(engine: Engine, directory: Path) -> None:
     for name, state in _read_states(directory):
         if name not in expected:
             raise CheckpointError(
-                f"{directory}: holds {name}, which this model does not train; resume with the settings the run began with"
+                f"{directory}: holds {name}, which is not trained now; resume with the settings the run began with"
             )
         expected.discard(name)
         engine.write(name, state)
     if expected:
-        raise CheckpointError(f"{directory}: lacks {sorted(expected)[0]} and {len(expected) - 1} other trained parameters")
+        raise CheckpointError(f"{directory}: lacks {len(expected)} trained parameters, first {sorted(expected)[0]}")
 
 
 def _read_states(directory: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:

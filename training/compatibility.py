@@ -133,7 +133,8 @@ RULES: tuple[Rule, ...] = (
 
 RECURRENT_TYPES = frozenset(
     ("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "zamba", "zamba2", "bamba",
-     "falcon_h1", "nemotron_h", "granitemoehybrid", "lfm2", "lfm2_moe", "qwen3_next", "minimax", "kimi_linear", "plamo2")
+     "falcon_h1", "nemotron_h", "granitemoehybrid", "lfm2", "lfm2_moe", "qwen3_next", "minimax", "kimi_linear",
+     "plamo2")
 )  # fmt: skip
 RECURRENT_LAYERS = frozenset(
     ("linear_attention", "mamba", "mamba2", "recurrent", "conv", "lightning_attention", "hybrid", "ssm")

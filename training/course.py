@@ -1,8 +1,8 @@
 """The course of a run: which rows each step trains on, known before the first one.
 
 In: plan, settings, number of ranks. Out: steps, rows and target tokens of every step. All of it is a pure function, so
-resuming is a seek and the rows of a step are the same on any number of ranks. `rows_per_step` is fixed when a run starts
-(micro-batch x accumulation x ranks); a resumed run keeps it whatever its ranks and micro-batch are then.
+resuming is a seek and the rows of a step are the same on any number of ranks. `rows_per_step` is fixed when a run
+starts (micro-batch x accumulation x ranks); a resumed run keeps it whatever its ranks and micro-batch are then.
 """
 
 import math

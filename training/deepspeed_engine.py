@@ -1,16 +1,17 @@
 """DeepSpeed ZeRO 0 to 3 behind the `Engine` interface.
 
-In: a `TargetLoss`, settings, ranks. Out: an `Engine`. DeepSpeed divides gradients by the number of ranks (undone through
-`averaging`) and, unless told otherwise, by the accumulation steps (told otherwise); the last micro-batch of a step is
-announced, because the last step of an epoch has fewer of them than the configuration says.
+In: a `TargetLoss`, settings, ranks. Out: an `Engine`. DeepSpeed divides gradients by the number of ranks (undone
+through `averaging`) and, unless told otherwise, by the accumulation steps (told otherwise); the last micro-batch of a
+step is announced, because the last step of an epoch has fewer of them than the configuration says.
 
-bfloat16: ZeRO 1 to 3 keep the model in bfloat16 and a sharded float32 copy; ZeRO 0 keeps trainable weights in float32 and
-computes under autocast, so that optimizers that need whole parameters (LAMB, Adafactor, 8-bit) see them.
+bfloat16: ZeRO 1 to 3 keep the model in bfloat16 and a sharded float32 copy; ZeRO 0 keeps trainable weights in float32
+and computes under autocast, so that optimizers that need whole parameters (LAMB, Adafactor, 8-bit) see them.
 
-Start-up: importing deepspeed would import mlflow (1.2 s), and joining would compile an operator that only inference uses
-(30 to 40 s the first time); neither happens here.
+Start-up: importing deepspeed would import mlflow (1.2 s), and joining would compile an operator that only inference
+uses (30 to 40 s the first time); neither happens here.
 """
 
+import math
 import os
 import sys
 from collections.abc import Iterator
@@ -73,13 +74,12 @@ class DeepSpeedEngine:
     """See `training.engine.Engine`."""
 
     module: nn.Module
-    averaging: float
+    ranks: Ranks
     engine: Any
     base: torch.optim.Optimizer  # the optimizer below DeepSpeed's, which holds the states
     stage: int
     max_grad_norm: float
     autocast: torch.dtype | None
-    device: torch.device
 
     @classmethod
     def build(cls, module: nn.Module, settings: TrainSettings, ranks: Ranks) -> "DeepSpeedEngine":
@@ -90,17 +90,20 @@ class DeepSpeedEngine:
         engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=zero_config(settings, ranks))
         return cls(
             module=module,
-            averaging=float(ranks.world_size),
+            ranks=ranks,
             engine=engine,
             base=base,
             stage=settings.zero_stage,
             max_grad_norm=settings.max_grad_norm,
             autocast=torch.bfloat16 if uses_bf16(settings, ranks) and not settings.zero_stage else None,
-            device=ranks.device,
         )
 
+    @property
+    def averaging(self) -> float:
+        return float(self.ranks.world_size)
+
     def forward(self, *arguments: Any, **options: Any) -> Tensor:
-        with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
+        with torch.autocast(self.ranks.device.type, self.autocast, enabled=self.autocast is not None):
             return self.engine(*arguments, **options)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -116,8 +119,8 @@ class DeepSpeedEngine:
 
     def _plain_step(self) -> float:
         """ZeRO 0: DeepSpeed has reduced the gradients and looks at nothing; the norm is ours to take."""
-        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.max_grad_norm or float("inf")))
-        if norm == norm and norm != float("inf"):
+        norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.max_grad_norm or math.inf))
+        if math.isfinite(norm):
             self.engine.step()
         return norm
 
@@ -157,14 +160,16 @@ class DeepSpeedEngine:
         self._allocate_states(state)
         for key, value in state.items():
             if value.dim() or key == WEIGHT:
-                self._write_shard(parameter, value.to(self.device), None if key == WEIGHT else key)
-        self._refresh_compute_copy(parameter, state[WEIGHT].to(self.device))
+                self._write_shard(parameter, value.to(self.ranks.device), None if key == WEIGHT else key)
+        self._refresh_compute_copy(parameter, state[WEIGHT].to(self.ranks.device))
 
     def _write_plain(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
         with torch.no_grad():
             parameter.copy_(state[WEIGHT])
-        entry = {key: value for key, value in state.items() if key != WEIGHT}
-        self.base.state[parameter] = {key: value.to(self.device) if value.dim() else value for key, value in entry.items()}
+        device = self.ranks.device
+        self.base.state[parameter] = {
+            key: value.to(device) if value.dim() else value for key, value in state.items() if key != WEIGHT
+        }
 
     def _allocate_states(self, state: dict[str, Tensor]) -> None:
         """Give every flat shard the states that a first update would create, and tell DeepSpeed about them."""
@@ -190,8 +195,9 @@ class DeepSpeedEngine:
             parameter.set_full_hp_param(value, key)
             return
         optimizer = self.engine.optimizer
-        length, rank = parameter.ds_tensor.ds_numel, torch.distributed.get_rank()
-        padded = torch.nn.functional.pad(value.flatten(), (0, length * torch.distributed.get_world_size() - value.numel()))
+        length, rank = parameter.ds_tensor.ds_numel, self.ranks.rank
+        missing = length * self.ranks.world_size - value.numel()  # the last rank's piece is padded
+        padded = torch.nn.functional.pad(value.flatten(), (0, missing))
         optimizer.set_local_hp_param(padded[rank * length : (rank + 1) * length], parameter, key)
 
     def _refresh_compute_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
@@ -203,7 +209,7 @@ class DeepSpeedEngine:
             from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
             with GatheredParameters([parameter], modifier_rank=0):
-                if torch.distributed.get_rank() == 0:
+                if self.ranks.is_first:
                     parameter.copy_(value)
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

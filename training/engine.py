@@ -3,8 +3,8 @@
 DeepSpeed (`deepspeed_engine.py`) and FSDP2 (`fsdp_engine.py`) implement it. Both average gradients over the ranks; the
 loop undoes that by multiplying the loss by `averaging`, so that gradients are sums, as if one rank had done it all.
 
-`read` and `write` speak of whole parameters by name, not of shards: a checkpoint of N ranks therefore resumes on M. Cost:
-every trainable parameter is gathered once, one at a time, to every rank.
+`read` and `write` speak of whole parameters by name, not of shards: a checkpoint of N ranks therefore resumes on M.
+Cost: every trainable parameter is gathered once, one at a time, to every rank.
 """
 
 from collections.abc import Iterator
@@ -23,6 +23,7 @@ class Engine(Protocol):
     """A model of which the weights, gradients or optimizer states may be sharded over the ranks."""
 
     module: nn.Module  # `TargetLoss`; call `forward`, never this
+    ranks: Ranks
     averaging: float  # gradients come out divided by this
 
     def forward(self, *arguments, **options) -> Tensor:
@@ -44,7 +45,7 @@ class Engine(Protocol):
         """Put back what `read` gave, into this rank's shard."""
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole weight on the CPU) of every parameter and buffer that is saved with a model. All ranks together."""
+        """(name, whole weight on the CPU) of every tensor that is saved with a model. All ranks together."""
 
 
 def build_engine(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> Engine:
@@ -65,7 +66,8 @@ def model_name(name: str) -> str:
 
 def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """(name inside the model, parameter) of what is trained, each shared parameter once."""
-    return [(model_name(name), parameter) for name, parameter in module.named_parameters() if parameter.requires_grad]
+    named = [(model_name(name), parameter) for name, parameter in module.named_parameters()]
+    return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

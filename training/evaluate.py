@@ -1,7 +1,8 @@
 """Evaluate the model that a run has written: what is deployed, read back from disk.
 
 In: RUN/config.yaml, RUN/model, the validation rows of the plan. Out: RUN/evaluation.json, `{source: {loss, perplexity,
-target_tokens}}`. By hand: ``python -m training.evaluate --config RUN/config.yaml``. One process; no DeepSpeed is imported.
+target_tokens}}`. By hand: ``python -m training.evaluate --config RUN/config.yaml``. One process; no DeepSpeed is
+imported.
 """
 
 import argparse
@@ -14,10 +15,11 @@ import torch
 from data_prep.reader import open_plan
 from training.config_file import read_config
 from training.evaluation import evaluate
+from training.exit import run_rank
 from training.model import load_deployed
 from training.ranks import join, leave, this_rank
 from training.settings import TrainSettings
-from training.step import TargetLoss
+from training.target_loss import TargetLoss
 
 
 def evaluate_model(model_dir: Path, plan_dir: Path, settings: TrainSettings) -> dict[str, Any]:
@@ -36,7 +38,8 @@ def evaluate_model(model_dir: Path, plan_dir: Path, settings: TrainSettings) -> 
 
 def _dtype(settings: TrainSettings) -> torch.dtype:
     on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    return torch.bfloat16 if settings.precision == "bf16" or (settings.precision == "auto" and on_gpu) else torch.float32
+    wanted = settings.precision == "bf16" or (settings.precision == "auto" and on_gpu)
+    return torch.bfloat16 if wanted else torch.float32
 
 
 def main() -> None:
@@ -50,4 +53,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_rank(main)

@@ -1,8 +1,8 @@
 """Held-out loss and perplexity per source; no logits are kept, memory is that of one micro-batch.
 
 In: a function from a micro-batch to one loss a target token, the rows of a validation plan. Out: `{source: {loss,
-perplexity, target_tokens}}` and the same for all sources together under `all`. The ranks share the rows; every rank makes
-the same number of forward passes, as sharded engines need.
+perplexity, target_tokens}}` and the same for all sources together under `all`. The ranks share the rows; every rank
+makes the same number of forward passes, as sharded engines need.
 """
 
 import math
@@ -17,7 +17,7 @@ from data_prep.order import split_step
 from data_prep.reader import Plan
 from training.loader import load_ahead
 from training.ranks import Ranks
-from training.step import MicroBatch
+from training.target_loss import MicroBatch
 
 ALL = "all"
 

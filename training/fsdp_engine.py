@@ -1,10 +1,10 @@
 """PyTorch FSDP2 (`fully_shard`) behind the `Engine` interface.
 
-In: a `TargetLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, the rest is the root unit: weights are
-gathered for a layer at a time, gradients and optimizer states exist only as shards. FSDP2 averages gradients over the
-ranks (undone through `averaging`). bfloat16: shards are float32, layers compute in bfloat16, gradients are summed in
-float32. Optimizers see `DTensor`s, whose norms are global, so LAMB works. Cost: each rank loads the whole model before
-it is sharded.
+In: a `TargetLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, the rest is the root unit:
+weights are gathered for a layer at a time, gradients and optimizer states exist only as shards. FSDP2 averages
+gradients over the ranks (undone through `averaging`). bfloat16: shards are float32, layers compute in bfloat16,
+gradients are summed in float32. Optimizers see `DTensor`s, whose norms are global, so LAMB works. Cost: each rank
+loads the whole model before it is sharded.
 """
 
 import math
@@ -24,7 +24,7 @@ from training.lamb import whole
 from training.optim import build_optimizer
 from training.ranks import Ranks
 from training.settings import TrainSettings
-from training.step import causal_model
+from training.target_loss import causal_model
 
 
 @dataclass
@@ -32,7 +32,7 @@ class FsdpEngine:
     """See `training.engine.Engine`."""
 
     module: nn.Module
-    averaging: float
+    ranks: Ranks
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
 
@@ -49,7 +49,11 @@ class FsdpEngine:
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(module, mesh=mesh, mp_policy=precision)
         optimizer = build_optimizer(module.named_parameters(), settings)
-        return cls(module, float(ranks.world_size), optimizer, settings.max_grad_norm)
+        return cls(module, ranks, optimizer, settings.max_grad_norm)
+
+    @property
+    def averaging(self) -> float:
+        return float(self.ranks.world_size)
 
     def forward(self, *arguments: Any, **options: Any) -> Tensor:
         return self.module(*arguments, **options)
@@ -99,4 +103,5 @@ def decoder_layers(module: nn.Module) -> list[nn.Module]:
 
 def _like(value: Tensor, parameter: DTensor) -> Tensor:
     """This rank's shard of a whole tensor, cut as the parameter is; every rank has the whole, nothing is sent."""
-    return distribute_tensor(value.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None)
+    moved = value.to(parameter.device)
+    return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)

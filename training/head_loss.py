@@ -4,9 +4,10 @@ In: hidden states ``(num_targets, hidden)`` of the positions that predict a targ
 ``(vocabulary, hidden)``, the target ids ``(num_targets,) int64``. Out: the summed loss (training) or one loss a token
 (evaluation). Logits exist for one chunk of targets at a time, at most `CHUNK_ELEMENTS` numbers.
 
-Training computes the gradients of hidden states and weight in the forward pass, chunk by chunk, because there the logits
-are at hand: three matrix products in all, as without chunks; recomputing the logits in the backward pass would make it
-four. Cost: one buffer as large as the weight for its gradient, which training needs anyway. Cross-entropy is float32.
+Training computes the gradients of hidden states and weight in the forward pass, chunk by chunk, because there the
+logits are at hand: three matrix products in all, as without chunks; recomputing the logits in the backward pass would
+make it four. Cost: one buffer as large as the weight for its gradient, which training needs anyway. Cross-entropy is
+float32.
 """
 
 from collections.abc import Iterator

@@ -10,6 +10,7 @@ Cost: five forward passes of 30 tokens. All ranks run the same ones together, as
 
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,7 +19,7 @@ from torch import Tensor
 from data_prep.reader import IGNORED, Batch
 from training.errors import ModelError
 from training.ranks import Ranks
-from training.step import MicroBatch, Mode, micro_batch
+from training.target_loss import MicroBatch, Mode, micro_batch
 
 LENGTHS = (7, 13, 9)
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -27,21 +28,32 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 Losses = Callable[[MicroBatch, Mode], Tensor]
 
 
-def check(losses_of: Losses, vocabulary: int, packing: bool, rows: int, dtype: torch.dtype, ranks: Ranks) -> None:
-    """Run the checks; `rows` is the micro-batch, because FlashAttention isolates segments at batch size 1 only."""
-    segments = random_segments(vocabulary)
-    packed = pack([segments] * min(rows, 2)).to(ranks.device)
+@dataclass(frozen=True)
+class Facts:
+    """What the checks depend on."""
+
+    vocabulary: int
+    packing: bool
+    micro_batch: int  # FlashAttention isolates segments at batch size 1 only
+    dtype: torch.dtype
+
+
+def check(losses_of: Losses, facts: Facts, ranks: Ranks) -> None:
+    """Run the checks. All ranks together."""
+    rows = min(facts.micro_batch, 2)
+    segments = random_segments(facts.vocabulary)
+    packed = pack([segments] * rows).to(ranks.device)
     with torch.no_grad():
         ours = losses_of(packed, "each").cpu()
         own = losses_of(packed, "reference").cpu()
         alone = [losses_of(pack([[segment]]).to(ranks.device), "each").cpu() for segment in segments]
-    if not _close(own, ours, dtype):
+    if not _close(own, ours, facts.dtype):
         raise ModelError(
             f"losses at target positions differ from those of the model's own logits by {_distance(own, ours):.3g}; "
             "this model's output layer does more than a matrix product, please report its model_type"
         )
-    expected = torch.cat(alone * min(rows, 2))
-    if packing and not _close(expected, ours, dtype):
+    expected = torch.cat(alone * rows)
+    if facts.packing and not _close(expected, ours, facts.dtype):
         raise ModelError(
             f"the segments of a packed row are not isolated in this model: losses differ by up to "
             f"{_distance(expected, ours):.3g} from those of the segments alone. Use --packing false"

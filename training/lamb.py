@@ -1,8 +1,8 @@
 """LAMB: Adam whose update of each parameter has a length proportional to the parameter's (arXiv 1904.00962).
 
 In: parameter groups. Out: updated parameters. NVLAMB (`normalise_gradients`) first divides all gradients by their
-global norm, as NVIDIA's BERT recipe does. State is Adam's: two moments. Needs whole parameters (or DTensors, whose norms
-are global): an optimizer that sees flattened shards, as under ZeRO 1 to 3, would compute the wrong lengths.
+global norm, as NVIDIA's BERT recipe does. State is Adam's: two moments. Needs whole parameters (or DTensors, whose
+norms are global): an optimizer that sees flattened shards, as under ZeRO 1 to 3, would compute the wrong lengths.
 """
 
 import torch
@@ -10,11 +10,12 @@ from torch import Tensor
 
 
 class Lamb(torch.optim.Optimizer):
-    """Layer-wise adaptive moments. No trust ratio for parameters that do not decay (norms, biases), as in the paper's code."""
+    """Layer-wise adaptive moments; vectors (norms, biases) have no trust ratio, as in the paper's code."""
 
-    def __init__(self, params, lr: float, betas=(0.9, 0.999), eps=1e-6, weight_decay=0.0, normalise_gradients=False):
+    def __init__(self, params, *, normalise_gradients: bool = False, **hyper_parameters):
+        """`hyper_parameters`: lr, betas, eps, weight_decay, as for torch's AdamW."""
         self.normalise_gradients = normalise_gradients
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        super().__init__(params, {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, **hyper_parameters})
 
     @torch.no_grad()
     def step(self, closure=None):

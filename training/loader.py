@@ -11,7 +11,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 import numpy as np
 
 from data_prep.reader import Plan
-from training.step import MicroBatch, micro_batch
+from training.target_loss import MicroBatch, micro_batch
 
 
 def load(plan: Plan, rows: np.ndarray) -> MicroBatch:
@@ -19,7 +19,9 @@ def load(plan: Plan, rows: np.ndarray) -> MicroBatch:
     return micro_batch(plan.batch(rows), rows)
 
 
-def load_ahead(plan: Plan, wanted: Iterable[np.ndarray], num_workers: int, prefetch_factor: int) -> Iterator[MicroBatch]:
+def load_ahead(
+    plan: Plan, wanted: Iterable[np.ndarray], num_workers: int, prefetch_factor: int
+) -> Iterator[MicroBatch]:
     """The micro-batches of `wanted`, in its order; `num_workers` threads keep `prefetch_factor` each ready."""
     if not num_workers:
         yield from (load(plan, rows) for rows in wanted)

@@ -1,24 +1,18 @@
 """The training loop: steps, evaluation, checkpoints, until the course is done or someone asks to stop.
 
-In: a `Run` (engine, course, plans, ranks, settings). Out: the `Progress` at the end; metrics, evaluations, checkpoints on
-disk. The loop owns no algorithm: rows come from `course.py`, the step from `step.py`, sharding from the engine.
-
-Dropout is seeded for every micro-batch from (seed, step, its rows), so a resumed run needs no generator state and a
-micro-batch drops the same numbers on whatever rank it runs.
+In: a `Run` (engine, course, plans, ranks, settings). Out: the `Progress` at the end; metrics, evaluations,
+checkpoints on disk. The loop owns no algorithm: rows come from `course.py`, the step from `step.py`, sharding from
+the engine.
 """
 
 import logging
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-import xxhash
-from torch import Tensor
 
 from data_prep.reader import Plan
 from training import checkpoint, evaluation
@@ -31,10 +25,12 @@ from training.metrics import Clock, JsonLines, duration, memory_peak_bytes
 from training.ranks import Ranks
 from training.schedule import Factor
 from training.settings import TrainSettings
-from training.step import MicroBatch
+from training.step import NotFinite, StepWork, train_step
 from training.stop import Stop
+from training.target_loss import MicroBatch
 
 SIGN_OF_LIFE_SECONDS = 10.0
+NUM_RECORDS_SHOWN = 5
 
 log = logging.getLogger(__name__)
 
@@ -63,6 +59,17 @@ class Run:
         """`save_steps`, or ten times in a run."""
         return self.settings.save_steps or max(1, math.ceil(self.course.total_steps / 10))
 
+    def work(self, step: int) -> StepWork:
+        """What a step has to do."""
+        micro_batch = self.settings.per_gpu_train_batch_size
+        return StepWork(
+            step=step,
+            seed=self.settings.seed,
+            num_micro_steps=len(self.course.micro_batches(step, self.ranks.rank, self.ranks.world_size, micro_batch)),
+            target_tokens=self.course.target_tokens(step),
+            learning_rate=self.settings.learning_rate * self.factor(step),
+        )
+
 
 def train(run: Run, progress: Progress) -> Progress:
     """Train from where `progress` is to the end of the course, or until held-out loss stops falling."""
@@ -82,49 +89,37 @@ def train(run: Run, progress: Progress) -> Progress:
 
 
 def _micro_batches(run: Run, first_step: int) -> Iterator[MicroBatch]:
+    """This rank's micro-batches from a step on, on its device."""
     settings, ranks = run.settings, run.ranks
     wanted = run.course.wanted(first_step, ranks.rank, ranks.world_size, settings.per_gpu_train_batch_size)
-    return load_ahead(run.course.plan, wanted, settings.num_workers, settings.prefetch_factor)
+    loaded = load_ahead(run.course.plan, wanted, settings.num_workers, settings.prefetch_factor)
+    return (batch.to(ranks.device) for batch in loaded)
 
 
 def one_step(run: Run, progress: Progress, batches: Iterator[MicroBatch]) -> dict[str, Any]:
-    """One optimizer step; returns what is measured. Raises before the update when a number is not finite."""
+    """One optimizer step; `progress` moves on; returns what is measured."""
     began, clock = time.perf_counter(), Clock(run.ranks.device)
-    step = progress.step
-    target_tokens = run.course.target_tokens(step)
-    done, losses = _accumulate(run, progress, batches, run.engine.averaging / target_tokens, clock)
-    loss = global_loss(losses, done, target_tokens, run, step)
-    learning_rate = run.settings.learning_rate * run.factor(step)
-    with clock.span("step"):
-        grad_norm = run.engine.step(learning_rate)
-    if not math.isfinite(grad_norm):
-        raise NonFiniteError(
-            f"step {step + 1}: the gradient norm is {grad_norm}, the loss {loss:.4f}; no update was made. "
-            f"Rank {run.ranks.rank} trained on {_records(run, [row for batch in done for row in batch.rows])}"
-        )
-    rows = run.course.rows(step)
-    tokens = int(run.course.plan.row_tokens[rows].sum())
-    computed = run.ranks.sum(float(sum(batch.input_ids.numel() for batch in done)))[0]
-    seconds = time.perf_counter() - began
-    progress.step += 1
-    progress.tokens += tokens
-    progress.target_tokens += target_tokens
-    progress.seconds += seconds
-    progress.first_loss = loss if progress.first_loss is None else progress.first_loss
-    progress.last_loss = loss
+    work = run.work(progress.step)
+    try:
+        result = train_step(run.engine, batches, work, clock, _watch(run, progress, work.num_micro_steps))
+    except NotFinite as error:
+        raise _explain(error, run, progress.step) from error
+    rows = run.course.rows(progress.step)
+    tokens, seconds = int(run.course.plan.row_tokens[rows].sum()), time.perf_counter() - began
+    progress.add(loss=result.loss, tokens=tokens, target_tokens=work.target_tokens, seconds=seconds)
     return {
         "step": progress.step,
         "epoch": progress.step / run.course.steps_per_epoch,
-        "loss": loss,
-        "learning_rate": learning_rate,
-        "grad_norm": grad_norm,
+        "loss": result.loss,
+        "learning_rate": work.learning_rate,
+        "grad_norm": result.grad_norm,
         "rows": len(rows),
         "tokens": tokens,
-        "target_tokens": target_tokens,
-        "padding": 1 - tokens / computed,
+        "target_tokens": work.target_tokens,
+        "padding": 1 - tokens / result.num_computed,
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
-        "target_tokens_per_second": target_tokens / seconds,
+        "target_tokens_per_second": work.target_tokens / seconds,
         **clock.take(),
         **_utilisation(run, tokens / seconds),
         "memory_peak_bytes": memory_peak_bytes(run.ranks.device),
@@ -138,69 +133,41 @@ def _utilisation(run: Run, tokens_per_second: float) -> dict[str, float]:
     return {"mfu": run.flops_per_token * tokens_per_second / (run.peak_flops * run.ranks.world_size)}
 
 
-def _accumulate(
-    run: Run, progress: Progress, batches: Iterator[MicroBatch], scale: float, clock: Clock
-) -> tuple[list[MicroBatch], list[Tensor]]:
-    """Forward and backward of this rank's micro-batches of a step; raises TrainingStopped after a checkpoint."""
-    settings, ranks = run.settings, run.ranks
-    num_micro_steps = len(
-        run.course.micro_batches(progress.step, ranks.rank, ranks.world_size, settings.per_gpu_train_batch_size)
-    )
-    done, losses = [], []
+def _watch(run: Run, progress: Progress, num_micro_steps: int) -> Callable[[int], None]:
+    """Called before every micro-batch: obeys a request to stop, and shows that a long step is alive."""
     last_sign = time.monotonic()
-    for index in range(num_micro_steps):
+
+    def before(index: int) -> None:
+        nonlocal last_sign
         if run.stop.requested():
             leave(run, progress)
-        with clock.span("data"):
-            batch = next(batches).to(ranks.device)
-        seed_dropout(settings.seed, progress.step, batch.rows)
-        with clock.span("forward"):
-            loss = run.engine.forward(batch)
-        with clock.span("backward"):
-            run.engine.backward(loss * scale, last=index == num_micro_steps - 1)
-        done.append(batch)
-        losses.append(loss.detach())
-        if ranks.is_first and time.monotonic() - last_sign > SIGN_OF_LIFE_SECONDS:
+        if run.ranks.is_first and time.monotonic() - last_sign > SIGN_OF_LIFE_SECONDS:
             last_sign = time.monotonic()
-            emit({"event": "micro_step", "micro_step": index + 1, "micro_steps": num_micro_steps})
-    return done, losses
+            emit({"event": "micro_step", "micro_step": index, "micro_steps": num_micro_steps})
+
+    return before
 
 
-def seed_dropout(seed: int, step: int, rows: tuple[int, ...]) -> None:
-    """Random numbers of a micro-batch depend on (seed, step, rows) and on nothing else."""
-    torch.manual_seed(xxhash.xxh3_64_intdigest(repr((seed, step, rows)).encode()) >> 1)
-
-
-def global_loss(losses: list[Tensor], batches: list[MicroBatch], target_tokens: int, run: Run, step: int) -> float:
-    """Loss per target token over all ranks; raises where it is not finite, naming rank and records."""
-    sums = [float(loss) for loss in losses]
-    bad = next((batch for batch, value in zip(batches, sums, strict=True) if not math.isfinite(value)), None)
-    if bad is not None:
-        log.error("step %d: loss is not finite on rank %d", step + 1, run.ranks.rank)
-    total, culprits = run.ranks.sum(math.fsum(sums) if bad is None else 0.0, float(bad is not None))
-    if bad is not None:
-        raise NonFiniteError(
-            f"step {step + 1}: the loss is not finite on rank {run.ranks.rank} for {_records(run, list(bad.rows))}; "
-            "no update was made. Look at these records, or lower learning_rate"
-        )
-    if culprits:
+def _explain(error: NotFinite, run: Run, step: int) -> NonFiniteError:
+    """The error for people: step, rank, source records."""
+    if not error.rows:
         time.sleep(1)  # let the rank that knows the records speak first
-        raise NonFiniteError(f"step {step + 1}: the loss is not finite on {culprits:.0f} other rank(s); no update was made")
-    return total / target_tokens
-
-
-def _records(run: Run, rows: list[int]) -> str:
-    """file:line of the first records behind rows, for messages."""
-    origins = [origin for row in rows if row >= 0 for origin in run.course.plan.origins(row)]
-    shown = ", ".join(f"{file}:{line}" for file, line in origins[:5])
-    return shown + (f" and {len(origins) - 5} more" if len(origins) > 5 else "")
+        return NonFiniteError(f"step {step + 1}: {error.what} is not finite; no update was made")
+    origins = [origin for row in error.rows if row >= 0 for origin in run.course.plan.origins(row)]
+    shown = ", ".join(f"{file}:{line}" for file, line in origins[:NUM_RECORDS_SHOWN])
+    more = f" and {len(origins) - NUM_RECORDS_SHOWN} more" if len(origins) > NUM_RECORDS_SHOWN else ""
+    return NonFiniteError(
+        f"step {step + 1}: {error.what} is {error.value} on rank {run.ranks.rank}, which trained on {shown}{more}; "
+        "no update was made. Look at these records, or lower learning_rate or max_grad_norm"
+    )
 
 
 def leave(run: Run, progress: Progress) -> None:
     """Write a checkpoint of the last whole step and end the run as cancelled."""
     began = time.monotonic()
     path = save(run, progress)
-    raise TrainingStopped(f"stopped after step {progress.step}; {path.name} written in {time.monotonic() - began:.1f} s")
+    seconds = time.monotonic() - began
+    raise TrainingStopped(f"stopped after step {progress.step}; {path.name} written in {seconds:.1f} s")
 
 
 def _after_step(run: Run, progress: Progress, evaluations: JsonLines | None) -> bool:
@@ -245,7 +212,7 @@ def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> dic
     if evaluations is not None and total:
         evaluations.write(step=progress.step, eval_loss=total["loss"], perplexity=total["perplexity"], sources=result)
         emit({"event": "evaluation", "after_step": progress.step, "eval_loss": total["loss"], "sources": result})
-        log.info("held out after step %d: loss %.4f, perplexity %.2f", progress.step, total["loss"], total["perplexity"])
+        log.info("held out after step %d: loss %.4f", progress.step, total["loss"])
     return result
 
 
@@ -254,7 +221,8 @@ def save(run: Run, progress: Progress) -> Path:
     began = time.monotonic()
     path = checkpoint.save(run.engine, progress, run.checkpoints, run.ranks)
     if run.ranks.is_first:
-        checkpoint.prune(run.checkpoints, run.settings.keep_last, progress.best_step if run.settings.keep_best else None)
+        best = progress.best_step if run.settings.keep_best else None
+        checkpoint.prune(run.checkpoints, run.settings.keep_last, best)
         seconds = time.monotonic() - began
         emit({"event": "checkpoint", "after_step": progress.step, "path": str(path), "seconds": seconds})
     return path

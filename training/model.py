@@ -1,8 +1,9 @@
-"""The model to train: from a checkpoint directory or from scratch, whole, with an adapter, or with frozen 4-bit weights.
+"""The model to train: from a directory or from scratch, whole, with an adapter, or with frozen 4-bit weights.
 
-In: settings, directories, device. Out: a transformers model (wrapped by peft for LoRA) that computes on `device` after the
-engine has moved it. Saving writes what is deployed: safetensors (the adapter only for LoRA), the tokenizer's files and a
-generation config with eos. Cost: one copy of the weights in CPU memory per rank while loading, one on rank 0 while saving.
+In: settings, directories, device. Out: a transformers model (wrapped by peft for LoRA) that computes on `device`
+after the engine has moved it. Saving writes what is deployed: safetensors (the adapter only for LoRA), the
+tokenizer's files and a generation config with eos. Cost: one copy of the weights in CPU memory per rank while
+loading, one on rank 0 while saving.
 
 peft and bitsandbytes are imported only when asked for: they take up to 20 s on a cold disk.
 """
@@ -18,7 +19,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from training.errors import ModelError
 from training.settings import TrainSettings
-from training.step import causal_model
+from training.target_loss import causal_model
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -26,15 +27,10 @@ TOKENIZER_FILES = (
 )  # fmt: skip
 
 
-def load_model(
-    settings: TrainSettings, model_dir: str | None, tokenizer_dir: str, dtype: torch.dtype
-) -> nn.Module:
+def load_model(settings: TrainSettings, model_dir: str | None, tokenizer_dir: str, dtype: torch.dtype) -> nn.Module:
     """The model in training mode. Initialisation (of a model from scratch, of an adapter) depends on the seed only."""
     torch.manual_seed(settings.seed)
-    if model_dir is None:
-        model = from_scratch(settings, tokenizer_dir)
-    else:
-        model = from_directory(settings, model_dir, dtype)
+    model = from_scratch(settings, tokenizer_dir) if model_dir is None else from_directory(settings, model_dir, dtype)
     keep_differentiable(model)
     _check_vocabulary(model, tokenizer_dir)
     model.config.use_cache = False
@@ -75,8 +71,10 @@ def from_directory(settings: TrainSettings, model_dir: str, dtype: torch.dtype) 
 
 
 def keep_differentiable(model: nn.Module) -> nn.Module:
-    """Forbid bitsandbytes' CPU kernel for AVX512-BF16: it repacks weights at the first evaluation, and from then on no
-    gradient passes the layer, silently, in training too."""
+    """Forbid bitsandbytes' CPU kernel for AVX512-BF16.
+
+    It repacks weights at the first evaluation; from then on no gradient passes the layer, silently, in training too.
+    """
     for part in model.modules():
         if hasattr(part, "support_avx512bf16_for_cpu"):
             part.support_avx512bf16_for_cpu = False
@@ -173,7 +171,7 @@ def check_saved(directory: Path) -> None:
         with safe_open(file, "pt") as tensors:
             empty = [name for name in tensors.keys() if 0 in tensors.get_slice(name).get_shape()]  # noqa: SIM118
         if empty:
-            raise ModelError(f"{file}: {len(empty)} tensors are empty, the first is {empty[0]}; the model was not gathered")
+            raise ModelError(f"{file}: {len(empty)} tensors are empty, first {empty[0]}; the model was not gathered")
 
 
 def load_deployed(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:

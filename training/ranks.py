@@ -1,8 +1,8 @@
 """The processes that train together: who this rank is, and the few numbers they agree on.
 
-In: the environment variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (set by the launcher, torchrun or by
-hand). Out: `Ranks`. Numbers travel over gloo on the CPU, in float64, whatever the device of the model: agreeing costs
-0.1 to 0.3 ms on one machine and never waits for the GPU. Gradients travel over NCCL where there are GPUs.
+In: the environment variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (set by the launcher, torchrun or
+by hand). Out: `Ranks`. Numbers travel over gloo on the CPU, in float64, whatever the device of the model: agreeing
+costs 0.1 to 0.3 ms on one machine and never waits for the GPU. Gradients travel over NCCL where there are GPUs.
 """
 
 import os
@@ -49,7 +49,8 @@ def this_rank() -> Ranks:
     """The rank that the environment describes; a process started alone is rank 0 of 1."""
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
     device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
-    rank, world_size = (int(os.environ.setdefault(name, default)) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1")))
+    rank = int(os.environ.setdefault("RANK", "0"))
+    world_size = int(os.environ.setdefault("WORLD_SIZE", "1"))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500")
     return Ranks(rank, local_rank, world_size, device)

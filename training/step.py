@@ -1,146 +1,122 @@
-"""One optimizer step, as plain functions that run on a CPU with a tiny model.
+"""One optimizer step as plain functions: they run on a CPU with a tiny model and no launcher.
 
-In: a model that gives summed losses, the micro-batches of this rank, the number of target tokens of the *whole global
-batch* (known from the plan, no gather). Out: the summed loss and accumulated gradients. The loss of a step is::
+In: an engine, the micro-batches of this rank, the number of target tokens of the *whole global batch* (known from the
+plan, nothing is gathered for it). Out: the loss, the gradient norm, updated weights. The loss of a step is::
 
-    sum of cross-entropy over target tokens of all micro-batches of all ranks / target tokens of all of them
+    sum of cross-entropy over the targets of all micro-batches of all ranks / number of those targets
 
-so it does not depend on how the global batch is split into micro-batches, accumulation and ranks. An all-padding
-micro-batch has no targets and contributes exactly 0. Packed segments are isolated because `position_ids` restart and
-**no attention mask and no cache** is given: only then does transformers build the block-diagonal mask.
+so it does not depend on how the global batch is split into micro-batches, accumulation and ranks. Engines average
+gradients over the ranks: multiplying the loss by `engine.averaging` undoes that. A number that is not finite raises
+`NotFinite` before the update.
 
-The output layer sees only the hidden states that predict a target (label t is predicted by position t - 1)::
-
-    labels          -100 -100  C   D  </s> -100   Y      hidden states used   1  2  3  5
+Dropout is seeded for every micro-batch from (seed, step, its rows): a resumed run needs no generator state, and a
+micro-batch drops the same numbers on whatever rank it runs.
 """
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Literal
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+import xxhash
+from torch import Tensor
 
-from data_prep.reader import Batch
-from training import head_loss
+from training.engine import Engine
+from training.metrics import Clock
+from training.ranks import Ranks
+from training.target_loss import MicroBatch
 
-Mode = Literal["sum", "each", "reference"]  # reference: each, through the model's own output layer
+
+class NotFinite(ArithmeticError):
+    """Loss or gradient norm is inf or nan; no update was made. `rows`: where, on this rank; empty = on another rank."""
+
+    def __init__(self, what: str, value: float, rows: list[int]):
+        self.what, self.value, self.rows = what, value, rows
+        super().__init__(f"{what} is {value}")
+
+
+@dataclass
+class Accumulated:
+    """What forward and backward of a step leave behind on this rank."""
+
+    losses: list[Tensor] = field(default_factory=list)  # summed cross-entropy of each micro-batch, scalars
+    rows: list[tuple[int, ...]] = field(default_factory=list)  # rows of each micro-batch
+    num_computed: int = 0  # tokens that went through the model, padding included
+
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """What one forward pass of one rank needs. B rows of T tokens, N targets."""
+class StepWork:
+    """What a step has to do, known before it begins."""
 
-    rows: tuple[int, ...]  # (B,) rows of the plan; -1 = all padding
-    input_ids: Tensor  # (B, T) int64
-    position_ids: Tensor  # (B, T) int64, restart at every segment
-    predictors: Tensor  # (N,) int64, flat index b * T + t of the hidden state that predicts a target
-    targets: Tensor  # (N,) int64
-    sources: Tensor  # (N,) int64, source of each target
-    num_tokens: int  # tokens that are not padding
-
-    def to(self, device: torch.device) -> "MicroBatch":
-        """The same on another device (inputs only; counts and rows stay)."""
-        tensors = (self.input_ids, self.position_ids, self.predictors, self.targets, self.sources)
-        moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
-        return MicroBatch(self.rows, *moved, self.num_tokens)
+    step: int  # from 0
+    seed: int
+    num_micro_steps: int  # the same on every rank
+    target_tokens: int  # of the whole global batch
+    learning_rate: float
 
 
-def micro_batch(batch: Batch, rows: Iterable[int]) -> MicroBatch:
-    """Arrays of the reader as tensors, with the positions of the targets worked out."""
-    places = np.flatnonzero(batch.labels != -100)  # never column 0: the first token of a segment is no target
-    return MicroBatch(
-        rows=tuple(int(row) for row in rows),
-        input_ids=torch.from_numpy(batch.input_ids),
-        position_ids=torch.from_numpy(batch.position_ids),
-        predictors=torch.from_numpy(places - 1),
-        targets=torch.from_numpy(batch.labels.ravel()[places]),
-        sources=torch.from_numpy(batch.sources.ravel()[places].astype(np.int64)),
-        num_tokens=int((batch.sources >= 0).sum()),
-    )
+@dataclass(frozen=True)
+class StepResult:
+    """What is known of a step on every rank."""
+
+    loss: float  # per target token of the global batch
+    grad_norm: float  # of the whole gradient, before clipping
+    num_computed: int  # tokens that went through the model on all ranks, padding included
 
 
-class TargetLoss(nn.Module):
-    """A causal language model that returns losses of targets instead of logits.
+def train_step(
+    engine: Engine,
+    batches: Iterator[MicroBatch],
+    work: StepWork,
+    clock: Clock,
+    before: Callable[[int], None] = lambda index: None,
+) -> StepResult:
+    """Accumulate gradients, check, update. All ranks together.
 
-    `head` is the output layer's weight when the model's logits are nothing but ``hidden @ weight.T``; models that do more
-    (bias, soft-capping, scaling, adapter on the head) go through their own forward pass with `logits_to_keep`.
+    `before` runs ahead of every micro-batch, with its index, and may raise to abandon the step.
     """
-
-    def __init__(self, model: nn.Module):
-        super().__init__()
-        self.model = model
-        causal = causal_model(model)
-        self.head = _Head(causal.get_output_embeddings().weight) if has_plain_head(causal) else None
-
-    def forward(self, batch: MicroBatch, mode: Mode = "sum") -> Tensor:
-        """Summed loss of the targets, a scalar; or (`each`, `reference`) one loss a target: ``(N,) float32``."""
-        if mode == "reference" or self.head is None:
-            losses = self._through_own_head(batch)
-            return losses.sum() if mode == "sum" else losses
-        hidden = causal_model(self.model).get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
-        )
-        chosen = hidden.last_hidden_state.flatten(0, 1).index_select(0, batch.predictors)
-        return self.head(chosen, batch.targets, mode)
-
-    def _through_own_head(self, batch: MicroBatch) -> Tensor:
-        """Each target's loss through the model's own forward pass: logits at the columns that predict in any row."""
-        length = batch.input_ids.shape[1]
-        columns, place = torch.unique(batch.predictors % length, return_inverse=True)
-        logits = self.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
-            attention_mask=None,
-            use_cache=False,
-            logits_to_keep=columns if len(columns) else 1,  # no column at all would mean every column
-        ).logits
-        if not len(columns):
-            return logits.flatten()[:1] * 0  # keeps the graph: every rank has gradients, all 0
-        chosen = logits[batch.predictors // length, place].float()
-        return nn.functional.cross_entropy(chosen, batch.targets, reduction="none")
-
-
-class _Head(nn.Module):
-    """The output layer as a module of its own, so that engines that shard weights gather this one when it is needed."""
-
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, hidden: Tensor, targets: Tensor, mode: Mode) -> Tensor:
-        loss = head_loss.summed_loss if mode == "sum" else head_loss.token_losses
-        return loss(hidden, self.weight, targets)
-
-
-def causal_model(model: nn.Module) -> nn.Module:
-    """The transformers model below a peft wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-LOGIT_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier", "mup_width_multiplier")
-
-
-def has_plain_head(causal: nn.Module) -> bool:
-    """True when logits are ``hidden @ weight.T``; `isolation.check` compares the two ways at start-up as well."""
-    head = causal.get_output_embeddings()
-    extras = [name for name in LOGIT_EXTRAS if getattr(causal.config, name, None) not in (None, 1, 1.0)]
-    return type(head) is nn.Linear and head.bias is None and not extras
+    done = accumulate(engine, batches, work, clock, before)
+    total, computed = _agree(done, engine.ranks)
+    with clock.span("step"):
+        grad_norm = engine.step(work.learning_rate)
+    if not math.isfinite(grad_norm):
+        raise NotFinite("the gradient norm", grad_norm, [row for rows in done.rows for row in rows])
+    return StepResult(total / work.target_tokens, grad_norm, int(computed))
 
 
 def accumulate(
-    model: Callable[[MicroBatch], Tensor],
-    batches: Iterable[MicroBatch],
-    backward: Callable[[Tensor], None],
-    scale: float,
-) -> float:
-    """Forward and backward over micro-batches; returns the summed loss.
+    engine: Engine, batches: Iterator[MicroBatch], work: StepWork, clock: Clock, before: Callable[[int], None]
+) -> Accumulated:
+    """Forward and backward of the next micro-batches of this rank."""
+    done, scale = Accumulated(), engine.averaging / work.target_tokens
+    for index in range(work.num_micro_steps):
+        before(index)
+        with clock.span("data"):
+            batch = next(batches)
+        seed_dropout(work.seed, work.step, batch.rows)
+        with clock.span("forward"):
+            loss = engine.forward(batch)
+        with clock.span("backward"):
+            engine.backward(loss * scale, last=index == work.num_micro_steps - 1)
+        done.losses.append(loss.detach())
+        done.rows.append(batch.rows)
+        done.num_computed += batch.input_ids.numel()
+    return done
 
-    `scale` is 1 / (target tokens of the global batch), times whatever undoes the engine's own averaging.
-    """
-    total = 0.0
-    for batch in batches:
-        loss = model(batch)
-        backward(loss * scale)
-        total += loss.item()
-    return total
+
+def seed_dropout(seed: int, step: int, rows: tuple[int, ...]) -> None:
+    """Random numbers of a micro-batch depend on (seed, step, rows) and on nothing else."""
+    torch.manual_seed(xxhash.xxh3_64_intdigest(repr((seed, step, rows)).encode()) >> 1)
+
+
+def _agree(done: Accumulated, ranks: Ranks) -> tuple[float, float]:
+    """(summed loss, tokens computed) over all ranks; every rank raises when any rank's loss is not finite."""
+    losses = [float(loss) for loss in done.losses]  # waits for the GPU, once a step
+    bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    total = math.fsum(losses) if bad is None else 0.0
+    total, computed, num_bad = ranks.sum(total, float(done.num_computed), float(bad is not None))
+    if bad is not None:
+        raise NotFinite("the loss", losses[bad], list(done.rows[bad]))
+    if num_bad:
+        raise NotFinite("the loss of another rank", math.nan, [])
+    return total, computed

@@ -1,8 +1,8 @@
 """SIGTERM and SIGINT mean: write a checkpoint and go. All ranks must leave at the same micro-batch.
 
 In: signals to any rank. Out: `requested`, the same answer on every rank. Cost: one small all-reduce (0.1 to 0.3 ms) a
-micro-batch; without it a rank that stops would leave the others waiting in a collective, and waiting for the end of a step
-of many micro-batches could take longer than the deadline.
+micro-batch; without it a rank that stops would leave the others waiting in a collective, and waiting for the end of a
+step of many micro-batches could take longer than the deadline.
 """
 
 import signal

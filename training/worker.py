@@ -41,12 +41,13 @@ def work(config: RunConfig, resume: bool) -> None:
     )
     join(ranks)
     try:
-        _work(config, ranks, resume)
+        train_run(config, ranks, resume)
     finally:
         leave()
 
 
-def _work(config: RunConfig, ranks: Any, resume: bool) -> None:
+def train_run(config: RunConfig, ranks: Any, resume: bool) -> None:
+    """The work of a rank that has joined the others."""
     from training import checkpoint, loop
 
     newest = checkpoint.newest_of_all(config.run_dir / "checkpoints", ranks) if resume else None
@@ -73,15 +74,14 @@ def forget(run_dir: Path) -> None:
 
 def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
     """Load the model, wrap it in its engine, prove it isolates segments, lay out the course."""
-    import torch
-
     from data_prep.reader import open_plan
-    from training import isolation, metrics, model, step
+    from training import isolation, metrics, model
     from training.course import plan_course
     from training.engine import build_engine, compute_dtype, load_dtype
     from training.loop import Run
     from training.schedule import schedule
     from training.stop import Stop
+    from training.target_loss import TargetLoss, causal_model
 
     settings = config.settings
     plan = open_plan(config.plan_dir, "train")
@@ -93,14 +93,13 @@ def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
     stop = Stop(ranks)
     stop.listen()
     causal = model.load_model(settings, config.model_dir, config.tokenizer_dir, load_dtype(settings, ranks))
-    vocabulary = step.causal_model(causal).get_input_embeddings().weight.shape[0]
-    flops = metrics.flops_per_token(step.causal_model(causal))
-    engine = build_engine(step.TargetLoss(causal), settings, ranks)
+    vocabulary = causal_model(causal).get_input_embeddings().weight.shape[0]
+    flops = metrics.flops_per_token(causal_model(causal))
+    engine = build_engine(TargetLoss(causal), settings, ranks)
     _check_disk(config, engine, causal, ranks)
     engine.module.eval()
-    isolation.check(
-        engine.forward, vocabulary, config.packing, settings.per_gpu_train_batch_size, dtype, ranks
-    )
+    facts = isolation.Facts(vocabulary, config.packing, settings.per_gpu_train_batch_size, dtype)
+    isolation.check(engine.forward, facts, ranks)
     engine.module.train()
     return Run(
         settings=settings,

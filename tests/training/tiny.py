@@ -30,7 +30,8 @@ def write_tokenizer(directory: Path) -> Path:
     core = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="<pad>"))
     core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     core.save(str(directory / "tokenizer.json"))
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "<pad>"}
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", **special}
     (directory / "tokenizer_config.json").write_text(json.dumps(config))
     return directory
 
@@ -51,7 +52,8 @@ def write_counting_plan(root: Path, num_rows: int = 37, max_seq_length: int = 32
     """Rows of a few examples each; the last quarter of the examples is held out. Two sources."""
     total = (num_rows + num_rows // 4) * segments
     examples = counting_examples(total)
-    rows = [[(i, 0, len(examples[i][0])) for i in range(r * segments, (r + 1) * segments)] for r in range(total // segments)]
+    segment = [(i, 0, len(examples[i][0])) for i in range(total)]
+    rows = [segment[start : start + segments] for start in range(0, total, segments)]
     return write_plan(
         root, examples, max_seq_length=max_seq_length, rows=rows[:num_rows], validation=rows[num_rows:],
         example_sources=[i % 2 for i in range(total)], sources=["instruction", "pretraining"], pad_id=PAD,

@@ -1,0 +1,126 @@
+"""A causal language model that returns losses of target tokens, and the micro-batch it takes.
+
+In: a transformers model (or a peft wrapper), arrays of the reader. Out: the summed loss of a micro-batch, or one loss a
+target. Packed segments are isolated because `position_ids` restart and **no attention mask and no cache** is given:
+only then does transformers build the block-diagonal mask. The output layer sees only the hidden states that predict a
+target (label t is predicted by position t - 1)::
+
+    labels          -100 -100  C   D  </s> -100   Y      hidden states used   1  2  3  5
+
+An all-padding micro-batch has no targets: its loss and all its gradients are exactly 0. Cost: one forward pass; the
+logits of a vocabulary of 128k never exist at once (`head_loss.py`).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_prep.reader import Batch
+from training import head_loss
+
+Mode = Literal["sum", "each", "reference"]  # reference: each, through the model's own output layer
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of one rank needs. B rows of T tokens, N targets."""
+
+    rows: tuple[int, ...]  # (B,) rows of the plan; -1 = all padding
+    input_ids: Tensor  # (B, T) int64
+    position_ids: Tensor  # (B, T) int64, restart at every segment
+    predictors: Tensor  # (N,) int64, flat index b * T + t of the hidden state that predicts a target
+    targets: Tensor  # (N,) int64
+    sources: Tensor  # (N,) int64, source of each target
+    num_tokens: int  # tokens that are not padding
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on another device (inputs only; counts and rows stay)."""
+        tensors = (self.input_ids, self.position_ids, self.predictors, self.targets, self.sources)
+        moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
+        return MicroBatch(self.rows, *moved, self.num_tokens)
+
+
+def micro_batch(batch: Batch, rows: Iterable[int]) -> MicroBatch:
+    """Arrays of the reader as tensors, with the positions of the targets worked out."""
+    places = np.flatnonzero(batch.labels != -100)  # never column 0: the first token of a segment is no target
+    return MicroBatch(
+        rows=tuple(int(row) for row in rows),
+        input_ids=torch.from_numpy(batch.input_ids),
+        position_ids=torch.from_numpy(batch.position_ids),
+        predictors=torch.from_numpy(places - 1),
+        targets=torch.from_numpy(batch.labels.ravel()[places]),
+        sources=torch.from_numpy(batch.sources.ravel()[places].astype(np.int64)),
+        num_tokens=int((batch.sources >= 0).sum()),
+    )
+
+
+class TargetLoss(nn.Module):
+    """A causal language model that returns losses of targets instead of logits.
+
+    `head` is the output layer's weight when the model's logits are nothing but ``hidden @ weight.T``; models that do
+    more (bias, soft-capping, scaling, adapter on the head) go through their own forward pass with `logits_to_keep`.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        causal = causal_model(model)
+        self.head = _Head(causal.get_output_embeddings().weight) if has_plain_head(causal) else None
+
+    def forward(self, batch: MicroBatch, mode: Mode = "sum") -> Tensor:
+        """Summed loss of the targets, a scalar; or (`each`, `reference`) one loss a target: ``(N,) float32``."""
+        if mode == "reference" or self.head is None:
+            losses = self._through_own_head(batch)
+            return losses.sum() if mode == "sum" else losses
+        hidden = causal_model(self.model).get_decoder()(
+            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
+        )
+        chosen = hidden.last_hidden_state.flatten(0, 1).index_select(0, batch.predictors)
+        return self.head(chosen, batch.targets, mode)
+
+    def _through_own_head(self, batch: MicroBatch) -> Tensor:
+        """Each target's loss through the model's own forward pass: logits at the columns that predict in any row."""
+        length = batch.input_ids.shape[1]
+        columns, place = torch.unique(batch.predictors % length, return_inverse=True)
+        logits = self.model(
+            input_ids=batch.input_ids,
+            position_ids=batch.position_ids,
+            attention_mask=None,
+            use_cache=False,
+            logits_to_keep=columns if len(columns) else 1,  # no column at all would mean every column
+        ).logits
+        if not len(columns):
+            return logits.flatten()[:1] * 0  # keeps the graph: every rank has gradients, all 0
+        chosen = logits[batch.predictors // length, place].float()
+        return nn.functional.cross_entropy(chosen, batch.targets, reduction="none")
+
+
+class _Head(nn.Module):
+    """The output layer as a module of its own, so that engines that shard weights gather this one when it is needed."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor, targets: Tensor, mode: Mode) -> Tensor:
+        loss = head_loss.summed_loss if mode == "sum" else head_loss.token_losses
+        return loss(hidden, self.weight, targets)
+
+
+def causal_model(model: nn.Module) -> nn.Module:
+    """The transformers model below a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+LOGIT_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+
+
+def has_plain_head(causal: nn.Module) -> bool:
+    """True when logits are ``hidden @ weight.T``; `isolation.check` compares the two ways at start-up as well."""
+    head = causal.get_output_embeddings()
+    extras = [name for name in LOGIT_EXTRAS if getattr(causal.config, name, None) not in (None, 1, 1.0)]
+    return type(head) is nn.Linear and head.bias is None and not extras
