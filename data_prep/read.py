@@ -17,6 +17,7 @@ Memory: a window of 4 MiB and its records, whatever the size of the file; a reco
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal
 
 import msgspec
@@ -223,12 +224,13 @@ def find_form(head: bytes) -> Form:
 
 
 def find_opening(head: bytes) -> bytes:
-    """How the second element of an array begins, separator included (see `Piece`); empty if that cannot be seen."""
-    start = head.find(b"[") + 1
-    start = _SEPARATORS.match(head, start).end()
-    end, complete = _scan(head, start)
-    match = _OPENING.match(head, end) if complete else None
-    return match.group() if match else b""
+    """How an element of an array begins after another, separator included (see `Piece`); empty if that is not seen."""
+    first = _SEPARATORS.match(head, head.find(b"[") + 1).end()
+    for start in (first, *(match.end() for match in islice(_RESUME.finditer(head, first), 64))):
+        end, complete = _scan(head, start)
+        if complete and (match := _OPENING.match(head, end)):
+            return match.group()
+    return b""
 
 
 def _is_json(data: bytes) -> bool:
@@ -254,8 +256,9 @@ def _lines(window: Window) -> Iterator[Block]:
     while have := window.fill(size):
         end = len(window.data) if window.at_end else window.data.rfind(b"\n", window.position) + 1
         if end > window.position:
-            yield (block := _cut_lines(window, end))
-            size = WINDOW_BYTES
+            size, block = WINDOW_BYTES, _cut_lines(window, end)
+            if block.records:
+                yield block
         elif have >= MAX_RECORD_BYTES:
             yield window.take_one(len(window.data), Reason.OVERSIZED_RECORD)
         else:

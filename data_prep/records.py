@@ -24,12 +24,12 @@ knows for every piece the path, the offset and the line at which it begins, and 
                       examples [{piece, line, reason, detail}] (the first few rejected), and what `data_prep.store` adds
 """
 
-import ctypes
 import logging
 import multiprocessing
 import os
 import resource
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -423,9 +423,13 @@ def worker_pool(num_workers: int) -> ProcessPoolExecutor:
 
 
 def _die_with_parent() -> None:
-    """The server process ends when its client does, by whatever cause; then the kernel kills us too."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)
+    """A worker waits for work for ever when its parent was killed, and keeps the server process alive: so watch it."""
+    threading.Thread(target=_kill_after_parent, daemon=True).start()
+
+
+def _kill_after_parent() -> None:
+    multiprocessing.parent_process().join()
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _joined_where_cut_wrongly(specs: list[UnitSpec], made: _Units) -> list[UnitSpec]:

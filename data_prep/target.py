@@ -18,9 +18,9 @@ def load_target(node: dict[str, Any], setting: str) -> Callable:
     """The function a node names, with its other fields bound as keyword arguments.
 
     :param setting: the name of the setting, for the error message.
-    :raises PandaError: the node has no ``_target_``, or it cannot be imported.
+    :raises PandaError: it cannot be imported.
     """
-    module, name = _split(node, setting)
+    module, name = _split(node)
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
@@ -30,7 +30,7 @@ def load_target(node: dict[str, Any], setting: str) -> Callable:
 
 def target_fingerprint(node: dict[str, Any], setting: str) -> dict[str, Any]:
     """What a node's results depend on: the node itself and the bytes of the module it names (not what that imports)."""
-    module, _ = _split(node, setting)
+    module, _ = _split(node)
     try:
         spec = importlib.util.find_spec(module)
     except ImportError:
@@ -40,10 +40,6 @@ def target_fingerprint(node: dict[str, Any], setting: str) -> dict[str, Any]:
     return {"node": node, "source": hash_file(spec.origin) if spec.origin and spec.has_location else None}
 
 
-def _split(node: dict[str, Any], setting: str) -> tuple[str, str]:
-    module, _, name = str(node.get("_target_", "")).rpartition(".")
-    if not module:
-        raise PandaError(
-            f"{setting}: needs a `_target_`: the dotted path of your function, such as my_package.my_function"
-        )
+def _split(node: dict[str, Any]) -> tuple[str, str]:
+    module, _, name = node["_target_"].rpartition(".")
     return module, name
