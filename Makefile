@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo test test-fast check lock docs clean
+.PHONY: help install demo up down status test test-fast check lock docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -19,7 +19,17 @@ $(INSTALLED): requirements.lock pyproject.toml
 	touch $@
 
 demo: $(INSTALLED)  ## the whole pipeline on the bundled sample corpus, in this process
+	$(BIN)/python -m data_prep.sample .demo/dataset
 	$(BIN)/python train.py --conf_path configs/demo.yaml
+
+up: $(INSTALLED)  ## Prefect server, MLflow server and worker in the background (PREFECT_PORT=, MLFLOW_PORT=)
+	@$(BIN)/panda up $(if $(PREFECT_PORT),--prefect_port $(PREFECT_PORT)) $(if $(MLFLOW_PORT),--mlflow_port $(MLFLOW_PORT))
+
+down: $(INSTALLED)  ## stop them
+	@$(BIN)/panda down
+
+status: $(INSTALLED)  ## what of it runs
+	@$(BIN)/panda status
 
 test: $(INSTALLED)  ## all tests
 	$(BIN)/python -m pytest

@@ -18,8 +18,12 @@ from data_prep.errors import PandaError
 TRAIN_TEXT = "Turn JSON corpora and a base model into a registered, evaluated model: one Prefect flow, in this process."
 TRAIN_SWITCHES = [CONF_PATH, PRINT_CONFIG, JSON, VERBOSE]
 
-VERBS: dict[str, tuple[str, str]] = {}
-"""Verb -> (module below `flows` whose `main(argv) -> exit code` does it, one line of help)."""
+VERBS: dict[str, tuple[str, str]] = {
+    "up": ("stack:up", "start Prefect server, MLflow server and worker in the background"),
+    "down": ("stack:down", "stop them"),
+    "status": ("stack:status", "show what of it runs"),
+}
+"""Verb -> (`module:function` below `flows`, called with argv, returns the exit code; one line of help)."""
 
 
 def train_main(argv: list[str]) -> int:
@@ -32,8 +36,12 @@ def main(argv: list[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or argv[0] in ("-h", "--help") or argv[0] not in VERBS:
         return _overview(argv)
-    module, _ = VERBS[argv[0]]
-    return guarded(lambda: importlib.import_module(f"flows.{module}").main(argv[1:]), verbose="--verbose" in argv)
+    module, _, function = VERBS[argv[0]][0].partition(":")
+
+    def run() -> int:
+        return getattr(importlib.import_module(f"flows.{module}"), function)(argv[1:])
+
+    return guarded(run, verbose="--verbose" in argv)
 
 
 def guarded(command: Callable[[], int], verbose: bool) -> int:

@@ -1,8 +1,8 @@
 """`panda up`, `panda down`, `panda status`: everything a deployment needs, on this machine, in the background.
 
 In: flags, prefect.toml, PREFECT_API_URL. Out: Prefect server, MLflow server and a worker, owned by a keeper
-(`flows.keeper`), state and logs in `.panda/`; deployments and automations on the server. All three verbs can be repeated.
-A Prefect server that answers already, or lives on another machine, is used as it is. Cost: `up` 25 s, 2 s when it is up.
+(`flows.keeper`), state and logs in `.panda/`; deployments and automations on the server. Each can be repeated. A
+Prefect server that answers already, or lives on another machine, is used as it is. Cost: `up` 11 to 30 s, 3 s when it is up.
 """
 
 import argparse
@@ -135,7 +135,7 @@ def _wait(state_dir: Path, ready: Any) -> None:
 
 def _why_not_up(service: dict[str, Any] | None, state_dir: Path) -> str:
     if service is None:
-        return f"not everything is up after {START_SECONDS:.0f} s; panda status shows what is missing, logs: {state_dir}"
+        return f"not all is up after {START_SECONDS:.0f} s; panda status shows what is missing, logs are in {state_dir}"
     log = Path(service["log"]).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
     last = f"{service['name']} ends with exit code {service['last_exit_code']}; the last lines of {service['log']}:"
     return "\n".join([last, *(f"  {line}" for line in log), "It is started again now and then; panda down ends that."])
