@@ -1,8 +1,8 @@
 """Text -> ids, fast and proven: `fastokens` where it gives the ids of `tokenizers`, else `tokenizers` itself.
 
-In: a list of texts. Out: their ids, flat. `tokenizers` defines the ids. The fast engine is an accelerator behind a proof:
-it must reproduce a set of difficult strings before it is used at all, and in every call a sample of the texts is encoded
-by both; on any difference, and on any text it refuses, the whole call is done again by `tokenizers`.
+In: a list of texts. Out: their ids, flat. `tokenizers` defines the ids. The fast engine is an accelerator behind a
+proof: it must reproduce a set of difficult strings before it is used at all, and in every call a sample of the texts is
+encoded by both; on any difference, and on any text it refuses, the whole call is done again by `tokenizers`.
 Cost: `tokenizers` 1.7 million tokens/s on two cores; fastokens 10-40 times that; the sample adds 2 % of the former.
 """
 
@@ -25,7 +25,8 @@ DIFFICULT = [
     "", " ", "  ", "\n", "\n\n \n", "\t\r\n", "a", " a", "a ", "  a  b ", "don't I'LL we've", "x" * 300, " " * 300,
     "1234567890 3.14 1,000", "中文，没有空格。", "日本語とカタカナ", "한국어", "العربية", "ไทย", "e\u0301 é ﬁ Å",
     "😀👩‍👩‍👧‍👦🏳️‍🌈", "\u200b\u00a0\u3000\ufeff", "\x00\x01\x7f", "<s></s><|endoftext|><unk>[PAD]", "∑∫√ ½ ² Ⅷ",
-    "def f(x):\n    return x  # ok\n", "http://a.b/c?d=e&f=%20", "ÀÉÎõü ß ſ İ ı", "\U0010ffff \ue000", "...!!!???---___",
+    "def f(x):\n    return x  # ok\n", "http://a.b/c?d=e&f=%20", "ÀÉÎõü ß ſ İ ı", "\U0010ffff \ue000",
+    "...!!!???---___",
 ]  # fmt: skip
 
 
@@ -58,7 +59,7 @@ class Engine:
 
 
 def load_engine(core: Tokenizer, setting: Literal["auto", "reference"]) -> Engine:
-    """The engine of the setting ``tokenizer_engine``; `auto` falls back to `tokenizers` where fastokens does not apply."""
+    """The engine of the setting ``tokenizer_engine``; `auto` falls back to `tokenizers`."""
     return Engine(core, _load_fast(core) if setting == "auto" else None)
 
 

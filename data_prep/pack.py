@@ -35,7 +35,7 @@ def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
 
 
 class _FreeRows:
-    """Open rows by free space: ``rows[space]`` is a stack of arrays of row numbers, bit ``space`` of ``mask`` says if any."""
+    """Open rows by free space: ``rows[space]`` is a stack of arrays of row numbers; bit ``space`` of ``mask``: any."""
 
     def __init__(self, capacity: int):
         self.capacity = capacity

@@ -10,15 +10,16 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.records import read_arrow
+from data_prep.records import ledger_table, read_arrow
 from data_prep.token_shard import TOKENS_FILE, TokenShard, open_shard
-from data_prep.tokenize import TokensResult
+from data_prep.tokenize import TokensResult, TokensUnit
 
 
 @dataclass(frozen=True)
 class Examples:
     """Arrays over the n examples of the corpus. The runs of example ``i`` are ``runs[run_offsets[i]:...[i + 1]]``."""
 
+    units: list[TokensUnit]
     sources: list[str]
     shard: np.ndarray  # (n,) int32, position of the unit in the corpus
     number: np.ndarray  # (n,) int32, example inside its shard
@@ -50,6 +51,13 @@ class Examples:
         first = self.runs[np.minimum(self.run_offsets[:-1], max(len(self.runs) - 1, 0))] if len(self.runs) else 0
         return np.where(has_runs, first, 0).astype(np.int64)
 
+    def place(self, example: int) -> str:
+        """``file:line`` of the record of an example, for messages."""
+        records = self.units[self.shard[example]].records
+        line = read_arrow(Path(records.path) / "records.arrow")["line"][int(self.number[example])].as_py()
+        entry = ledger_table(records).slice(line, 1).to_pylist()[0]
+        return f"{entry['file']}:{entry['line']}"
+
     def targets_of(self, example: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Labels of segments, all ``(m,)``: their target tokens but for the first of the segment."""
         first = np.minimum(start + 1, start + length)
@@ -80,6 +88,7 @@ def load_examples(tokens: TokensResult) -> Examples:
     sources = list(dict.fromkeys(unit.records.source for unit in units))
     run_lengths = np.concatenate([np.zeros(0, np.int32), *(np.diff(shard.span_offsets) for shard in shards)])
     return Examples(
+        units=units,
         sources=sources,
         shard=np.repeat(np.arange(len(units), dtype=np.int32), counts),
         number=np.concatenate([np.zeros(0, np.int32), *(np.arange(count, dtype=np.int32) for count in counts)]),

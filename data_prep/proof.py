@@ -1,8 +1,8 @@
 """The proof that examples say what the records say: always on, cheap enough not to be an option.
 
 In: the examples of a unit and the texts they were made from. Out: counts for the manifest. On all examples, as arrays:
-every target ends in a token at which generation stops, run lengths add up, no id is outside the vocabulary. On a sample:
-the target ids decode to exactly the target text. A violation stops the preparation.
+every target ends in a token at which generation stops, run lengths add up, no id is outside the vocabulary. On a
+sample: the target ids decode to exactly the target text. A violation stops the preparation.
 Cost: 2 ns a token, and decoding `SAMPLE` targets a unit.
 """
 
@@ -52,7 +52,7 @@ def _check_shape(shard: TokenShard, tokenizer: LoadedTokenizer, tokens_of_runs: 
             f"{len(shard.ids)} ids, {shard.offsets[-1]} in examples, {tokens_of_runs} in runs: must be equal"
         )
     vocab_size = tokenizer.core.get_vocab_size(with_added_tokens=True)
-    if len(shard.ids) and not (0 <= shard.ids.min() and shard.ids.max() < max(vocab_size, max(tokenizer.stop_ids) + 1)):
+    if len(shard.ids) and (shard.ids.min() < 0 or shard.ids.max() >= max(vocab_size, *tokenizer.stop_ids) + 1):
         raise StoreError(f"ids {shard.ids.min()} to {shard.ids.max()} outside the vocabulary of {vocab_size}")
 
 

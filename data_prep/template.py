@@ -1,8 +1,8 @@
 """Prompt templates: how the texts of a record become masked and target text.
 
 In: the roles of a record (`Role`). Out: a `Layout`, the runs of the example, alternating masked and target, masked
-first (perhaps empty). A run is what is encoded at once: the prompt up to an answer is one string, as generation sees it;
-an answer is another, followed by the id that ends it. Nothing stands between them that the template does not state.
+first (perhaps empty). A run is what is encoded at once: the prompt up to an answer is one string, as generation sees
+it; an answer is another, followed by the id that ends it. Nothing stands between them that the template does not state.
 
     roles (user, input, assistant), texts ("Add.", "1 2", "3"), template plain, no bos:
 
@@ -15,7 +15,7 @@ What follows the last target is left out: it cannot influence the loss. Layouts 
 once per pattern of roles and applied to columns; only user functions and the check of a chat template run per record.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import lru_cache, partial
@@ -113,8 +113,7 @@ def plain(turns: Turns, tokenizer: LoadedTokenizer) -> Iterator[Piece]:
     """The texts as they are; prompt texts in a row (system, instruction, input) are joined by a line feed."""
     previous = Role.ASSISTANT
     for index, role in turns:
-        if previous != Role.ASSISTANT:
-            yield "\n", False
+        yield "\n" if Role.ASSISTANT not in (previous, role) else "", False
         yield Slot(index), role == Role.ASSISTANT
         previous = role
 
@@ -178,13 +177,17 @@ def is_document(roles: tuple[int, ...]) -> bool:
     return Role.TEXT in roles or Role.TITLE in roles
 
 
-def runs_of(pieces: Iterator[Piece], eos_id: int) -> tuple[Run, ...]:
-    """Join neighbouring pieces into alternating runs, masked first; drop what follows the last target."""
+def runs_of(pieces: Iterable[Piece], eos_id: int) -> tuple[Run, ...]:
+    """Join neighbouring pieces into alternating runs, masked first; drop what follows the last target.
+
+    An empty masked piece keeps two targets apart, so that each gets its end.
+    """
     runs: list[tuple[bool, list[str | Slot]]] = [(False, [])]
     for part, target in pieces:
         if runs[-1][0] != target:
             runs.append((target, []))
-        runs[-1][1].append(part)
+        if part != "":
+            runs[-1][1].append(part)
     while runs and not runs[-1][0]:
         runs.pop()
     return tuple(Run(target, tuple(parts), eos_id if target else None) for target, parts in runs)

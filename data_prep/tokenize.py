@@ -98,7 +98,7 @@ class Tools:
     engine: Engine
 
 
-def tokenize_records(  # noqa: PLR0913
+def tokenize_records(  # noqa: PLR0913, PLR0917
     records: RecordsResult,
     tokenize: TokenizeSettings,
     tokenizer_dir: Path,

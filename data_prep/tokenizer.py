@@ -25,6 +25,7 @@ TOKENIZER_FILE = "tokenizer.json"
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt")
 _ID_FILES = ("generation_config.json", "config.json")
 _CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json")
+_NAMES = ("bos_token", "eos_token", "unk_token", "pad_token", "sep_token", "cls_token", "mask_token")
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 DEFAULT_VOCAB_SIZE = 8192
 
@@ -40,6 +41,7 @@ class LoadedTokenizer:
     stop_ids: frozenset[int]  # every id at which generation stops, eos_id among them
     bos_ids: tuple[int, ...]  # what generation puts before a prompt; empty for most byte-level tokenizers
     special_ids: dict[str, int]  # special added tokens: text -> id
+    special_names: dict[str, str]  # bos_token, eos_token, ...: what a chat template may name
     chat_template: str | None
 
     @property
@@ -72,6 +74,7 @@ def load_tokenizer(directory: Path, cache_dir: Path | None = None) -> LoadedToke
         stop_ids=frozenset(stop_ids),
         bos_ids=tuple(bos_ids),
         special_ids=special,
+        special_names={name: text for name in _NAMES if isinstance(text := _token_text(config.get(name)), str)},
         chat_template=_chat_template(directory, config),
     )
 
@@ -203,4 +206,9 @@ def _bos_ids(core: Tokenizer, config: dict[str, Any]) -> list[int]:
 
 def _chat_template(directory: Path, config: dict[str, Any]) -> str | None:
     path = directory / "chat_template.jinja"
-    return path.read_text(encoding="utf-8") if path.is_file() else config.get("chat_template")
+    if path.is_file():
+        return path.read_text(encoding="utf-8")
+    declared = config.get("chat_template")
+    if isinstance(declared, list):  # several named ones
+        return next((entry["template"] for entry in declared if entry.get("name") == "default"), None)
+    return declared

@@ -22,6 +22,7 @@ REASONS = list(Reason)
 ACCEPTED = -1
 TRAIN, VALIDATION = 0, 1
 SPLITS = ("train", "validation")
+MAX_NAMED = 10  # records in an error message
 _SPLIT_KEY = 0x5EED  # not the seed: a record never changes sides
 
 
@@ -83,8 +84,8 @@ def weights_of(sources: list[str], mixture: dict[str, float] | None) -> np.ndarr
     wrong = sorted(set(mixture) - known) + [name for name, weight in mixture.items() if weight < 0]
     if wrong:
         raise CorpusError(
-            f"mixture: {', '.join(f'{name}: {mixture[name]}' for name in wrong)}: not a source of this corpus, or below 0. "
-            f"Sources: {', '.join(sorted(known))}"
+            f"mixture: {', '.join(f'{name}: {mixture[name]}' for name in wrong)}: not a source of this corpus, or "
+            f"below 0. Sources: {', '.join(sorted(known))}"
         )
     return np.array([mixture.get(source, mixture.get(source.partition("/")[0], 1.0)) for source in sources])
 
@@ -140,7 +141,7 @@ def _drop(examples: Examples, index: int, capacity: int) -> list[Part]:
 
 
 def _keep_end(examples: Examples, index: int, capacity: int) -> list[Part]:
-    """The end of the prompt and all targets; nothing if no token of the prompt would be left before the first target."""
+    """The end of the prompt and all targets; nothing if no token of the prompt would be left before them."""
     start = int(examples.lengths[index]) - capacity
     return [(start, capacity)] if start < examples.prompt[index] else []
 
@@ -162,10 +163,11 @@ def _with_targets(examples: Examples, index: int, parts: list[Part]) -> list[Par
 
 
 def _too_long_error(examples: Examples, longer: np.ndarray, pack: PackSettings) -> CorpusError:
-    longest = int(examples.lengths[longer].max())
-    first = int(longer[0])
+    first = [f"  {examples.place(index)}: {examples.lengths[index]} tokens" for index in longer[:MAX_NAMED].tolist()]
+    more = [f"  and {len(longer) - MAX_NAMED} more"] if len(longer) > MAX_NAMED else []
+    limit, longest = pack.max_seq_length, examples.lengths[longer].max()
     return CorpusError(
-        f"overflow=error: {len(longer)} records are longer than max_seq_length={pack.max_seq_length} (longest {longest} "
-        f"tokens; first: source {examples.sources[examples.source[first]]}, unit {examples.shard[first]}, record "
-        f"{examples.number[first] + 1}). Raise max_seq_length to {longest}, or choose another overflow"
+        "\n".join([f"overflow=error: {len(longer)} records are longer than max_seq_length={limit}:", *first, *more])
+        + f"\nRaise max_seq_length to {longest}, or choose another overflow: drop, truncate_prompt_left, "
+        "truncate_target, split"
     )
