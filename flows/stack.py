@@ -2,7 +2,7 @@
 
 In: flags, prefect.toml, PREFECT_API_URL. Out: Prefect server, MLflow server and a worker, owned by a keeper
 (`flows.keeper`), state and logs in `.panda/`; deployments and automations on the server. Each can be repeated. A
-Prefect server that answers already, or lives on another machine, is used as it is. Cost: `up` 11 to 30 s, 3 s when it is up.
+Prefect server that answers already, or lives on another machine, is used as it is. Cost: `up` 11 to 30 s, then 3 s.
 """
 
 import argparse
