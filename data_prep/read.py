@@ -53,6 +53,7 @@ _OPENING = re.compile(rb'\s*+,\s*+[{\[](?:\s*+[{\[])*+\s*+"(?:[^"\\\x00-\x1f]){0
 _ARRAY_END = re.compile(rb"\s*+\]\s*+\Z")
 _CLOSER = {ord("{"): ord("}"), ord("["): ord("]")}
 
+_IS_SEPARATOR = np.isin(np.arange(256), list(b" \t\r\n\f\v,"))
 _decode_elements = msgspec.json.Decoder(list[msgspec.Raw]).decode
 
 
@@ -456,7 +457,7 @@ def _separated_by(data: bytes, separator: bytes, starts: np.ndarray, lengths: np
     view = np.frombuffer(data, np.uint8)
     stops = (starts + lengths)[:-1]
     same = all((view[stops + index] == byte).all() for index, byte in enumerate(separator))
-    return same and not np.isin(view[starts[1:]], np.frombuffer(b" \t\r\n,", np.uint8)).any()
+    return same and not _IS_SEPARATOR[view[starts[1:]]].any()
 
 
 def _scan(data: bytes, start: int) -> tuple[int, bool]:
