@@ -61,7 +61,7 @@ def _check_text(ids: np.ndarray, text: str, tokenizer: LoadedTokenizer) -> None:
     normalizer = tokenizer.core.normalizer
     if decoded == text or (normalizer is not None and decoded == normalizer.normalize_str(text)):
         return
-    if decoded.strip() == text.strip():  # SentencePiece-like decoders strip a leading space
+    if decoded.lstrip(" ") == text.lstrip(" "):  # SentencePiece-like decoders strip leading spaces
         return
     at = next((i for i, (a, b) in enumerate(zip(decoded, text, strict=False)) if a != b), min(len(decoded), len(text)))
     raise TokenizerError(
