@@ -1,4 +1,4 @@
-"""Put onto a Prefect server what operations need there: work pool, deployments, automations. Safe to repeat.
+"""Put onto a Prefect server what operations need there: work pool, deployments, an automation. Safe to repeat.
 
 In: prefect.yaml in the working directory; the server at PREFECT_API_URL. Out: nothing; whether a schedule is paused
 stays as the user left it (the one in prefect.yaml is paused when it first appears). Cost: ~6 s, mostly two imports of
@@ -23,27 +23,23 @@ from data_prep.errors import PandaError
 from flows.services import POOL
 
 MISSED_HEARTBEATS = 3
-TAG = "prefect.tag.panda"
 
 
 def deploy() -> None:
-    """Pool, then `prefect deploy --all`, then automations."""
+    """Pool, then `prefect deploy --all`, then the automation."""
     with get_client(sync_client=True) as client:
         _ensure_pool(client)
         active = _schedules(client)
         _prefect_deploy()
         _restore_schedules(client, active)
-        for automation in automations():
-            _ensure_automation(client, automation)
+        _ensure_automation(client, crash_silent_runs())
 
 
-def automations() -> list[AutomationCore]:
-    """What the server does by itself with runs of our deployments."""
-    return [_crash_silent_runs(), _cancel_queued_scheduled_runs()]
+def crash_silent_runs() -> AutomationCore:
+    """Heartbeats are sent by every flow run, and nothing on a self-hosted server listens to them unless told to.
 
-
-def _crash_silent_runs() -> AutomationCore:
-    """Heartbeats are sent by every flow run, and nothing on a self-hosted server listens to them unless told to."""
+    Should the event of a run's end be lost, this fires on a run that has ended; the server then refuses the change.
+    """
     seconds = MISSED_HEARTBEATS * (get_current_settings().flows.heartbeat_frequency or 30)
     return AutomationCore(
         name="panda: runs without heartbeat have crashed",
@@ -65,30 +61,6 @@ def _crash_silent_runs() -> AutomationCore:
                 state=StateType.CRASHED,
                 message=f"No heartbeat for {seconds} s: the flow's process, its worker or its machine is gone. "
                 "The next run with resume goes on from the last checkpoint.",
-            )
-        ],
-    )
-
-
-def _cancel_queued_scheduled_runs() -> AutomationCore:
-    """A deployment has one way to treat runs above its limit, and ours is to let them wait."""
-    return AutomationCore(
-        name="panda: scheduled runs do not queue",
-        description="A scheduled run that finds another one at work is cancelled; one started by hand waits.",
-        trigger=EventTrigger(
-            expect={"prefect.flow-run.AwaitingConcurrencySlot"},
-            match={"prefect.resource.id": ["prefect.flow-run.*"]},
-            match_related={"prefect.resource.id": "prefect.tag.auto-scheduled", "prefect.resource.role": "tag"},
-            for_each={"prefect.resource.id"},
-            posture=Posture.Reactive,
-            threshold=1,
-            within=timedelta(0),
-        ),
-        actions=[
-            ChangeFlowRunState(
-                state=StateType.CANCELLED,
-                name="SkippedStillRunning",
-                message="Another run of this deployment is at work; the next scheduled one will see all new data.",
             )
         ],
     )
