@@ -32,6 +32,7 @@ MAX_PARAM_CHARS = 6000
 ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout belongs to `--json`
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default waits for minutes; what failed is sent again later anyway
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
@@ -41,7 +42,8 @@ def connect(uri: str) -> "MlflowClient":
     """A client of this server or database, which is created when missing."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)  # "Creating initial MLflow database tables..."
+    for name in ("db.utils", "model_registry.abstract_store"):  # "Creating initial tables", "Waiting up to 300 seconds"
+        logging.getLogger(f"mlflow.store.{name}").setLevel(logging.WARNING)
     from mlflow.tracking import MlflowClient, set_registry_uri, set_tracking_uri
 
     set_tracking_uri(uri)  # MLflow resolves `models:/` through its global settings, whatever the client says

@@ -5,12 +5,14 @@ Nothing is unpickled, loaded into memory or copied on one file system; on anothe
 sha256 pass over the weights (0.7 GB/s and more), for the identity of what is registered.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
 import os
 import shutil
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +49,7 @@ def write_package(model_dir: Path, package: Path) -> None:
     from mlflow.pyfunc import save_model
 
     base = base_of(model_dir)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*input example was not provided.*")  # it is added below
+    with quiet():
         save_model(
             path=str(package),
             python_model=str(SERVED_MODEL),
@@ -60,6 +61,14 @@ def write_package(model_dir: Path, package: Path) -> None:
     save_example(package)
     link_tree(model_dir, package / WEIGHTS)
     declare_weights(package, model_dir)
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without MLflow's advice to give an input example, which is saved apart."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="(?s).*input example was not provided.*")
+        yield
 
 
 def signature() -> Any:

@@ -12,6 +12,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
@@ -36,8 +37,8 @@ class ServedModel(PythonModel):
             self.model = load_weights(directory)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
-    def predict(self, context, model_input, params=None):
-        """A chat completion for `messages`, a list of texts for `prompt`. MLflow would take type hints for the schema."""
+    def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
+        """A chat completion for `messages`, a list of texts for `prompt`."""
         options = {**DEFAULTS, **(params or {})}
         rows = rows_of(model_input)
         if rows and rows[0].get("messages") is not None:
@@ -104,16 +105,14 @@ def find_base(reference: str) -> str:
     return reference
 
 
-def rows_of(model_input: Any) -> list[dict[str, Any]]:
-    """A request as a list of rows, whether MLflow hands it over as a data frame, a mapping or a list."""
-    if hasattr(model_input, "to_dict"):
-        return model_input.to_dict("records")
-    if isinstance(model_input, dict):
-        if "messages" in model_input:
-            return [model_input]
-        prompt = model_input["prompt"]
-        return [{"prompt": text} for text in ([prompt] if isinstance(prompt, str) else prompt)]
-    return [row if isinstance(row, dict) else {"prompt": row} for row in model_input]
+def rows_of(request: pd.DataFrame) -> list[dict[str, Any]]:
+    """The rows of a request; a row of several prompts (MLflow puts a list into one cell) becomes one row each."""
+    rows = []
+    for row in request.to_dict("records"):
+        prompts = row.get("prompt")
+        several = row.get("messages") is None and prompts is not None and not isinstance(prompts, str)
+        rows += [{"prompt": prompt} for prompt in prompts] if several else [row]
+    return rows
 
 
 def plain(messages: Any) -> list[dict[str, str]]:

@@ -1,0 +1,72 @@
+"""A real MLflow database (made once, copied) and a real MLflow server for the tests of tracking and registry."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from training.mlflow_sync import connect
+
+
+@pytest.fixture(scope="session")
+def empty_database(tmp_path_factory) -> Path:
+    """An SQLite file with MLflow's tables."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    connect(f"sqlite:///{path}").search_experiments()
+    return path
+
+
+@pytest.fixture
+def output_dir(tmp_path, empty_database) -> Path:
+    """An output directory with an empty MLflow database."""
+    directory = tmp_path / "outputs"
+    directory.mkdir()
+    shutil.copyfile(empty_database, directory / "mlflow.db")
+    return directory
+
+
+@pytest.fixture
+def run_dir(output_dir) -> Path:
+    """An empty run directory."""
+    path = output_dir / "run-1"
+    path.mkdir()
+    return path
+
+
+@contextmanager
+def server(output_dir: Path, port: int) -> Iterator[subprocess.Popen]:
+    """A real MLflow server over the database of an output directory, killed at the end, with all its children."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", f"sqlite:///{output_dir}/mlflow.db"]
+    command += ["--artifacts-destination", f"{output_dir}/mlartifacts", "--host", "127.0.0.1", "--port", str(port)]
+    env = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    with open(output_dir / "server.log", "ab") as log:
+        process = subprocess.Popen(
+            [*command, "--workers", "1"], env=env, stdout=log, stderr=log, start_new_session=True
+        )
+    try:
+        wait_for_health(port, process)
+        yield process
+    finally:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def wait_for_health(port: int, process: subprocess.Popen, timeout_seconds: float = 90) -> None:
+    """Return when the server answers."""
+    deadline = time.monotonic() + timeout_seconds
+    while time.monotonic() < deadline:
+        assert process.poll() is None, "the MLflow server ended"
+        try:
+            urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=2)
+            return
+        except OSError:
+            time.sleep(0.2)
+    raise AssertionError("the MLflow server did not start")
