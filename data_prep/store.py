@@ -68,14 +68,35 @@ def build(root: Path, fp: str, make: Callable[[Path], dict[str, Any]]) -> Built:
     ``make`` writes into a temporary sibling. Of two builders at once the second to finish discards its own work.
     """
     path = root / fp
-    if reused := find(path):
-        return reused
+    if found := find(path):
+        return found
+    with building(root, fp) as directory:
+        return publish(directory, path, make(directory))
+
+
+@contextmanager
+def building(root: Path, fp: str) -> Iterator[Path]:
+    """A temporary directory beside ``root/fp`` for `publish`; gone afterwards, and recognised as stale after a kill."""
     root.mkdir(parents=True, exist_ok=True)
     remove_stale(root)
-    with _temporary_directory(root, fp) as building:
-        body = make(building)
-        _write_manifest(building, body)
-        return _publish(building, path)
+    while True:
+        path = root / f"{BUILDING}{fp}-{secrets.token_hex(4)}"
+        path.mkdir()
+        with _open_directory(path) as descriptor:
+            # Between mkdir and flock another process may have taken it for stale: then it is gone, and we try again.
+            if descriptor is None or not _try_lock(descriptor) or not path.exists():
+                continue
+            try:
+                yield path
+            finally:
+                shutil.rmtree(path, ignore_errors=True)
+            return
+
+
+def publish(directory: Path, path: Path, body: dict[str, Any]) -> Built:
+    """Complete a directory of `building` with its manifest and rename it to ``path``."""
+    _write_manifest(directory, body)
+    return _rename(directory, path)
 
 
 def find(path: Path) -> Built | None:
@@ -115,12 +136,12 @@ def verify(path: Path) -> list[str]:
 
 def discard(path: Path) -> None:
     """Remove a directory from the store; the next preparation builds it again."""
-    building = path.parent / f"{BUILDING}{path.name}-{secrets.token_hex(4)}"
+    removed = path.parent / f"{BUILDING}{path.name}-{secrets.token_hex(4)}"
     try:
-        path.rename(building)  # at once, so that nobody opens half of it
+        path.rename(removed)  # at once, so that nobody opens half of it
     except FileNotFoundError:
         return
-    shutil.rmtree(building, ignore_errors=True)
+    shutil.rmtree(removed, ignore_errors=True)
 
 
 def directories(root: Path) -> list[Path]:
@@ -134,22 +155,6 @@ def remove_stale(root: Path) -> None:
         with _open_directory(path) as descriptor:
             if descriptor is not None and _try_lock(descriptor):
                 shutil.rmtree(path, ignore_errors=True)
-
-
-@contextmanager
-def _temporary_directory(root: Path, fp: str) -> Iterator[Path]:
-    while True:
-        path = root / f"{BUILDING}{fp}-{secrets.token_hex(4)}"
-        path.mkdir()
-        with _open_directory(path) as descriptor:
-            # Between mkdir and flock another process may have taken it for stale: then it is gone, and we try again.
-            if descriptor is None or not _try_lock(descriptor) or not path.exists():
-                continue
-            try:
-                yield path
-            finally:
-                shutil.rmtree(path, ignore_errors=True)
-            return
 
 
 @contextmanager
@@ -173,33 +178,33 @@ def _try_lock(descriptor: int) -> bool:
     return True
 
 
-def _write_manifest(building: Path, body: dict[str, Any]) -> None:
+def _write_manifest(directory: Path, body: dict[str, Any]) -> None:
     files = {}
-    for path in sorted(building.iterdir()):
+    for path in sorted(directory.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
         _fsync(path)
     manifest = {"format_version": FORMAT_VERSION, "files": files, **body}
     manifest["xxh3"] = _hash_json(manifest)
-    with open(building / MANIFEST, "w", encoding="utf-8") as stream:
+    with open(directory / MANIFEST, "w", encoding="utf-8") as stream:
         json.dump(manifest, stream, indent=1, ensure_ascii=False)
         stream.flush()
         os.fsync(stream.fileno())
-    _fsync(building)
+    _fsync(directory)
 
 
-def _publish(building: Path, path: Path) -> Built:
+def _rename(directory: Path, path: Path) -> Built:
     """Rename into place, under the lock of the root so that nobody swaps out what another has just put there."""
     with _open_directory(path.parent) as root:
         fcntl.flock(root, fcntl.LOCK_EX)
         if theirs := find(path):
             return theirs
         try:
-            building.rename(path)
+            directory.rename(path)
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
             discard(path)  # damaged: reported by _reusable above
-            building.rename(path)
+            directory.rename(path)
         os.fsync(root)
     return Built(path, open_manifest(path), reused=False)
 

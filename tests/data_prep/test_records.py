@@ -1,5 +1,6 @@
 """shard_records on real files: units, ledger, quarantine, errors, increments, parts, workers, kill -9, two at once."""
 
+import gzip
 import json
 import os
 import shutil
@@ -16,8 +17,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import corpus as corpus_module
+from data_prep import read as read_module
 from data_prep import records as records_module
 from data_prep import store
+from data_prep import unit as unit_module
 from data_prep.corpus import find_files, plan_units
 from data_prep.errors import CorpusError, PandaError
 from data_prep.ledger import Reason
@@ -290,6 +293,27 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch, workers):
     many = shard_records(corpus(directory, prepare_workers=workers), tmp_path / "many")
     assert contents(tmp_path / "one") == contents(tmp_path / "many")
     assert many.fingerprint == one.fingerprint
+
+
+def test_a_compressed_file_becomes_a_series_of_directories(tmp_path, monkeypatch):
+    monkeypatch.setattr(unit_module, "MAX_TEXT_BYTES", 20_000)
+    monkeypatch.setattr(unit_module, "BATCH_BYTES", 5_000)
+    monkeypatch.setattr(read_module, "WINDOW_BYTES", 5_000)
+    text = big_array(1000, (500,)).encode()
+    result = shard_records(corpus(write(tmp_path / "in", a__json__gz=gzip.compress(text))), tmp_path / "cache")
+    assert len(result.units) > 2
+    whole = shard_records(corpus(write(tmp_path / "plain", a__json=text)), tmp_path / "plain_cache")
+    assert all_texts(result) == all_texts(whole)
+    for name in ("line", "offset", "length", "reason"):
+        parts = [value for unit in result.units for value in ledger_table(unit)[name].to_pylist()]
+        assert parts == [value for unit in whole.units for value in ledger_table(unit)[name].to_pylist()]
+    before = contents(tmp_path / "cache")
+    again = shard_records(corpus(tmp_path / "in"), tmp_path / "cache")
+    assert (again.reused, again.built, again.fingerprint) == (len(result.units), 0, result.fingerprint)
+    for unit in (result.units[0], result.units[2]):
+        store.discard(Path(unit.path))
+        assert shard_records(corpus(tmp_path / "in"), tmp_path / "cache").fingerprint == result.fingerprint
+        assert contents(tmp_path / "cache") == before
 
 
 def test_progress_reports_bytes(tmp_path, monkeypatch):
