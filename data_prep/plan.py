@@ -154,7 +154,9 @@ def _rows_of(examples: Examples, example: np.ndarray, start: np.ndarray, length:
     order = np.argsort(row, kind="stable")
     example, start, length, row = example[order], start[order], length[order], row[order]
     num_rows = int(row[-1]) + 1 if len(row) else 0
-    targets = examples.targets_of(example, start, length)
+    targets = examples.targets[example]
+    cut = np.flatnonzero(length != examples.lengths[example])
+    targets[cut] = examples.targets_of(example[cut], start[cut], length[cut])
     return Rows(
         row_offsets=np.concatenate([[0], np.cumsum(np.bincount(row, minlength=num_rows))]).astype(np.int32),
         shard=examples.shard[example],

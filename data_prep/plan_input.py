@@ -41,8 +41,11 @@ class Examples:
     @cached_property
     def targets(self) -> np.ndarray:
         """Labels of each example put into a row whole: ``(n,) int64``."""
-        every = np.arange(len(self))
-        return self.targets_of(every, np.zeros(len(self), dtype=np.int64), self.lengths)
+        lengths = np.diff(self.run_offsets)
+        odd = (np.arange(len(self.runs)) - np.repeat(self.run_offsets[:-1], lengths)) % 2 == 1
+        sums = np.concatenate([[0], np.cumsum(np.where(odd, self.runs, 0), dtype=np.int64)])
+        all_targets = sums[self.run_offsets[1:]] - sums[self.run_offsets[:-1]]
+        return all_targets - ((self.prompt == 0) & (all_targets > 0))
 
     @cached_property
     def prompt(self) -> np.ndarray:

@@ -234,9 +234,9 @@ def test_overhead_of_columns_is_small(bytes_tokenizer):
     roles, texts = columns(records)
     engine = load_engine(bytes_tokenizer.core, "auto")
     template = load_template("plain", bytes_tokenizer)
-    started = time.perf_counter()
+    started = time.process_time()
     tokenize_columns(roles, texts, bytes_tokenizer, template, engine)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
 
 
 # ------------------------------------------------------------------------------------------------ the proof

@@ -103,7 +103,7 @@ def test_split_evenly(length, capacity, parts):
 
 def test_a_million_pieces_are_packed_tightly_in_a_second():
     lengths = np.clip(np.random.default_rng(0).lognormal(5, 1, 1_000_000), 2, 2048).astype(np.int32)
-    started = time.perf_counter()
+    started = time.process_time()
     rows = best_fit_decreasing(lengths, 2048)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     assert lengths.sum() / (2048 * (rows.max() + 1)) > 0.998
