@@ -1,0 +1,111 @@
+"""The whole pipeline as a user runs it: real Prefect, two real DeepSpeed ranks, real MLflow, on the sample corpus."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_prep.sample import write_sample
+
+ROOT = Path(__file__).parent.parent
+REAL = Path(os.environ.get("PANDA_REAL_CORPORA", ROOT / ".." / "shared" / "data" / "real"))
+SMALL = ["--max_seq_length", "128", "architecture.num_hidden_layers=2", "architecture.vocab_size=1024"]
+
+
+def train(folder: Path, *arguments: str) -> tuple[dict, str]:
+    """Run train.py from another directory with a Prefect database of its own; returns (summary, stderr)."""
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "train.py"), "--json", *arguments],
+        cwd=folder, capture_output=True, text=True, check=False, timeout=550,
+        env={**os.environ, "PREFECT_HOME": str(folder / "prefect")},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1]), done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    path = tmp_path_factory.mktemp("end-to-end")
+    write_sample(path / "dataset")
+    return path
+
+
+@pytest.fixture(scope="module")
+def first(folder):
+    return train(folder, "--model", "panda-tiny", "--max_steps", "12", "--save_steps", "6", *SMALL)[0]
+
+
+@pytest.mark.distributed
+class TestFirstRun:
+    def test_every_record_is_accounted_for(self, first):
+        data = first["data"]
+        assert data["records_in"] == 1500 + 6 + 900 + 1 + 400
+        assert data["records_in"] == data["accepted"] + sum(data["rejected"].values()) + sum(data["dropped"].values())
+        assert data["rejected"] == {
+            "empty_target": 1, "malformed_json": 1, "missing_field": 1, "unknown_shape": 1, "wrong_type": 1,
+        }  # fmt: skip
+        assert data["dropped"]["duplicate"] >= 1
+
+    def test_held_out_loss_falls(self, first):
+        losses = first["losses"]
+        assert set(losses["before"]) == set(losses["after"])
+        assert all(losses["after"][source] < losses["before"][source] - 0.5 for source in losses["before"])
+
+    def test_a_line_of_metrics_for_every_step(self, first):
+        lines = [json.loads(line) for line in (Path(first["run_dir"]) / "metrics.jsonl").read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(1, 13))
+        wanted = {"step", "loss", "learning_rate", "target_tokens", "tokens", "seconds", "grad_norm"}
+        assert all(wanted <= line.keys() for line in lines)
+        assert lines[-1]["loss"] < lines[0]["loss"]
+
+    def test_summary_is_the_printed_object(self, first):
+        assert json.loads((Path(first["run_dir"]) / "summary.json").read_text()) == first
+
+    def test_registered_model_generates(self, first):
+        assert first["model"]["name"] == "panda-panda-tiny"
+        assert str(first["model"]["version"]) == "1"
+        assert isinstance(first["model"]["sample"], str)
+
+    def test_metrics_are_in_mlflow(self, first, folder):
+        import mlflow
+
+        client = mlflow.MlflowClient(f"sqlite:///{folder}/outputs/mlflow.db")
+        run = client.get_run(first["mlflow_run_id"])
+        assert run.info.status == "FINISHED"
+        assert len(client.get_metric_history(first["mlflow_run_id"], "loss")) == 12
+        assert run.data.params["max_steps"] == "12"
+
+
+@pytest.mark.distributed
+def test_second_run_reuses_prepared_data_and_adds_a_version(first, folder):
+    second, _ = train(folder, "--model", "panda-tiny", "--max_steps", "2", *SMALL)
+    assert all(second["data"]["reused"].values())
+    assert int(second["model"]["version"]) == int(first["model"]["version"]) + 1
+    assert second["data"]["records_in"] == first["data"]["records_in"]
+
+
+@pytest.mark.distributed
+def test_lora_on_a_checkpoint(first, folder):
+    summary, _ = train(
+        folder, "--ckpt_path", f"{first['run_dir']}/model", "--use_lora", "--lora_r", "4",
+        "--max_steps", "2", "--gradient_accumulation_steps", "1", "--max_seq_length", "128", "--run_name", "lora",
+    )  # fmt: skip
+    names = {path.name for path in (Path(summary["run_dir"]) / "model").iterdir()}
+    assert "adapter_model.safetensors" in names
+    assert "model.safetensors" not in names
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.skipif(not REAL.is_dir(), reason="the real corpora are not on this machine (PANDA_REAL_CORPORA)")
+def test_real_corpora(tmp_path):
+    summary, _ = train(
+        tmp_path, "--model", "panda-tiny", "--instruction_tuning_data_dir", str(REAL / "instruction_tuning"),
+        "--pretraining_data_dir", str(REAL / "pretraining"), "--max_seq_length", "512", "--max_steps", "4",
+    )  # fmt: skip
+    data = summary["data"]
+    assert data["records_in"] == 2390
+    assert data["records_in"] == data["accepted"] + sum(data["rejected"].values()) + sum(data["dropped"].values())
