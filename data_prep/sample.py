@@ -1,20 +1,33 @@
 """A sample corpus to try the pipeline on: small, learnable, in English and Chinese, with every kind of bad record.
 
-In: a directory. Out: ``instruction_tuning/*.json`` and ``pretraining/*.jsonl`` below it, the same bytes every time.
-A tiny model learns it in a minute, because the answers follow from the questions. ~1 % of the records are broken on
-purpose, so that the data report has something to explain. Cost: well under a second.
+In: a directory. Out: ``instruction_tuning/*`` and ``pretraining/*`` below it, the same bytes every time.
+A tiny model learns it in a minute or two, because the answers follow from the questions. A few records are broken or
+repeated on purpose, so that the data report has something to explain. Cost: well under a second.
 """
 
+import itertools
 import json
 import random
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-COLOURS = {"red": "红色", "blue": "蓝色", "green": "绿色", "white": "白色", "black": "黑色", "golden": "金色"}
-ANIMALS = {"panda": "熊猫", "tiger": "老虎", "horse": "马", "rabbit": "兔子", "crane": "鹤", "carp": "鲤鱼"}
-PLACES = {"forest": "森林", "river": "河边", "village": "村庄", "mountain": "山上", "garden": "花园"}
-FOODS = {"bamboo": "竹子", "rice": "米饭", "apples": "苹果", "grass": "草", "cakes": "蛋糕"}
+COLOURS = {
+    "red": "红色",
+    "blue": "蓝色",
+    "green": "绿色",
+    "white": "白色",
+    "black": "黑色",
+    "golden": "金色",
+    "grey": "灰色",
+}
+PLACES = {"forest": "森林", "river": "河边", "village": "村庄", "hills": "山上", "garden": "花园", "city": "城市"}
+SIZES = {"small": "小", "big": "大", "young": "小", "old": "老"}
+DIETS = {
+    "panda": ("熊猫", "bamboo", "竹子"), "horse": ("马", "grass", "青草"), "rabbit": ("兔子", "carrots", "胡萝卜"),
+    "crane": ("鹤", "fish", "小鱼"), "monkey": ("猴子", "bananas", "香蕉"), "cat": ("猫", "mice", "老鼠"),
+    "bee": ("蜜蜂", "nectar", "花蜜"), "squirrel": ("松鼠", "nuts", "坚果"), "bear": ("熊", "honey", "蜂蜜"),
+}  # fmt: skip
 
 
 def write_sample(folder: Path, seed: int = 7) -> None:
@@ -22,55 +35,51 @@ def write_sample(folder: Path, seed: int = 7) -> None:
     if folder.exists():
         return
     draw = random.Random(seed)
-    english = [_english(draw) for _ in range(1500)]
-    chinese = [_chinese(draw) for _ in range(900)]
+    animals = list(itertools.product(DIETS, COLOURS, PLACES, SIZES))
+    draw.shuffle(animals)
+    english = [record for animal in animals[:500] for record in _english(*animal)]
+    chinese = [record for animal in animals[500:900] for record in _chinese(*animal)]
     temporary = folder.with_name(folder.name + ".tmp")
     _write(temporary / "instruction_tuning" / "english.json", json.dumps([*english, *_bad()], indent=1))
     _write(temporary / "instruction_tuning" / "chinese.jsonl", _lines(chinese) + '{"input": "断了的记录", "target": \n')
-    _write(temporary / "pretraining" / "stories.jsonl", _lines(_stories(draw)))
+    _write(temporary / "pretraining" / "stories.jsonl", _lines(_stories(draw, animals[900:1000])))
     temporary.rename(folder)
 
 
-def _english(draw: random.Random) -> dict[str, str]:
-    a, b = draw.randint(0, 60), draw.randint(0, 40)
-    colour, animal = draw.choice(list(COLOURS)), draw.choice(list(ANIMALS))
-    place, food = draw.choice(list(PLACES)), draw.choice(list(FOODS))
-    return draw.choice(
-        [
-            {"instruction": f"What is {a} plus {b}?", "input": "", "output": f"{a} plus {b} is {a + b}."},
-            {
-                "instruction": "Which animal is in the text, and where does it live?",
-                "input": f"A {colour} {animal} lives near the {place} and eats {food}.",
-                "output": f"It is a {animal}. It lives near the {place}.",
-            },
-            {
-                "instruction": f"Describe the {colour} {animal} that eats {food} near the {place}.",
-                "input": "",
-                "output": f"The {animal} is {colour}. Every day it eats {food} near the {place}.",
-            },
-        ]
-    )
+def _english(animal: str, colour: str, place: str, size: str) -> list[dict[str, str]]:
+    food = DIETS[animal][1]
+    return [
+        {
+            "instruction": f"What does the {size} {colour} {animal} from the {place} eat?",
+            "input": "",
+            "output": f"The {animal} eats {food}.",
+        },
+        {
+            "instruction": "Which animal is in the text, and what does it like?",
+            "input": f"There is a {colour} {animal} near the {place}. It is {size}.",
+            "output": f"It is a {animal}. A {animal} likes {food}.",
+        },
+    ]
 
 
-def _chinese(draw: random.Random) -> dict[str, str]:
-    colour, animal = draw.choice(list(COLOURS.values())), draw.choice(list(ANIMALS.values()))
-    place, food = draw.choice(list(PLACES.values())), draw.choice(list(FOODS.values()))
-    return {
-        "input": f"{place}的{colour}{animal}吃什么？",
-        "target": f"{place}的{animal}是{colour}的，它每天吃{food}。" if draw.random() < 0.5 else f"{animal}每天吃{food}。",
-    }
+def _chinese(animal: str, colour: str, place: str, size: str) -> list[dict[str, str]]:
+    name, _, food = DIETS[animal]
+    who = f"{PLACES[place]}的{COLOURS[colour]}{SIZES[size]}{name}"
+    return [
+        {"input": f"{who}吃什么？", "target": f"{name}吃{food}。"},
+        {"input": f"请介绍{who}。", "target": f"这是一只{name}，它每天都吃{food}。"},
+    ]
 
 
-def _stories(draw: random.Random) -> Iterator[dict[str, str]]:
-    for number in range(400):
-        animal, place, food = (draw.choice(list(words)) for words in (ANIMALS, PLACES, FOODS))
+def _stories(draw: random.Random, animals: list[tuple[str, str, str, str]]) -> Iterator[dict[str, str]]:
+    for number, (animal, colour, place, size) in enumerate(animals):
+        food = DIETS[animal][1]
         days = " ".join(
-            f"On day {day} the {animal} went to the {draw.choice(list(PLACES))} and ate {draw.choice(list(FOODS))}."
-            for day in range(1, draw.randint(4, 14))
+            f"On day {day} it went to the {draw.choice(list(PLACES))}." for day in range(1, draw.randint(3, 9))
         )
         yield {
             "title": f"Story {number}: the {animal} of the {place}",
-            "content": f"A {animal} lived in the {place}. It liked {food}. {days}",
+            "content": f"A {size} {colour} {animal} lived near the {place}. It ate {food} every day. {days}",
         }
 
 
@@ -87,8 +96,8 @@ def _bad() -> list[object]:
     ]
 
 
-def _lines(records: object) -> str:
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)  # type: ignore[attr-defined]
+def _lines(records: Iterable[object]) -> str:
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records)
 
 
 def _write(path: Path, text: str) -> None:

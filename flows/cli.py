@@ -62,8 +62,14 @@ def guarded(command: Callable[[], int], verbose: bool) -> int:
 def _log_to_stderr(verbose: bool) -> None:
     """Our own progress for people; of other libraries only warnings."""
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger().handlers[0].addFilter(_is_for_people)
     for package in ("data_prep", "training", "configs", "tasks", "flows"):
         logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _is_for_people(record: logging.LogRecord) -> bool:
+    """Prefect's own lines say in other words what the stages say."""
+    return record.levelno > logging.INFO or not record.name.startswith("prefect")
 
 
 def read_arguments(

@@ -64,14 +64,14 @@ def call_flow(parameters: dict[str, Any]) -> dict[str, Any]:
     """Run the flow to its end; its failure is raised here, a user's error as the `PandaError` it is."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
     with contextlib.redirect_stdout(sys.stderr), connected() as wait_for_server:  # stdout is for results
-        from prefect.logging.handlers import APILogHandler
+        from prefect.logging.handlers import APILogWorker
 
         from flows.panda_train import panda_train
 
         wait_for_server()
         state = panda_train(**parameters, return_state=True)
         result = state.result(raise_on_failure=False)
-        APILogHandler.flush()  # the temporary server ends below; logs are sent in batches
+        APILogWorker.drain_all()  # the temporary server ends below; logs are sent in batches
     if state.is_completed():
         return result
     if isinstance(result, PandaError):

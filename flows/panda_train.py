@@ -5,24 +5,34 @@ also RUN/summary.json. The flow is order and meaning of failures; every stage is
 its work is there, and can be read in `tasks/`. No `from __future__ import annotations` here: `flow.serve` fails on it.
 """
 
+from pathlib import Path
 from typing import Any
 
-from prefect import flow
+from prefect.runtime import flow_run
 from prefect.states import Failed
 
 from configs.load import load
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
 from flows import preflight, run_dir
-from flows.parameters import flow_docstring, flow_signature
+from flows.facts import facts, version_tags
+from flows.parameters import flow_of_settings
 from flows.stopwatch import Stopwatch
-from tasks.evaluate import evaluate
 from tasks.prepare import base_model, plan, shard, tokenize, tokenizer
-from tasks.register import register_model
-from tasks.train import train
+from tasks.register import model_name, register_model
+from tasks.sample_prompt import sample_prompt
+from tasks.train import evaluate, train
 from training import tracking
-from training.settings import TrainSettings
+from training.settings import TrackingSettings, TrainSettings
 from training.source import base_checkpoint
+
+DEFAULT_MODEL = PandaSettings.model_fields["model"].default
+
+
+def run_title() -> str:
+    """Name of the flow run: the model, or the file or checkpoint that says which."""
+    given = flow_run.parameters
+    return str(given.get("model") or given.get("ckpt_path") or given.get("conf_path") or DEFAULT_MODEL)
 
 
 def panda_train(**parameters: Any) -> dict[str, Any]:
@@ -45,8 +55,7 @@ def run_stages(settings: PandaSettings, run: run_dir.RunDir) -> dict[str, Any]:
     with watch("records"):
         records = shard(settings)
     with watch("base model"):
-        checkpoint = base_checkpoint(settings)
-        model_dir = base_model(checkpoint) if checkpoint else None
+        model_dir = base_model(settings) if base_checkpoint(settings) else None
         tokenizer_dir = model_dir or tokenizer(settings, records)
     with watch("tokenize"):
         tokens = tokenize(settings, records, tokenizer_dir)
@@ -54,24 +63,27 @@ def run_stages(settings: PandaSettings, run: run_dir.RunDir) -> dict[str, Any]:
         planned = plan(settings, tokens)
     paths = {"run_dir": run.path, "plan_dir": planned.path, "model_dir": model_dir, "tokenizer_dir": tokenizer_dir}
     run_dir.write_config(run, settings, paths)
-    with tracking.open_run(settings, run.path, planned) as tracked:
+    train_settings = TrainSettings.of(settings)
+    known = facts(settings, tokens, planned)
+    with tracking.open_run(TrackingSettings.of(settings), run.path, known) as tracked:
         with watch("train"):
-            trained = train(run.path, TrainSettings.of(settings), tracked.update)
+            trained = train(run.path, train_settings, settings.resume)
         with watch("evaluate"):
-            evaluation = evaluate(run.path, trained)
+            losses = evaluate(run.path, train_settings, trained)
         with watch("register"):
-            version = register_model(settings, run.path, tracked, planned, evaluation)
+            prompt = sample_prompt(Path(planned.path), tokenizer_dir, Path(settings.cache_dir))
+            name = model_name(settings.registered_model_name, settings.model)
+            version = register_model(tracked, name, version_tags(known, losses), prompt)
     return {
         "run_dir": str(run.path),
+        "prefect_flow_run_id": str(flow_run.id),
         "mlflow_run_id": tracked.run_id,
         "model": version,
         "data": planned.report,
-        "losses": evaluation,
+        "losses": losses,
         "training": trained,
         "seconds": watch.seconds,
     }
 
 
-panda_train.__signature__ = flow_signature()  # type: ignore[attr-defined]
-panda_train.__doc__ = flow_docstring()
-panda_train = flow(name="panda-train", flow_run_name="{model}", persist_result=False)(panda_train)
+panda_train = flow_of_settings(panda_train, name="panda-train", flow_run_name=run_title, persist_result=False)

@@ -9,44 +9,47 @@ from rich.table import Table
 
 from configs.settings import PandaSettings
 from tasks.artifacts import report_rows
+from training.secrets import redact_text
+from training.settings import TrackingSettings
+from training.tracking import tracking_uri
 
 
 def show(summary: dict[str, Any], settings: PandaSettings) -> None:
     """Data report, losses, model, a text it generates, seconds per stage, and where to look further."""
     console = Console(highlight=False)
-    console.print(_table("Data", [(row["what"], row["number"]) for row in report_rows(summary["data"])]))
+    _print_table(console, "Data", [(row["what"], row["number"]) for row in report_rows(summary["data"])])
     reused = [stage for stage, was in summary["data"]["reused"].items() if was]
     if reused:
         console.print(f"Reused from an earlier run: {', '.join(reused)}")
-    console.print(_table("Held-out loss per target token", _losses(summary["losses"])))
+    _print_table(console, "Held-out loss per target token", _losses(summary["losses"]))
     model = summary["model"]
     console.print(f"Registered [bold]{model['name']}[/bold] version {model['version']}   {model['uri']}")
     console.print("Loaded back from the registry, it answers:")
     console.print(f"  > {model['prompt'].strip()}\n  {model['sample'].strip()}", markup=False)
-    console.print(_table("Seconds", [(stage, f"{seconds:.1f}") for stage, seconds in summary["seconds"].items()]))
+    _print_table(console, "Seconds", [(stage, f"{seconds:.1f}") for stage, seconds in summary["seconds"].items()])
     console.print(f"Run directory: {summary['run_dir']}\nTo look at this run:", markup=False)
-    for command in ui_commands(settings):
+    for command in ui_commands(settings, summary):
         console.print(f"  {command}", markup=False, soft_wrap=True)
 
 
-def ui_commands(settings: PandaSettings) -> list[str]:
-    """The commands that open the two UIs on this run."""
-    uri = settings.mlflow_tracking_uri or f"sqlite:///{Path(settings.output_dir).absolute() / 'mlflow.db'}"
-    mlflow = f"mlflow ui --backend-store-uri {shlex.quote(uri)}" if "://" in uri and not uri.startswith("http") else uri
-    return [
-        "prefect server start    # then open http://127.0.0.1:4200",
-        f"{mlflow}    # then open http://127.0.0.1:5000",
-    ]
+def ui_commands(settings: PandaSettings, summary: dict[str, Any]) -> list[str]:
+    """The commands that open the two UIs, each with the address of this run."""
+    prefect = f"prefect server start    # http://127.0.0.1:4200/runs/flow-run/{summary['prefect_flow_run_id']}"
+    uri = tracking_uri(TrackingSettings.of(settings), Path(summary["run_dir"]).parent)
+    mlflow = f"mlflow ui --backend-store-uri {shlex.quote(redact_text(uri))}    # http://127.0.0.1:5000"
+    return [prefect, f"{uri} (MLflow)" if uri.startswith("http") else mlflow]
 
 
 def _losses(losses: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
     return [(f"{source} {moment}", f"{loss:.4f}") for moment, by in losses.items() for source, loss in by.items()]
 
 
-def _table(title: str, rows: list[tuple[str, str]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+def _print_table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
+    """A heading, then name and number in two columns."""
+    table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
     table.add_column()
     table.add_column(justify="right")
     for row in rows:
         table.add_row(*row)
-    return table
+    console.print(f"[bold]{title}[/bold]")
+    console.print(table)

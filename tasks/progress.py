@@ -21,16 +21,16 @@ class StageProgress:
     def __init__(self, key: str):
         self.key = key
         self.started = self.logged = self.shown = time.monotonic()
-        self.first_done: int | None = None
+        self.first_done: int | None = None  # where the rate is counted from: the first call, not the start-up before it
         self.artifact = None
 
     def __call__(self, stage: str, done: int, total: int, unit: str, note: str = "") -> None:
         now = time.monotonic()
         if self.first_done is None:
-            self.first_done = done
+            self.first_done, self.started = done, now
         text = describe(done, total, unit, done - self.first_done, now - self.started) + (f", {note}" if note else "")
         finished = done >= total
-        if now - self.logged >= LOG_SECONDS or (finished and self.logged > self.started):
+        if now - self.logged >= LOG_SECONDS or (finished and self.logged >= self.started):
             self.logged = now
             logger.info("%s: %s", stage, text)
         if now - self.shown >= UI_SECONDS or (finished and self.artifact):

@@ -1,45 +1,64 @@
-"""Task of training: launches the ranks, relays their progress, and turns the exit reason into an error that says it.
+"""Tasks of training and evaluation: they launch processes, relay their progress, and say why they ended.
 
-In: the run directory with its ``config.yaml``. Out: the worker's summary (RUN/train.json) as a dict.
-The task runs in the flow's main thread, where Prefect delivers a cancellation; the launcher then ends every rank.
+In: the run directory with its ``config.yaml``. Out: the worker's summary (RUN/train.json); held-out losses.
+The tasks run in the flow's main thread, where Prefect delivers a cancellation; the launcher then ends every process.
 """
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from data_prep.errors import PandaError
+from tasks.artifacts import show_evaluation
 from tasks.progress import StageProgress
 from tasks.stage import stage
-from training.launch import ExitReport, launch
+from training import launch
+from training.exit import ExitReason
+from training.launch import ExitReport
 from training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
 
 
 class TrainingFailed(PandaError):
-    """Training ended with another reason than `completed`."""
+    """Training or evaluation ended with another reason than `completed`."""
 
-    def __init__(self, report: ExitReport):
+    def __init__(self, what: str, report: ExitReport, run_dir: Path):
         self.report = report
-        super().__init__(f"training ended: {report.reason.value} ({report.source}): {report.message}")
+        where = f" ({report.source})" if report.source else ""
+        super().__init__(f"{what} ended: {report.reason.value}{where}: {report.message}; logs: {run_dir / 'logs'}")
 
 
 @stage("train")
-def train(run_dir: Path, settings: TrainSettings, on_step: Callable[[], None]) -> dict[str, Any]:
-    """Run the training worker on every rank; `on_step` is called after each optimizer step."""
+def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any]:
+    """Run the training worker on every rank until it is done."""
     progress = StageProgress("training")
 
     def on_event(event: dict[str, Any]) -> None:
         if event.get("event") == "step":
             progress("train", event["step"], event["steps"], "steps", f"loss {event['loss']:.4f}")
-            on_step()
 
-    report = launch(run_dir, settings, on_event, logger.info, resume=settings.resume)
-    if report.reason.value != "completed":
+    _require_completed("training", launch.launch(run_dir, settings, on_event, logger.info, resume), run_dir)
+    return json.loads((run_dir / "train.json").read_text(encoding="utf-8"))
+
+
+@stage("evaluate")
+def evaluate(run_dir: Path, settings: TrainSettings, trained: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """Held-out loss by moment and source, ``{"before": {"all": 8.3}, "after": {...}}``; after = what lies on disk."""
+    _require_completed("evaluation", launch.evaluate(run_dir, settings, logger.info), run_dir)
+    after = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
+    losses = {"before": _losses(trained["eval_before"]), "after": _losses(after)}
+    show_evaluation(losses)
+    return losses
+
+
+def _require_completed(what: str, report: ExitReport, run_dir: Path) -> None:
+    if report.reason is not ExitReason.completed:
         if report.details:
             logger.error("%s", report.details)
-        raise TrainingFailed(report)
-    return json.loads((run_dir / "train.json").read_text(encoding="utf-8"))
+        raise TrainingFailed(what, report, run_dir)
+
+
+def _losses(by_source: dict[str, dict[str, float]]) -> dict[str, float]:
+    return {source: numbers["loss"] for source, numbers in by_source.items()}

@@ -17,6 +17,7 @@ from training.settings import EngineSettings
 
 PROJECT = Path(__file__).resolve().parents[1]
 WORKER = "training.worker"
+EVALUATE = "training.evaluate"
 DEFAULT_PORT = 29500
 
 
@@ -110,6 +111,12 @@ def hostfile_command(run_dir: Path, settings: EngineSettings, machine: Machine, 
     return Command("hosts", argv, common_env(machine, machine.num_gpus or 1), str(run_dir / "logs" / "hosts.log"))
 
 
+def evaluation_command(run_dir: Path, machine: Machine) -> Command:
+    """One process that evaluates RUN/model as it lies on disk."""
+    argv = [sys.executable, "-m", EVALUATE, "--config", str(run_dir.resolve() / "config.yaml")]
+    return Command("evaluate", argv, common_env(machine, 1), str(run_dir / "logs" / "evaluate.log"))
+
+
 def worker_args(run_dir: Path, resume: bool) -> list[str]:
     """Arguments of the worker, absolute: the launcher's working directory need not be the ranks'."""
     return ["--config", str(run_dir.resolve() / "config.yaml"), *(["--resume"] if resume else [])]
@@ -124,6 +131,8 @@ def common_env(machine: Machine, num_local: int) -> dict[str, str]:
         # Importing deepspeed pulls in torch._inductor (1.4 s) unless compilation is off; nothing here compiles.
         "TORCH_COMPILE_DISABLE": "1",
         "TORCHDYNAMO_DISABLE": "1",
+        "TQDM_DISABLE": "1",  # bars of libraries, one line each in a log
+        "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed calls what torch has deprecated
     }
     if "OMP_NUM_THREADS" not in os.environ:
         env["OMP_NUM_THREADS"] = str(max(1, machine.num_cores // num_local))

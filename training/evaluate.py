@@ -43,13 +43,12 @@ def _dtype(settings: TrainSettings) -> torch.dtype:
 
 
 def main() -> None:
-    """Command line: evaluate, write RUN/evaluation.json, print it."""
+    """Command line: evaluate, write RUN/evaluation.json."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="RUN/config.yaml")
     config = read_config(parser.parse_args().config)
     result = evaluate_model(config.run_dir / "model", config.plan_dir, config.settings)
     (config.run_dir / "evaluation.json").write_text(json.dumps(result, indent=1))
-    print(json.dumps(result))
 
 
 if __name__ == "__main__":

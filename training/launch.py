@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from training.commands import WORKER, Command, python_path, rank_commands
+from training.commands import WORKER, Command, evaluation_command, python_path, rank_commands
 from training.exit import OWNED, ExitReason, reason_of_code
 from training.machine import num_oom_kills, this_machine
 from training.ranklog import LogTail, RateLimit, event_of, traceback_of
@@ -91,6 +91,12 @@ def launch_worker(worker: str, run_dir: Path, settings: TrainSettings, listener:
         resume = True
         listener.on_event({"event": "out_of_memory", "source": report.source, **smaller})
         listener.on_log(f"{report.source} is out of memory ({report.message}); going on with {smaller}")
+
+
+def evaluate(run_dir: Path, settings: TrainSettings, on_log: Callable[[str], None]) -> ExitReport:
+    """Evaluate RUN/model in a process of its own, owned like the ranks; the result is RUN/evaluation.json."""
+    command = evaluation_command(run_dir, this_machine())
+    return run_commands([command], settings, Listener(lambda event: None, on_log))
 
 
 def smaller_micro_batch(micro_batch: int, accumulation: int) -> tuple[int, int] | None:
@@ -247,11 +253,11 @@ def judge(attempt: Attempt, num_kills_for_memory: int) -> ExitReport:
 def _report_of(attempt: Attempt, fact: dict, num_kills_for_memory: int) -> ExitReport:
     """How one command ended: by its last words, else by its exit code."""
     name, code = fact["name"], fact["code"]
-    details = traceback_of(attempt.tails[name].text())
     words = [event for event in attempt.last_words if event["source"] == name]
     if words:
         cause = min(words, key=lambda event: (event["reason"] == ExitReason.lost_rank, event["time"]))
-        return ExitReport(ExitReason(cause["reason"]), cause["message"], details, f"rank-{cause['rank']}")
+        return ExitReport(ExitReason(cause["reason"]), cause["message"], cause["details"], f"rank-{cause['rank']}")
+    details = traceback_of(attempt.tails[name].text())
     if code == -signal.SIGKILL and num_kills_for_memory:
         return ExitReport(ExitReason.out_of_memory, f"{name} was killed by the kernel for memory", details, name)
     how = f"was killed by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"

@@ -7,10 +7,11 @@ the engine.
 
 import logging
 import math
+import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from training import checkpoint, evaluation
 from training.checkpoint import Progress
 from training.course import Course
 from training.engine import Engine
-from training.exit import NonFiniteError, TrainingStopped, emit
+from training.exit import OWNED, NonFiniteError, TrainingStopped, emit
 from training.loader import load_ahead
 from training.metrics import Clock, JsonLines, duration, memory_peak_bytes
 from training.ranks import Ranks
@@ -49,6 +50,7 @@ class Run:
     directory: Path
     flops_per_token: float
     peak_flops: float | None
+    callbacks: list[Callable[[dict[str, Any]], Any]] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> Path:
@@ -234,6 +236,10 @@ def _report(run: Run, progress: Progress, record: dict[str, Any], metrics: JsonL
     total = run.course.total_steps
     eta = (total - progress.step) * progress.seconds / progress.step
     emit({"event": "step", "steps": total, "eta_seconds": eta, **record})
+    for callback in run.callbacks:
+        callback(record)
+    if os.environ.get(OWNED):  # the launcher tells people, from the event
+        return
     log.info(
         "step %d/%d loss %.4f lr %.2e norm %.3f, %.0f target tokens/s, ETA %s",
         progress.step, total, record["loss"], record["learning_rate"], record["grad_norm"],

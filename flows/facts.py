@@ -1,0 +1,34 @@
+"""What MLflow is told about a run before it trains. In: settings and results of the data stages. Out: `Facts`."""
+
+from pathlib import Path
+
+from prefect.runtime import flow_run
+
+from configs.settings import PandaSettings
+from data_prep.plan import PlanResult
+from data_prep.tokenize import TokensResult
+from training.run_record import Dataset
+from training.tracking import Facts
+
+
+def facts(settings: PandaSettings, tokens: TokensResult, plan: PlanResult) -> Facts:
+    """Parameters = the configuration; data sets = the corpora, by the fingerprint of their records."""
+    folders = {"instruction": settings.instruction_tuning_data_dir, "pretraining": settings.pretraining_data_dir}
+    datasets = [
+        Dataset(source, tokens.records.fingerprint, folder, profile=plan.report["sources"].get(source, {}))
+        for source, folder in folders.items()
+        if folder and Path(folder).is_dir()
+    ]
+    tags = {
+        "panda.corpus": tokens.records.fingerprint,
+        "panda.plan": plan.fingerprint,
+        "prefect.flow_run_id": str(flow_run.id or ""),
+        "prefect.flow_run_url": str(flow_run.ui_url or ""),
+    }
+    return Facts(settings.model_dump(mode="json"), datasets, {"data": plan.report}, tags)
+
+
+def version_tags(known: Facts, losses: dict[str, dict[str, float]]) -> dict[str, str]:
+    """Tags of the model version: what it was made of, and how good it is."""
+    lineage = {name: value for name, value in known.tags.items() if value}
+    return lineage | {f"eval_loss.{source}": f"{loss:.6f}" for source, loss in losses["after"].items()}
