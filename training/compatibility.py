@@ -33,7 +33,7 @@ class Case:
 
     @property
     def optimizer(self) -> str:
-        return self.settings.optimizer.lower() if isinstance(self.settings.optimizer, str) else "_target_"
+        return self.settings.optimizer if isinstance(self.settings.optimizer, str) else "_target_"
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,13 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "LAMB with zero_stage 1 to 3",
-        lambda case: case.optimizer == "lamb" and case.zero > 0,
+        lambda case: case.optimizer == "LAMB" and case.zero > 0,
         "LAMB needs the length of whole parameters, ZeRO gives it flat pieces of several",
         "--zero_stage 0 or --strategy fsdp",
     ),
     Rule(
         "Adafactor with zero_stage 1 to 3 or fsdp",
-        lambda case: case.optimizer == "adafactor" and (case.zero > 0 or case.fsdp),
+        lambda case: case.optimizer == "Adafactor" and (case.zero > 0 or case.fsdp),
         "Adafactor keeps sums over whole rows and columns of a matrix, a shard has only pieces of them",
         "--strategy deepspeed --zero_stage 0, or AdamW",
     ),
@@ -103,25 +103,15 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "bit_training with Adafactor or a `_target_` optimizer",
-        lambda case: case.settings.bit_training and case.optimizer not in ("adamw", "lamb"),
+        lambda case: case.settings.bit_training and case.optimizer not in ("AdamW", "LAMB"),
         "bitsandbytes has AdamW and LAMB in 8 bits",
         "--optimizer AdamW or LAMB",
     ),
     Rule(
         "use_nvlamb without --optimizer LAMB in 32 bits",
-        lambda case: case.settings.use_nvlamb and (case.optimizer != "lamb" or case.settings.bit_training),
+        lambda case: case.settings.use_nvlamb and (case.optimizer != "LAMB" or case.settings.bit_training),
         "NVLAMB is LAMB with gradients divided by their norm, which bitsandbytes' 8-bit LAMB cannot do",
         "--optimizer LAMB without --bit_training",
-    ),
-    Rule(
-        "flash_attention_2 with packed micro-batches above 1",
-        lambda case: (
-            case.packing
-            and case.settings.attention == "flash_attention_2"
-            and max(case.settings.per_gpu_train_batch_size, case.settings.per_gpu_eval_batch_size) > 1
-        ),
-        "FlashAttention isolates packed segments at batch size 1 only",
-        "--per_gpu_train_batch_size 1 --per_gpu_eval_batch_size 1 with more accumulation steps",
     ),
     Rule(
         "packing with a recurrent or hybrid model",

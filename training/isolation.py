@@ -34,7 +34,7 @@ class Facts:
 
     vocabulary: int
     packing: bool
-    micro_batch: int  # FlashAttention isolates segments at batch size 1 only
+    micro_batch: int
     dtype: torch.dtype
 
 

@@ -9,7 +9,9 @@ peft and bitsandbytes are imported only when asked for: they take up to 20 s on 
 """
 
 import json
+import logging
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +19,12 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
+from data_prep.target import load_target
 from training.errors import ModelError
 from training.settings import TrainSettings
 from training.target_loss import causal_model
+
+log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
@@ -45,10 +50,19 @@ def from_scratch(settings: TrainSettings, tokenizer_dir: str) -> nn.Module:
     """A model with random float32 weights; vocabulary and special tokens are the tokenizer's."""
     if not settings.architecture:
         raise ModelError(f"model={settings.model!r} has neither ckpt_path nor architecture; give one of them")
-    config = AutoConfig.for_model(
-        **{**settings.architecture, **special_tokens(tokenizer_dir), "vocab_size": vocabulary_size(tokenizer_dir)}
+    config = config_of(
+        {**settings.architecture, **special_tokens(tokenizer_dir), "vocab_size": vocabulary_size(tokenizer_dir)}
     )
-    return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=_attention(settings))
+    return _with_attention(
+        settings, lambda kind: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kind)
+    )
+
+
+def config_of(architecture: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration an architecture means: its fields, or what its `_target_` returns for them."""
+    if "_target_" in architecture:
+        return load_target(architecture, "architecture")()
+    return AutoConfig.for_model(**architecture)
 
 
 def from_directory(settings: TrainSettings, model_dir: str, dtype: torch.dtype) -> nn.Module:
@@ -57,14 +71,17 @@ def from_directory(settings: TrainSettings, model_dir: str, dtype: torch.dtype) 
         raise ModelError(f"{model_dir}: no config.json; ckpt_path must be a Hugging Face checkpoint directory")
     options: dict[str, Any] = {"quantization_config": four_bits(dtype)} if settings.use_quant else {}
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            Path(model_dir).absolute(),
-            dtype=dtype,
-            attn_implementation=_attention(settings),
-            trust_remote_code=settings.trust_remote_code,
-            local_files_only=True,
-            use_safetensors=True,
-            **options,
+        return _with_attention(
+            settings,
+            lambda kind: AutoModelForCausalLM.from_pretrained(
+                Path(model_dir).absolute(),
+                dtype=dtype,
+                attn_implementation=kind,
+                trust_remote_code=settings.trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                **options,
+            ),
         )
     except OSError as error:
         raise ModelError(f"{model_dir}: {error}") from error
@@ -107,12 +124,18 @@ def add_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
         raise ModelError(f"lora_target_modules={settings.lora_target_modules}: {error}") from error
 
 
-def _attention(settings: TrainSettings) -> str:
-    if settings.attention != "auto":
-        return settings.attention
+def _with_attention(settings: TrainSettings, build: Callable[[str | None], nn.Module]) -> nn.Module:
+    """Build with the attention asked for; `auto` is FlashAttention where it can be, else what the model prefers."""
     from transformers.utils import is_flash_attn_2_available
 
-    return "flash_attention_2" if torch.cuda.is_available() and is_flash_attn_2_available() else "sdpa"
+    if settings.attention != "auto":
+        return build(settings.attention)
+    if torch.cuda.is_available() and is_flash_attn_2_available():
+        try:
+            return build("flash_attention_2")
+        except ValueError as error:  # some models have no such implementation
+            log.info("no FlashAttention: %s", error)
+    return build(None)
 
 
 def vocabulary_size(tokenizer_dir: str) -> int:

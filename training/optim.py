@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from data_prep.errors import PandaError
 from data_prep.target import load_target
 from training.lamb import Lamb
 from training.settings import OptimizerSettings
@@ -70,12 +69,12 @@ def _adafactor(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optim
 
 
 Build = Callable[[Groups, OptimizerSettings], torch.optim.Optimizer]
-OPTIMIZERS: dict[tuple[str, bool], Build] = {  # (name in lower case, 8 bits)
-    ("adamw", False): _adamw,
-    ("adamw", True): _adamw_8bit,
-    ("lamb", False): _lamb,
-    ("lamb", True): _lamb_8bit,
-    ("adafactor", False): _adafactor,
+OPTIMIZERS: dict[tuple[str, bool], Build] = {  # (name, 8 bits); `compatibility.py` refuses the other pairs
+    ("AdamW", False): _adamw,
+    ("AdamW", True): _adamw_8bit,
+    ("LAMB", False): _lamb,
+    ("LAMB", True): _lamb_8bit,
+    ("Adafactor", False): _adafactor,
 }
 
 
@@ -85,11 +84,5 @@ def build_optimizer(
     """The optimizer that the settings name. A `_target_` node is called with the groups and `lr`."""
     groups = parameter_groups(parameters, settings.weight_decay)
     if isinstance(settings.optimizer, dict):
-        return load_target(settings.optimizer)(groups, lr=settings.learning_rate)
-    build = OPTIMIZERS.get((settings.optimizer.lower(), settings.bit_training))
-    if build is None:
-        raise PandaError(
-            f"optimizer={settings.optimizer!r} with bit_training={settings.bit_training} is unknown; "
-            "use AdamW or LAMB (bit_training allowed), Adafactor, or a `_target_` node"
-        )
-    return build(groups, settings)
+        return load_target(settings.optimizer, "optimizer")(groups, lr=settings.learning_rate)
+    return OPTIMIZERS[settings.optimizer, settings.bit_training](groups, settings)

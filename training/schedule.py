@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from functools import partial
 
-from data_prep.errors import PandaError
 from data_prep.target import load_target
 from training.settings import OptimizerSettings
 
@@ -36,11 +35,7 @@ def warmup_of(settings: OptimizerSettings, total_steps: int) -> int:
 def schedule(settings: OptimizerSettings, total_steps: int) -> Factor:
     """The factor as a function of the step. A `_target_` node is called with total_steps and gives that function."""
     if isinstance(settings.lr_scheduler, dict):
-        return load_target(settings.lr_scheduler)(total_steps=total_steps)
-    if settings.lr_scheduler not in DECAYS:
-        raise PandaError(
-            f"lr_scheduler={settings.lr_scheduler!r} is unknown; use one of {', '.join(DECAYS)} or a `_target_` node"
-        )
+        return load_target(settings.lr_scheduler, "lr_scheduler")(total_steps=total_steps)
     warmup = warmup_of(settings, total_steps)
     return partial(_factor, warmup=warmup, total_steps=total_steps, decay=DECAYS[settings.lr_scheduler])
 

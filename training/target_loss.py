@@ -61,6 +61,9 @@ def micro_batch(batch: Batch, rows: Iterable[int]) -> MicroBatch:
 class TargetLoss(nn.Module):
     """A causal language model that returns losses of targets instead of logits.
 
+    With FlashAttention the rows of a micro-batch are laid end to end into one: its kernel for packed sequences is used
+    at batch size 1 only, and positions restart at every row anyway.
+
     `head` is the output layer's weight when the model's logits are nothing but ``hidden @ weight.T``; models that do
     more (bias, soft-capping, scaling, adapter on the head) go through their own forward pass with `logits_to_keep`.
     """
@@ -69,6 +72,7 @@ class TargetLoss(nn.Module):
         super().__init__()
         self.model = model
         causal = causal_model(model)
+        self.one_row = str(causal.config._attn_implementation).startswith("flash")
         self.head = _Head(causal.get_output_embeddings().weight) if has_plain_head(causal) else None
 
     def forward(self, batch: MicroBatch, mode: Mode = "sum") -> Tensor:
@@ -76,19 +80,24 @@ class TargetLoss(nn.Module):
         if mode == "reference" or self.head is None:
             losses = self._through_own_head(batch)
             return losses.sum() if mode == "sum" else losses
+        shape = (1, -1) if self.one_row else batch.input_ids.shape
         hidden = causal_model(self.model).get_decoder()(
-            input_ids=batch.input_ids, position_ids=batch.position_ids, attention_mask=None, use_cache=False
+            input_ids=batch.input_ids.view(shape),
+            position_ids=batch.position_ids.view(shape),
+            attention_mask=None,
+            use_cache=False,
         )
         chosen = hidden.last_hidden_state.flatten(0, 1).index_select(0, batch.predictors)
         return self.head(chosen, batch.targets, mode)
 
     def _through_own_head(self, batch: MicroBatch) -> Tensor:
         """Each target's loss through the model's own forward pass: logits at the columns that predict in any row."""
-        length = batch.input_ids.shape[1]
+        shape = (1, -1) if self.one_row else batch.input_ids.shape
+        length = batch.input_ids.view(shape).shape[1]
         columns, place = torch.unique(batch.predictors % length, return_inverse=True)
         logits = self.model(
-            input_ids=batch.input_ids,
-            position_ids=batch.position_ids,
+            input_ids=batch.input_ids.view(shape),
+            position_ids=batch.position_ids.view(shape),
             attention_mask=None,
             use_cache=False,
             logits_to_keep=columns if len(columns) else 1,  # no column at all would mean every column
@@ -116,11 +125,16 @@ def causal_model(model: nn.Module) -> nn.Module:
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-LOGIT_EXTRAS = ("final_logit_softcapping", "logit_scale", "logits_scaling", "lm_head_multiplier")
+LOGIT_EXTRAS = {  # what some models do to logits -> values that do nothing
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+}
 
 
 def has_plain_head(causal: nn.Module) -> bool:
     """True when logits are ``hidden @ weight.T``; `isolation.check` compares the two ways at start-up as well."""
     head = causal.get_output_embeddings()
-    extras = [name for name in LOGIT_EXTRAS if getattr(causal.config, name, None) not in (None, 1, 1.0)]
+    extras = [name for name, neutral in LOGIT_EXTRAS.items() if getattr(causal.config, name, None) not in neutral]
     return type(head) is nn.Linear and head.bias is None and not extras

@@ -75,6 +75,7 @@ def forget(run_dir: Path) -> None:
 def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
     """Load the model, wrap it in its engine, prove it isolates segments, lay out the course."""
     from data_prep.reader import open_plan
+    from data_prep.target import load_target
     from training import isolation, metrics, model
     from training.course import plan_course
     from training.engine import build_engine, compute_dtype, load_dtype
@@ -112,6 +113,7 @@ def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
         directory=config.run_dir,
         flops_per_token=flops,
         peak_flops=metrics.peak_flops(ranks.device),
+        callbacks=[load_target(node, "callbacks") for node in settings.callbacks or ()],
     )
 
 
