@@ -132,11 +132,13 @@ def _convert(name: str, text: Any) -> Any:
         raise ValueError(f"needs a value: {allowed(name)}")
     if takes_none(name) and str(text).lower() in ("none", "null"):
         return None
-    if typing.get_origin(kind) in (list, tuple):
+    if takes_mapping(name) and text.lstrip().startswith(("{", "[")):
+        return _mapping(text)
+    if typing.get_origin(kind) in (list, tuple) and isinstance(text, list):
         return " ".join(text).replace(",", " ").strip("()[] ").split()
     if typing.get_origin(kind) is typing.Literal:
         return {str(value): value for value in typing.get_args(kind)}.get(text, text)
-    return _mapping(text) if takes_mapping(name) and text.lstrip().startswith("{") else text
+    return text
 
 
 def _mapping(text: str) -> Any:
@@ -144,7 +146,7 @@ def _mapping(text: str) -> Any:
         value = dialect.parse(text)
     except yaml.YAMLError as error:
         raise ValueError(f"{text}: no YAML mapping: {dialect.one_line(error)}") from error
-    if None in value.values():
+    if isinstance(value, dict) and None in value.values():
         raise ValueError(f"{text}: a key without a value; write {{key: value}} with a space after the colon, in quotes")
     return value
 
@@ -154,7 +156,7 @@ def _add_field(section: argparse._ArgumentGroup, name: str, shown: Shown) -> Non
     limits = f" ({takes})" if " >" in takes or " <" in takes else ""
     text = f"{PandaSettings.model_fields[name].description}{limits} [{plain_text(shown.value)}; {shown.origin}]"
     options: dict[str, Any] = {"nargs": "?", "const": "true" if kind is bool else MISSING}
-    if typing.get_origin(kind) in (list, tuple):
+    if typing.get_origin(kind) in (list, tuple) and not takes_mapping(name):
         options = {"nargs": "*"}
     section.add_argument(f"--{name}", metavar=_metavar(name), help=text.replace("%", "%%"), **options)
 

@@ -40,7 +40,7 @@ def takes_mapping(name: str) -> bool:
     """Whether a field may hold a mapping, which is typed as YAML."""
     annotation = PandaSettings.model_fields[name].annotation
     parts = typing.get_args(annotation) if _is_union(annotation) else (annotation,)
-    return any(typing.get_origin(plain(part)) is dict for part in parts)
+    return any(_is_mapping(part) for part in parts)
 
 
 def plain(annotation: Any) -> Any:
@@ -48,6 +48,13 @@ def plain(annotation: Any) -> Any:
     if _is_union(annotation):
         annotation = next(part for part in typing.get_args(annotation) if part is not type(None))
     return typing.get_args(annotation)[0] if typing.get_origin(annotation) is typing.Annotated else annotation
+
+
+def _is_mapping(annotation: Any) -> bool:
+    kind = plain(annotation)
+    if typing.get_origin(kind) is list:
+        return _is_mapping(typing.get_args(kind)[0])
+    return typing.get_origin(kind) is dict
 
 
 def _is_union(annotation: Any) -> bool:
@@ -62,7 +69,7 @@ def _words(annotation: Any, metadata: list[Any]) -> str:
     if origin is tuple:
         return f"{len(parts)} values, each {_part(parts[0])}"
     if origin is list:
-        return "one or more values"
+        return "a list of mappings" if _is_mapping(kind) else "one or more values"
     limits = [f"{COMPARISONS[type(item)][0]} {getattr(item, COMPARISONS[type(item)][1])}" for item in _limits(metadata)]
     return " ".join([NOUNS[origin or kind], " and ".join(limits)]).strip()
 

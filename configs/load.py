@@ -168,9 +168,13 @@ def _parsable(overrides: list[str], problems: list[str]) -> list[str]:
 
 
 def _whole_architecture(composed: dict[str, Any], conf: dict[str, Any], dotted: dict[str, str]) -> dict[str, Any]:
-    """An architecture with a `model_type` in the user's file is a whole one: nothing of the model's own stays in it."""
+    """An architecture with `model_type` or `_target_` in the user's file is whole: nothing else stays in it."""
     own = conf.get("architecture")
-    if not isinstance(own, dict) or "model_type" not in own or not isinstance(composed.get("architecture"), dict):
+    if (
+        not isinstance(own, dict)
+        or not {"model_type", "_target_"} & own.keys()
+        or not isinstance(composed.get("architecture"), dict)
+    ):
         return composed
     kept = own.keys() | {_key(text).split(".")[1] for text in dotted if _key(text).startswith("architecture.")}
     return {**composed, "architecture": {key: value for key, value in composed["architecture"].items() if key in kept}}

@@ -1,11 +1,14 @@
 """`_target_` nodes of the configuration: the user's own functions, by their dotted path.
 
 In: ``{"_target_": "my_package.my_module.read_csv", "delimiter": ";"}``. Out: the function with its keyword arguments
-bound, and a hash of the source file it lives in, so that what it made is made again when its code changes.
+bound, and a hash of the source file it lives in, so that what it made is made again when its code changes. A node among
+the fields is called and gives the field its value. Modules are found as by ``import``, and in the working directory.
 """
 
 import importlib
 import importlib.util
+import os
+import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -24,8 +27,14 @@ def load_target(node: dict[str, Any], setting: str) -> Callable:
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
-        raise PandaError(f"{setting}: cannot import {node['_target_']} ({error}); is it on PYTHONPATH?") from error
-    return partial(function, **{key: value for key, value in node.items() if key != "_target_"})
+        raise PandaError(f"{setting}: cannot import {node['_target_']} ({error}); {_places()}") from error
+    fields = {key: value for key, value in node.items() if key != "_target_"}
+    return partial(function, **{key: _value(value, setting) for key, value in fields.items()})
+
+
+def _value(value: Any, setting: str) -> Any:
+    """The value of a field: what a node returns, anything else as it is."""
+    return load_target(value, setting)() if isinstance(value, dict) and "_target_" in value else value
 
 
 def target_fingerprint(node: dict[str, Any], setting: str) -> dict[str, Any]:
@@ -36,10 +45,17 @@ def target_fingerprint(node: dict[str, Any], setting: str) -> dict[str, Any]:
     except ImportError:
         spec = None
     if spec is None:
-        raise PandaError(f"{setting}: no module {module}; is it on PYTHONPATH?")
+        raise PandaError(f"{setting}: no module {module}; {_places()}")
     return {"node": node, "source": hash_file(spec.origin) if spec.origin and spec.has_location else None}
 
 
 def _split(node: dict[str, Any]) -> tuple[str, str]:
+    """Module and name; from here on the working directory is among the places where modules are found."""
+    if os.getcwd() not in sys.path:  # last: nothing there may hide an installed module
+        sys.path.append(os.getcwd())
     module, _, name = node["_target_"].rpartition(".")
     return module, name
+
+
+def _places() -> str:
+    return f"modules are looked for on PYTHONPATH and in the working directory ({os.getcwd()})"

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from data_prep.settings import SeedSettings, Settings, name_or_target
+from data_prep.settings import SeedSettings, Settings, Target, name_or_target
 
 OPTIMIZERS = ("AdamW", "LAMB", "Adafactor")
 SCHEDULES = ("linear", "cosine", "constant", "poly", "warmup")
@@ -31,7 +31,9 @@ class ModelSettings(Settings):
         "directory, a folder below ./pretrained-models, or a hub id.",
     )
     architecture: dict[str, Any] | None = Field(
-        None, description="Hugging Face config (with `model_type`) of a model initialised from scratch."
+        None,
+        description="Hugging Face config (with `model_type`) of a model initialised from scratch, or a `_target_` node "
+        "that returns one.",
     )
     precision: Literal["auto", "float32", "bf16"] = Field(
         "auto", description="auto = bf16 on GPUs that have it, float32 elsewhere."
@@ -150,6 +152,10 @@ class CheckpointSettings(Settings):
     )
     stop_deadline_seconds: float = Field(
         25, gt=0, description="Seconds a cancelled run has to write a checkpoint before its ranks are killed."
+    )
+    callbacks: list[Target] | None = Field(
+        None,
+        description="`_target_` nodes of functions that rank 0 calls after each step with what metrics.jsonl gets.",
     )
 
 
