@@ -156,10 +156,12 @@ def run_rank(main: Callable[[], None]) -> None:
 def _leave(error: BaseException) -> None:
     """Say why on stderr (one clear line for a user's error, the traceback otherwise) and as an event; then go."""
     reason = reason_of_error(error)
-    if not isinstance(error, PandaError | TrainingStopped):
-        traceback.print_exception(error)
+    expected = isinstance(error, PandaError | TrainingStopped)
+    details = "" if expected else "".join(traceback.format_exception(error))
+    print(details, file=sys.stderr, end="")
     message = str(error) or type(error).__name__
     print(f"{reason.value}: {message}", file=sys.stderr, flush=True)
     rank = int(os.environ.get("RANK", "0"))
-    emit({"event": "exit", "reason": reason.value, "rank": rank, "message": message, "time": time.time()})
+    words = {"reason": reason.value, "rank": rank, "message": message, "details": details, "time": time.time()}
+    emit({"event": "exit", **words})
     os._exit(reason.code)

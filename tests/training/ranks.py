@@ -116,6 +116,26 @@ def a_function_that_hangs():
     time.sleep(300)
 
 
+def add_up_ranks(config, arguments):
+    """A collective over all ranks of all machines; with `then`, some of them fail after it."""
+    import torch
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    total = torch.tensor([RANK + 1])
+    dist.all_reduce(total)
+    emit({"event": "sum", "rank": RANK, "sum": int(total), "local_rank": int(os.environ["LOCAL_RANK"])})
+    BEHAVIOURS[config.get("then", {}).get(RANK, "wait_for_peers" if "then" in config else "finish")](config, arguments)
+    dist.destroy_process_group()
+
+
+def wait_for_peers(*_):
+    import torch
+    import torch.distributed as dist
+
+    dist.all_reduce(torch.zeros(1))
+
+
 def talk_a_lot(*_):
     for number in range(20_000):
         print(f"line {number}")

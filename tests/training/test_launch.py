@@ -1,5 +1,6 @@
 """Launching: real ranks that end in every way there is; how that is reported and that nothing is left of them."""
 
+import json
 import os
 import signal
 import subprocess
@@ -14,6 +15,7 @@ import yaml
 from training.commands import Machine, rank_commands
 from training.exit import ExitReason, reason_of_code, reason_of_error
 from training.launch import Listener, launch_worker, smaller_micro_batch
+from training.machine import free_port
 from training.settings import TrainSettings
 from training.stall import StallWatch
 
@@ -250,6 +252,52 @@ def test_hostfile_command(tmp_path):
         "-m deepspeed.launcher.runner --launcher pdsh --hostfile /etc/hosts.ds --no_local_rank --master_port 1234 "
         f"--master_addr 10.0.0.1 --num_gpus 4 --module training.worker --config {tmp_path}/config.yaml --resume"
     )
+
+
+NODE = """
+import json, sys
+from pathlib import Path
+from training.launch import Listener, launch_worker
+from training.settings import TrainSettings
+run_dir, node_rank, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+settings = TrainSettings(nodes=2, node_rank=node_rank, master_port=port, num_processes=2, stop_deadline_seconds=2)
+events = []
+report = launch_worker("tests.training.ranks", run_dir, settings, Listener(events.append, lambda line: None), False)
+print(json.dumps({"report": report.as_dict(), "events": events}))
+"""
+
+
+def run_two_nodes(tmp_path: Path, config: dict) -> list[dict]:
+    """Two machines on loopback, each with its own launcher, supervisor, torchrun agent and two ranks."""
+    port = free_port()
+    nodes = []
+    for node_rank in range(2):
+        directory = tmp_path / f"node-{node_rank}"
+        directory.mkdir()
+        (directory / "config.yaml").write_text(yaml.safe_dump(config))
+        command = [sys.executable, "-c", NODE, str(directory), str(node_rank), str(port)]
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        nodes.append(subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True))
+    return [json.loads(node.communicate(timeout=120)[0]) for node in nodes]
+
+
+@pytest.mark.distributed
+def test_two_nodes_on_loopback(tmp_path):
+    answers = run_two_nodes(tmp_path, {"behaviour": dict.fromkeys(range(4), "add_up_ranks")})
+    assert [answer["report"]["reason"] for answer in answers] == ["completed", "completed"]
+    sums = [event for answer in answers for event in answer["events"] if event["event"] == "sum"]
+    assert {event["sum"] for event in sums} == {1 + 2 + 3 + 4}
+    assert sorted((event["rank"], event["local_rank"]) for event in sums) == [(0, 0), (1, 1), (2, 0), (3, 1)]
+    assert {event["rank"] for event in answers[1]["events"] if "rank" in event} == {2, 3}
+
+
+@pytest.mark.distributed
+def test_a_rank_that_dies_on_one_node_ends_both(tmp_path):
+    config = {"behaviour": dict.fromkeys(range(4), "add_up_ranks"), "then": {3: "crash"}}
+    first, second = (answer["report"] for answer in run_two_nodes(tmp_path, config))
+    assert second["source"] == "rank-3" and second["message"] == "the true cause"
+    assert 'raise RuntimeError("the true cause")' in second["details"]
+    assert first["reason"] == "lost_rank" and max(first["seconds"], second["seconds"]) < 60
 
 
 def test_reasons_are_a_closed_set_with_distinct_codes():
