@@ -116,7 +116,7 @@ class JsonLines:
 
     def write(self, **values: Any) -> None:
         assert self._file is not None, "used outside of its context"
-        self._file.write(json.dumps(values) + "\n")
+        self._file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
         self._file.flush()
 
 
