@@ -173,6 +173,7 @@ def _write_unit(directory: Path, unit: RecordsUnit, tools: Tools) -> dict[str, A
     write_shard(directory / TOKENS_FILE, made.shard)
     targets = int(made.shard.spans[made.runs.end_ids >= 0].sum())
     return {
+        "records": Path(unit.path).name,
         "examples": made.shard.num_examples,
         "tokens": len(made.shard.ids),
         "target_tokens": targets,
