@@ -42,7 +42,7 @@ def first(folder):
 class TestFirstRun:
     def test_every_record_is_accounted_for(self, first):
         data = first["data"]
-        assert data["records_in"] == 1500 + 6 + 900 + 1 + 400
+        assert data["records_in"] == 1000 + 6 + 800 + 1 + 100
         assert data["records_in"] == data["accepted"] + sum(data["rejected"].values()) + sum(data["dropped"].values())
         assert data["rejected"] == {
             "empty_target": 1, "malformed_json": 1, "missing_field": 1, "unknown_shape": 1, "wrong_type": 1,
