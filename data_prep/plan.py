@@ -55,6 +55,7 @@ class PlanResult(BaseModel):
     fingerprint: str
     reused: bool
     seconds: float
+    tokenizer_dir: str
     report: dict[str, Any]
 
 
@@ -78,7 +79,14 @@ def plan_rows(tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings, 
         "peak_rss_bytes": _peak_rss(tokens),
         "plan_dir": str(built.path),
     }
-    return PlanResult(path=str(built.path), fingerprint=fp, reused=built.reused, seconds=seconds, report=report)
+    return PlanResult(
+        path=str(built.path),
+        fingerprint=fp,
+        reused=built.reused,
+        seconds=seconds,
+        tokenizer_dir=tokens.tokenizer_dir,
+        report=report,
+    )
 
 
 def plan_fingerprint(tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings) -> str:

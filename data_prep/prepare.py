@@ -20,10 +20,11 @@ def prepare(  # noqa: PLR0913, PLR0917
     tokenizer_dir: Path | None,
     cache_dir: Path,
     progress: Progress | None = None,
+    vocab_size: int = DEFAULT_VOCAB_SIZE,
 ) -> PlanResult:
-    """Read, tokenize and plan a corpus below ``cache_dir``."""
+    """Read, tokenize and plan a corpus below ``cache_dir``; ``vocab_size`` is that of a tokenizer trained here."""
     records = shard_records(corpus, cache_dir, progress)
     if tokenizer_dir is None:
-        tokenizer_dir = train_tokenizer(records, DEFAULT_VOCAB_SIZE, cache_dir)
+        tokenizer_dir = train_tokenizer(records, vocab_size, cache_dir)
     tokens = tokenize_records(records, tokenize, tokenizer_dir, cache_dir, corpus.prepare_workers, progress)
     return plan_rows(tokens, corpus, pack, cache_dir)
