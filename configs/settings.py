@@ -13,6 +13,7 @@ from training.settings import (
     BatchSettings,
     CheckpointSettings,
     EngineSettings,
+    GateSettings,
     LoraSettings,
     ModelSettings,
     OptimizerSettings,
@@ -37,7 +38,9 @@ class RunSettings(Settings):
     )
 
 
-class PandaSettings(CorpusSettings, TokenizeSettings, PackSettings, TrainSettings, TrackingSettings, RunSettings):
+class PandaSettings(
+    CorpusSettings, TokenizeSettings, PackSettings, TrainSettings, TrackingSettings, GateSettings, RunSettings
+):
     """Everything `panda-train` can be told."""
 
 
@@ -53,6 +56,7 @@ GROUPS: tuple[type[Settings], ...] = (
     EngineSettings,
     CheckpointSettings,
     TrackingSettings,
+    GateSettings,
     SeedSettings,
 )
 """The groups in the order in which help, form and reference show them."""

@@ -173,3 +173,25 @@ class TrackingSettings(Settings):
     registered_model_name: str | None = Field(
         None, description="Registered model that gets the new version; None = panda-<model>."
     )
+
+
+class GateSettings(Settings):
+    """Gate: when a new version becomes the champion"""
+
+    promote_min_gain: float = Field(
+        0.0,
+        ge=0,
+        description="The `champion` alias moves only when the held-out loss per target token has fallen by more than "
+        "this with 95 % confidence (lower bound of a paired bootstrap).",
+    )
+    max_slice_regression: float = Field(
+        0.02,
+        ge=0,
+        description="... and when on no slice (source x language) it has certainly risen, by more than this.",
+    )
+    gate_records: int = Field(
+        400,
+        ge=1,
+        description="Held-out records of each source on which candidate, champion and base are compared (the lowest "
+        "content hashes).",
+    )
