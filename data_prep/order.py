@@ -57,15 +57,15 @@ def rows_of_step(num_rows: int, rows_per_step: int, seed: int, epoch: int, step_
 def split_step(rows: np.ndarray, world_size: int, micro_batch: int) -> np.ndarray:
     """Rows of a step for every rank: ``(world_size, micro_steps, micro_batch) int64``, padded with -1.
 
-    Rows are dealt to the ranks in turn, micro-step by micro-step, so a short last step leaves the ranks at most one row
-    apart. 5 rows, 2 ranks, micro-batches of 2::
+    Micro-batches are dealt to the ranks in turn. Which rows share one does not depend on the number of ranks, so
+    neither does dropout, which is seeded by them. 5 rows, 2 ranks, micro-batches of 2::
 
-        rows  [10, 11, 12, 13, 14]   rank 0: [[10, 12], [14, -1]]   rank 1: [[11, 13], [-1, -1]]
+        rows  [10, 11, 12, 13, 14]   rank 0: [[10, 11], [14, -1]]   rank 1: [[12, 13], [-1, -1]]
     """
     micro_steps = steps_per_epoch(len(rows), world_size * micro_batch)
     padded = np.full(micro_steps * world_size * micro_batch, -1, dtype=np.int64)
     padded[: len(rows)] = rows
-    return np.ascontiguousarray(padded.reshape(micro_steps, micro_batch, world_size).transpose(2, 0, 1))
+    return np.ascontiguousarray(padded.reshape(micro_steps, world_size, micro_batch).transpose(1, 0, 2))
 
 
 def position_of(num_rows: int, rows_per_step: int, seed: int, epoch: int, rows: np.ndarray) -> np.ndarray:
