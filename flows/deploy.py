@@ -8,6 +8,7 @@ Prefect.
 import subprocess
 import sys
 from datetime import timedelta
+from typing import Any
 from uuid import UUID
 
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -67,12 +68,22 @@ def crash_silent_runs() -> AutomationCore:
 
 
 def _ensure_automation(client: SyncPrefectClient, automation: AutomationCore) -> None:
-    """One automation of that name, as stated here; whether it is enabled stays the user's."""
+    """One automation of that name, as stated here; whether it is enabled stays the user's.
+
+    One that is right already is left alone: an update makes it forget the runs it is watching.
+    """
     known: list[Automation] = client.read_automations_by_name(automation.name)
-    if known:
-        client.update_automation(known[0].id, automation.model_copy(update={"enabled": known[0].enabled}))
-    else:
+    if not known:
         client.create_automation(automation)
+    elif _content(known[0]) != _content(automation):
+        client.update_automation(known[0].id, automation.model_copy(update={"enabled": known[0].enabled}))
+
+
+def _content(automation: AutomationCore) -> dict[str, Any]:
+    """What an automation does, without what the server adds."""
+    content = automation.model_dump(mode="json", include={"name", "description", "trigger", "actions"})
+    trigger = {name: sorted(value) if isinstance(value, list) else value for name, value in content["trigger"].items()}
+    return content | {"trigger": {name: value for name, value in trigger.items() if name != "id"}}
 
 
 def _ensure_pool(client: SyncPrefectClient) -> None:

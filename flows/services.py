@@ -5,6 +5,7 @@ session of its own, so that it is signalled together with what it starts, and ge
 that happens. Cost: none; the services need 5 to 20 s to answer.
 """
 
+import contextlib
 import ctypes
 import os
 import signal
@@ -18,8 +19,10 @@ from urllib.parse import urlsplit
 import psutil
 
 POOL = "panda"
+OWNER = "PANDA_STACK"  # in the environment of everything a service starts: state directory and service
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PR_SET_PDEATHSIG = 1
+LEFTOVER_GRACE_SECONDS = 28.0  # a flow run among them may be writing a checkpoint
 
 
 @dataclass(frozen=True)
@@ -67,12 +70,14 @@ def worker(mlflow_address: str) -> Service:
 
 
 def start(service: Service, log: Path) -> subprocess.Popen:
-    """Start a service as our child, its output appended to its log."""
+    """Start a service as our child, its output appended to its log; what an earlier one left behind is ended first."""
     log.parent.mkdir(parents=True, exist_ok=True)
+    owner = f"{log.parent}:{service.name}"
+    end_leftovers(owner)
     with open(log, "ab") as output:
         return subprocess.Popen(
             service.argv,
-            env={**os.environ, **service.env},
+            env={**os.environ, **service.env, OWNER: owner},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
@@ -99,6 +104,18 @@ def stop(process: subprocess.Popen, grace_seconds: float) -> None:
         if is_running(member.pid):
             member.kill()
     process.wait()
+
+
+def end_leftovers(owner: str, grace_seconds: float = LEFTOVER_GRACE_SECONDS) -> None:
+    """End the orphans of a service that was killed: it may be gone while what it started still serves its port."""
+    orphans = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(OWNER) == owner and process.ppid() == 1:
+                process.terminate()
+                orphans.append(process)
+    for survivor in psutil.wait_procs(orphans, grace_seconds)[1]:
+        survivor.kill()
 
 
 def stop_engines(worker_pid: int, grace_seconds: float) -> None:
