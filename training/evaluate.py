@@ -30,13 +30,14 @@ def evaluate_model(model_dir: Path, plan_dir: Path, settings: TrainSettings) -> 
     ranks = this_rank()
     join(ranks)
     try:
-        model = TargetLoss(load_deployed(model_dir, _dtype(settings)).to(ranks.device))
+        model = TargetLoss(load_deployed(model_dir, eval_dtype(settings)).to(ranks.device))
         return evaluate(lambda batch: model(batch, "each"), plan, settings.per_gpu_eval_batch_size, ranks)
     finally:
         leave()
 
 
-def _dtype(settings: TrainSettings) -> torch.dtype:
+def eval_dtype(settings: TrainSettings) -> torch.dtype:
+    """Type of the weights when a model is asked: bf16 where training computes in it, else float32."""
     on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
     wanted = settings.precision == "bf16" or (settings.precision == "auto" and on_gpu)
     return torch.bfloat16 if wanted else torch.float32

@@ -40,6 +40,11 @@ class Scores:
     checks: dict[str, np.ndarray]  # check -> (num_prompts,) float64: 1 good, 0 bad, nan where it does not apply
 
 
+def nothing_asked() -> Scores:
+    """The scores of a model where no record is held out."""
+    return Scores(np.zeros(0), np.zeros(0, dtype=np.int64), {})
+
+
 @dataclass(frozen=True)
 class Interval:
     """A mean difference and its confidence interval; above 0 = the candidate is better."""
@@ -73,7 +78,7 @@ def judge(
     candidate: Scores,
     others: dict[str, tuple[str, Scores]],
 ) -> Verdict:
-    """Compare with each of `others` ({"champion": (name, scores), "base": ...}); the champion decides, else the base."""
+    """Compare with each of `others` (role -> name, scores); the champion decides, without one the base."""
     rows = [row for role, (_, scores) in others.items() for row in compare(role, slices, candidate, scores)]
     checks = [row for role, (_, scores) in others.items() for row in compare_checks(role, candidate, scores)]
     decisive = next((role for role in ("champion", "base") if role in others), None)

@@ -1,4 +1,4 @@
-"""The held-out records that models are compared on: chosen by content hash, read as text, so that any model can be asked.
+"""The held-out records that models are compared on: chosen by content hash, read as text, for any tokenizer.
 
 In: a plan directory. Out: `HeldOut`, the same records for every model whatever its tokenizer, with their slices (source
 x language). The choice depends on content alone: of each source the records with the lowest hashes, so that a growing
@@ -20,8 +20,11 @@ import pyarrow.compute as pc
 from data_prep import store
 from data_prep.reader import LEDGER_FILE
 from data_prep.records import read_arrow
+from data_prep.template import Role
 
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f]")
+MAX_PROMPT_CHARS = 2000
+MAX_ANSWER_CHARS = 120  # a good model's answer to such a prompt ends within `training.answers.MAX_NEW_TOKENS`
 MIN_CJK_SHARE = 0.2  # of the characters that are not white space; Chinese text with code and names has 0.4 and more
 
 
@@ -51,6 +54,15 @@ class HeldOut:
             [f"{source}/{language}" for source, language in zip(self.sources, self.languages, strict=True)]
         )
         return {str(name): np.flatnonzero(names == name) for name in np.unique(names)}
+
+    def prompts(self, most: int) -> list[int]:
+        """The first records with a short first answer; chosen by characters, so alike for every tokenizer."""
+        found = []
+        for record, (roles, texts) in enumerate(zip(self.roles.to_pylist(), self.texts.to_pylist(), strict=True)):
+            answer = roles.index(Role.ASSISTANT) if Role.ASSISTANT in roles else 0
+            if answer and len(texts[answer]) <= MAX_ANSWER_CHARS and len("".join(texts[:answer])) <= MAX_PROMPT_CHARS:
+                found.append(record)
+        return found[:most]
 
 
 def choose(plan_dir: Path, max_per_source: int, excluded: set[str] = frozenset()) -> HeldOut:  # type: ignore[assignment]

@@ -1,0 +1,133 @@
+"""Compare candidate, champion and base on the same held-out records, in a process of its own.
+
+In: RUN/config.yaml and RUN/gate-job.json (`Job`). Out: RUN/gate.json (the verdict and its tables) and
+RUN/report/gate_records.jsonl (the losses of every record under every model). By hand: ``python -m training.compare
+--config RUN/config.yaml``. One model at a time is in memory.
+"""
+
+import argparse
+import gc
+import json
+import logging
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from data_prep.errors import PandaError
+from training import gate, heldout
+from training.answers import Answer
+from training.config_file import RunConfig, read_config
+from training.evaluate import eval_dtype
+from training.exit import run_rank
+from training.gate import Scores
+from training.heldout import HeldOut
+from training.measure import Asked, measure
+from training.settings import GateSettings
+
+JOB = "gate-job.json"
+RESULT = "gate.json"
+RECORDS = "gate_records.jsonl"
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What to compare. A model is {"name", "model_dir", "template"}; `champion_plan`: what the champion trained on."""
+
+    gate: dict[str, Any]
+    cache_dir: str
+    candidate: dict[str, Any]
+    champion: dict[str, Any] | None = None
+    champion_plan: str | None = None
+    base: dict[str, Any] | None = None
+
+    def models(self) -> dict[str, Asked]:
+        """Role -> model, the candidate first."""
+        given = {"candidate": self.candidate, "champion": self.champion, "base": self.base}
+        return {role: Asked(one["name"], Path(one["model_dir"]), one["template"]) for role, one in given.items() if one}
+
+
+def run_job(config: RunConfig, job: Job) -> dict[str, Any]:
+    """Measure every model, judge; returns what RUN/gate.json holds."""
+    settings = GateSettings(**job.gate)
+    seen = heldout.trained_hashes(Path(job.champion_plan)) if job.champion_plan else set()
+    held_out = heldout.choose(config.plan_dir, settings.gate_records, seen)
+    scores, answers, problems = measure_all(config, job, held_out)
+    candidate = scores.pop("candidate")
+    names = {role: asked.name for role, asked in job.models().items()}
+    others = {role: (names[role], one) for role, one in scores.items()}
+    verdict = gate.judge(settings, held_out.slices(), candidate, others)
+    decisive = "champion" if job.champion else "base"
+    if decisive in problems:
+        verdict = gate.Verdict(False, [problems[decisive]], verdict.reference, verdict.slices, verdict.checks)
+    write_records(config.run_dir, held_out, {"candidate": candidate, **scores})
+    return {
+        **verdict.as_dict(),
+        **names,
+        "records": len(held_out),
+        "records_digest": held_out.digest,
+        "excluded_records": held_out.num_excluded,
+        "confidence": gate.CONFIDENCE,
+        "settings": settings.model_dump(),
+        "problems": problems,
+        "answers": answers,
+    }
+
+
+def measure_all(
+    config: RunConfig, job: Job, held_out: HeldOut
+) -> tuple[dict[str, Scores], dict[str, list[dict[str, Any]]], dict[str, str]]:
+    """Scores and answers by role, and why a champion or base could not be asked."""
+    scores: dict[str, Scores] = {}
+    answers: dict[str, list[dict[str, Any]]] = {}
+    problems: dict[str, str] = {}
+    for role, asked in job.models().items():
+        try:
+            scores[role], said = _measure(config, job, asked, held_out)
+            answers[role] = [asdict(one) for one in said]
+        except (PandaError, OSError) as error:
+            if role == "candidate":
+                raise
+            problems[role] = f"the {role} {asked.name} cannot be asked: {error}"
+            log.warning("%s", problems[role])
+        gc.collect()
+    return scores, answers, problems
+
+
+def _measure(config: RunConfig, job: Job, asked: Asked, held_out: HeldOut) -> tuple[Scores, list[Answer]]:
+    rows, dtype = config.settings.per_gpu_eval_batch_size, eval_dtype(config.settings)
+    if not len(held_out):
+        return gate.nothing_asked(), []
+    return measure(asked, held_out, rows, dtype, Path(job.cache_dir))
+
+
+def write_records(run_dir: Path, held_out: HeldOut, scores: dict[str, Scores]) -> None:
+    """One line per record: where it is, its slice, loss per token under every model. No text."""
+    (run_dir / "report").mkdir(exist_ok=True)
+    with (run_dir / "report" / RECORDS).open("w", encoding="utf-8") as file:
+        for i, (content, place) in enumerate(zip(held_out.hashes, held_out.places, strict=True)):
+            line = {"hash": content, "record": place, "slice": f"{held_out.sources[i]}/{held_out.languages[i]}"}
+            line["target_tokens"] = int(scores["candidate"].tokens[i])
+            losses = {role: round(float(one.losses[i]), 6) for role, one in scores.items()}
+            file.write(json.dumps({**line, "loss": losses}, ensure_ascii=False) + "\n")
+
+
+def main() -> None:
+    """Command line: compare, write the results."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="RUN/config.yaml")
+    config = read_config(parser.parse_args().config)
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.manual_seed(0)
+    job = Job(**json.loads((config.run_dir / JOB).read_text(encoding="utf-8")))
+    result = json.dumps(run_job(config, job), ensure_ascii=False, indent=1)
+    temporary = config.run_dir / f".{RESULT}"
+    temporary.write_text(result, encoding="utf-8")
+    temporary.replace(config.run_dir / RESULT)
+
+
+if __name__ == "__main__":
+    run_rank(main)
