@@ -1,4 +1,4 @@
-"""The flow `panda-train`: validate and shard -> tokenize -> plan packing -> train -> evaluate -> register.
+"""The flow `panda-train`: validate and shard -> tokenize -> plan packing -> train -> evaluate -> register -> gate.
 
 In: the configuration as parameters (all optional; the YAML files give the rest). Out: the summary of the run, which is
 also RUN/summary.json. The flow is order and meaning of failures; every stage is a task of its own, skips itself when
@@ -18,6 +18,7 @@ from flows import preflight, run_dir
 from flows.facts import facts, version_tags
 from flows.parameters import flow_of_settings
 from flows.stopwatch import Stopwatch
+from tasks.gate import gate
 from tasks.prepare import base_model, plan, shard, tokenize, tokenizer
 from tasks.register import model_name, register_model
 from tasks.sample_prompt import sample_prompt
@@ -74,11 +75,14 @@ def run_stages(settings: PandaSettings, run: run_dir.RunDir) -> dict[str, Any]:
             prompt = sample_prompt(Path(planned.path), tokenizer_dir, Path(settings.cache_dir))
             name = model_name(settings.registered_model_name, settings.model)
             version = register_model(tracked, name, version_tags(known, losses), prompt)
+        with watch("gate"):
+            verdict = gate(tracked, settings, version)
     return {
         "run_dir": str(run.path),
         "prefect_flow_run_id": str(flow_run.id),
         "mlflow_run_id": tracked.run_id,
         "model": version,
+        "gate": verdict,
         "data": planned.report,
         "losses": losses,
         "training": trained,

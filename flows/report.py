@@ -24,12 +24,20 @@ def show(summary: dict[str, Any], settings: PandaSettings) -> None:
     _print_table(console, "Held-out loss per target token", _losses(summary["losses"]))
     model = summary["model"]
     console.print(f"Registered [bold]{model['name']}[/bold] version {model['version']}   {model['uri']}")
+    _print_gate(console, summary["gate"])
     console.print("Loaded back from the registry, it answers:")
     console.print(f"  > {model['prompt'].strip()}\n  {model['sample'].strip()}", markup=False)
     _print_table(console, "Seconds", [(stage, f"{seconds:.1f}") for stage, seconds in summary["seconds"].items()])
     console.print(f"Run directory: {summary['run_dir']}\nTo look at this run:", markup=False)
     for command in ui_commands(settings, summary):
         console.print(f"  {command}", markup=False, soft_wrap=True)
+
+
+def _print_gate(console: Console, gate: dict[str, Any]) -> None:
+    """Champion or not, and why."""
+    console.print("It is the champion now:" if gate["promoted"] else "It stays challenger:", style="bold")
+    for reason in gate["reasons"]:
+        console.print(f"  {reason}", markup=False)
 
 
 def ui_commands(settings: PandaSettings, summary: dict[str, Any]) -> list[str]:

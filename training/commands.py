@@ -111,10 +111,11 @@ def hostfile_command(run_dir: Path, settings: EngineSettings, machine: Machine, 
     return Command("hosts", argv, common_env(machine, machine.num_gpus or 1), str(run_dir / "logs" / "hosts.log"))
 
 
-def evaluation_command(run_dir: Path, machine: Machine) -> Command:
+def evaluation_command(run_dir: Path, machine: Machine, module: str = EVALUATE) -> Command:
     """One process that evaluates RUN/model as it lies on disk."""
-    argv = [sys.executable, "-m", EVALUATE, "--config", str(run_dir.resolve() / "config.yaml")]
-    return Command("evaluate", argv, common_env(machine, 1), str(run_dir / "logs" / "evaluate.log"))
+    argv = [sys.executable, "-m", module, "--config", str(run_dir.resolve() / "config.yaml")]
+    name = module.rpartition(".")[2]
+    return Command(name, argv, common_env(machine, 1), str(run_dir / "logs" / f"{name}.log"))
 
 
 def worker_args(run_dir: Path, resume: bool) -> list[str]:

@@ -9,7 +9,7 @@ import argparse
 import gc
 import json
 import logging
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -22,32 +22,21 @@ from training.config_file import RunConfig, read_config
 from training.evaluate import eval_dtype
 from training.exit import run_rank
 from training.gate import Scores
+from training.gate_job import Job, read_job
 from training.heldout import HeldOut
 from training.measure import Asked, measure
 from training.settings import GateSettings
 
-JOB = "gate-job.json"
 RESULT = "gate.json"
 RECORDS = "gate_records.jsonl"
 
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Job:
-    """What to compare. A model is {"name", "model_dir", "template"}; `champion_plan`: what the champion trained on."""
-
-    gate: dict[str, Any]
-    cache_dir: str
-    candidate: dict[str, Any]
-    champion: dict[str, Any] | None = None
-    champion_plan: str | None = None
-    base: dict[str, Any] | None = None
-
-    def models(self) -> dict[str, Asked]:
-        """Role -> model, the candidate first."""
-        given = {"candidate": self.candidate, "champion": self.champion, "base": self.base}
-        return {role: Asked(one["name"], Path(one["model_dir"]), one["template"]) for role, one in given.items() if one}
+def models_of(job: Job) -> dict[str, Asked]:
+    """Role -> model, the candidate first."""
+    given = {"candidate": job.candidate, "champion": job.champion, "base": job.base}
+    return {role: Asked(one["name"], Path(one["model_dir"]), one["template"]) for role, one in given.items() if one}
 
 
 def run_job(config: RunConfig, job: Job) -> dict[str, Any]:
@@ -57,7 +46,7 @@ def run_job(config: RunConfig, job: Job) -> dict[str, Any]:
     held_out = heldout.choose(config.plan_dir, settings.gate_records, seen)
     scores, answers, problems = measure_all(config, job, held_out)
     candidate = scores.pop("candidate")
-    names = {role: asked.name for role, asked in job.models().items()}
+    names = {role: asked.name for role, asked in models_of(job).items()}
     others = {role: (names[role], one) for role, one in scores.items()}
     verdict = gate.judge(settings, held_out.slices(), candidate, others)
     decisive = "champion" if job.champion else "base"
@@ -84,7 +73,7 @@ def measure_all(
     scores: dict[str, Scores] = {}
     answers: dict[str, list[dict[str, Any]]] = {}
     problems: dict[str, str] = {}
-    for role, asked in job.models().items():
+    for role, asked in models_of(job).items():
         try:
             scores[role], said = _measure(config, job, asked, held_out)
             answers[role] = [asdict(one) for one in said]
@@ -122,8 +111,7 @@ def main() -> None:
     config = read_config(parser.parse_args().config)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)
-    job = Job(**json.loads((config.run_dir / JOB).read_text(encoding="utf-8")))
-    result = json.dumps(run_job(config, job), ensure_ascii=False, indent=1)
+    result = json.dumps(run_job(config, read_job(config.run_dir)), ensure_ascii=False, indent=1)
     temporary = config.run_dir / f".{RESULT}"
     temporary.write_text(result, encoding="utf-8")
     temporary.replace(config.run_dir / RESULT)

@@ -24,7 +24,7 @@ from pathlib import Path
 import psutil
 import yaml
 
-from training.commands import WORKER, Command, evaluation_command, python_path, rank_commands
+from training.commands import EVALUATE, WORKER, Command, evaluation_command, python_path, rank_commands
 from training.exit import OWNED, ExitReason, reason_of_code
 from training.machine import num_oom_kills, this_machine
 from training.ranklog import LogTail, RateLimit, event_of, traceback_of
@@ -93,9 +93,11 @@ def launch_worker(worker: str, run_dir: Path, settings: TrainSettings, listener:
         listener.on_log(f"{report.source} is out of memory ({report.message}); going on with {smaller}")
 
 
-def evaluate(run_dir: Path, settings: TrainSettings, on_log: Callable[[str], None]) -> ExitReport:
-    """Evaluate RUN/model in a process of its own, owned like the ranks; the result is RUN/evaluation.json."""
-    command = evaluation_command(run_dir, this_machine())
+def evaluate(
+    run_dir: Path, settings: TrainSettings, on_log: Callable[[str], None], module: str = EVALUATE
+) -> ExitReport:
+    """Evaluate RUN/model in a process of its own, owned like the ranks; the module writes its result into RUN."""
+    command = evaluation_command(run_dir, this_machine(), module)
     return run_commands([command], settings, Listener(lambda event: None, on_log))
 
 

@@ -1,0 +1,64 @@
+"""Task of the gate: compare the new version with the champion and the base, move the aliases, show why.
+
+In: the tracked run, its settings, the registered version. Out: the verdict with its tables, also RUN/gate.json and tags
+of the version. A comparison that fails costs the promotion, never the run: the model is trained and registered.
+"""
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from configs.settings import PandaSettings
+from tasks.artifacts import show_gate
+from tasks.stage import stage
+from training import launch
+from training.exit import ExitReason
+from training.gate_job import write_job
+from training.promotion import settle
+from training.registry import patiently
+from training.settings import GateSettings, TrainSettings
+from training.tracking import TrackedRun
+from training.versions import GATE_TAG, Registry
+
+COMPARE = "training.compare"
+
+logger = logging.getLogger(__name__)
+
+
+@stage("gate")
+def gate(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> dict[str, Any]:
+    """Decide about the version of the register stage."""
+    registry = Registry(tracked.uri)
+    version = patiently(lambda: registry.resolve(model["uri"]))
+    stored = tracked.run_dir / "gate.json"
+    if GATE_TAG in version.tags and stored.exists():  # a resumed run: the verdict stands
+        return without_answers(json.loads(stored.read_text(encoding="utf-8")))
+    limits = GateSettings.of(settings).model_dump()
+    patiently(lambda: write_job(registry, version, tracked.run_dir, limits))
+    result = _compare(tracked.run_dir, TrainSettings.of(settings))
+    patiently(lambda: settle(registry, version, result))
+    logger.info("%s %s: %s", version.uri, "is the champion" if result["promoted"] else "stays challenger", _why(result))
+    stored.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
+    show_gate(result)
+    return without_answers(result)
+
+
+def without_answers(result: dict[str, Any]) -> dict[str, Any]:
+    """The verdict as the summary holds it; the models' answers stay in RUN/gate.json."""
+    return {name: value for name, value in result.items() if name != "answers"}
+
+
+def _compare(run_dir: Path, settings: TrainSettings) -> dict[str, Any]:
+    report = launch.evaluate(run_dir, settings, logger.info, COMPARE)
+    if report.reason is ExitReason.completed:
+        return json.loads((run_dir / "gate.json").read_text(encoding="utf-8"))
+    if report.reason is ExitReason.cancelled:
+        raise KeyboardInterrupt
+    logger.error("%s", report.details)
+    reason = f"the comparison ended: {report.reason.value}: {report.message}"
+    return {"promoted": False, "reasons": [reason], "slices": [], "checks": []}
+
+
+def _why(result: dict[str, Any]) -> str:
+    return "; ".join(result["reasons"])
