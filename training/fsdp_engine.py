@@ -10,7 +10,6 @@ loads the whole model before it is sharded.
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any
 
 import torch
@@ -35,6 +34,7 @@ class FsdpEngine:
     ranks: Ranks
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
+    parameters: dict[str, nn.Parameter]  # the shards; between forward and backward the module has whole weights instead
 
     @classmethod
     def build(cls, module: nn.Module, settings: TrainSettings, ranks: Ranks) -> "FsdpEngine":
@@ -49,41 +49,40 @@ class FsdpEngine:
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(module, mesh=mesh, mp_policy=precision)
         optimizer = build_optimizer(module.named_parameters(), settings)
-        return cls(module, ranks, optimizer, settings.max_grad_norm)
+        return cls(module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)))
 
     @property
     def averaging(self) -> float:
         return float(self.ranks.world_size)
 
     def forward(self, *arguments: Any, **options: Any) -> Tensor:
-        return self.module(*arguments, **options)
+        result = self.module(*arguments, **options)
+        if not torch.is_grad_enabled():  # the root unit stays gathered for a backward pass that will not come
+            self.module.reshard()
+        return result
 
     def backward(self, loss: Tensor, last: bool) -> None:
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
         set_learning_rate(self.optimizer, learning_rate)
-        norm = torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.max_grad_norm or math.inf)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf)
         total = float(whole(norm))
         if math.isfinite(total):
             self.optimizer.step()
         self.optimizer.zero_grad()
         return total
 
-    @cached_property
-    def _parameters(self) -> dict[str, nn.Parameter]:
-        return dict(trainable(self.module))
-
     def trained(self) -> list[str]:
-        return list(self._parameters)
+        return list(self.parameters)
 
     def read(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        for name, parameter in self._parameters.items():
+        for name, parameter in self.parameters.items():
             states = {WEIGHT: parameter.detach(), **self.optimizer.state[parameter]}
             yield name, {key: whole(torch.as_tensor(value)).cpu() for key, value in states.items()}
 
     def write(self, name: str, state: dict[str, Tensor]) -> None:
-        parameter = self._parameters[name]
+        parameter = self.parameters[name]
         with torch.no_grad():
             parameter.copy_(_like(state[WEIGHT], parameter))
         self.optimizer.state[parameter] = {
