@@ -9,6 +9,7 @@ import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -64,16 +65,27 @@ def call_flow(parameters: dict[str, Any]) -> dict[str, Any]:
     """Run the flow to its end; its failure is raised here, a user's error as the `PandaError` it is."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
     with contextlib.redirect_stdout(sys.stderr), connected() as wait_for_server:  # stdout is for results
-        from prefect.logging.handlers import APILogWorker
-
         from flows.panda_train import panda_train
 
         wait_for_server()
-        state = panda_train(**parameters, return_state=True)
-        result = state.result(raise_on_failure=False)
-        APILogWorker.drain_all()  # the temporary server ends below; logs are sent in batches
+        with everything_sent():
+            state = panda_train(**parameters, return_state=True)
+            result = state.result(raise_on_failure=False)
     if state.is_completed():
         return result
     if isinstance(result, PandaError):
         raise result
     raise PandaError(f"the run ended as {state.name}: {state.message}")
+
+
+@contextlib.contextmanager
+def everything_sent() -> Iterator[None]:
+    """Before a temporary server ends, wait for what is sent to it in batches; later Prefect retries for a minute."""
+    from prefect.events.worker import EventsWorker
+    from prefect.logging.handlers import APILogWorker
+
+    try:
+        yield
+    finally:
+        APILogWorker.drain_all(timeout=10)
+        EventsWorker.drain_all(timeout=10)

@@ -12,16 +12,26 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import tomllib
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import TextIO
 
 from data_prep.errors import PandaError
 
 DEFAULT_URL = "http://127.0.0.1:4200/api"
 START_SECONDS = 120
+LOG_CHARACTERS = 2000
+TEMPORARY = {
+    "PREFECT_UI_ENABLED": "0",
+    "PREFECT__SERVER_EPHEMERAL": "1",
+    "PREFECT__SERVER_FINAL": "1",
+    "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
+}
+"""What makes a server light: the same switches that Prefect's own temporary server sets."""
 
 logger = logging.getLogger(__name__)
 
@@ -41,24 +51,27 @@ def connected() -> Iterator[Callable[[], None]]:
     logger.info("no Prefect server at %s: starting a temporary one", url)
     port = _free_port()
     os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "flows.server", str(port)],
-        env={**os.environ, "PREFECT_UI_ENABLED": "0", "PREFECT__SERVER_EPHEMERAL": "1", "PREFECT__SERVER_FINAL": "1"},
-        stdout=sys.stderr,
-        start_new_session=True,  # Ctrl-C is for us: the server has to see the run end
-    )
-    try:
-        yield lambda: _wait(process, os.environ["PREFECT_API_URL"])
-    finally:
-        process.terminate()
-        process.wait(timeout=30)
+    with tempfile.TemporaryFile("w+") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "flows.server", str(port)],
+            env={**os.environ, **TEMPORARY},
+            stdout=log,
+            stderr=log,
+            start_new_session=True,  # Ctrl-C is for us: the server has to see the run end
+        )
+        try:
+            yield lambda: _wait(process, os.environ["PREFECT_API_URL"], log)
+        finally:
+            process.terminate()
+            process.wait(timeout=30)
 
 
-def _wait(process: subprocess.Popen, url: str) -> None:
+def _wait(process: subprocess.Popen, url: str, log: TextIO) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not answers(url):
         if process.poll() is not None or time.monotonic() > deadline:
-            raise ServerError(f"the temporary Prefect server at {url} did not start; see the log lines above")
+            log.seek(0)
+            raise ServerError(f"the temporary Prefect server at {url} did not start:\n{log.read()[-LOG_CHARACTERS:]}")
         time.sleep(0.1)
 
 
