@@ -34,6 +34,7 @@ class Reason(StrEnum):
     NEAR_DUPLICATE = "near_duplicate", "an earlier record has nearly the same content (MinHash)"
     TOO_LONG = "too_long", "longer than max_seq_length, and overflow says to drop such records"
     NOT_SAMPLED = "not_sampled", "the mixture weight of its source leaves it out"
+    TAKEN_DOWN = "taken_down", "it has a tombstone (`panda takedown`)"
 
 
 REJECTED = frozenset(

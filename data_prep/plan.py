@@ -15,8 +15,8 @@ In: `TokensResult` and the settings. Out: ``<cache_dir>/plans/<fingerprint>/`` a
         shard, example  int32                       its place among the shards; -1 if rejected while reading
     manifest.json   max_seq_length, pad_id, sources, shards (paths relative to the plan), report
 
-The fingerprint covers the ordered units (content, source, place of files) and the settings of packing, duplicates,
-split and mixture. Cost: planning 1,000,000 examples takes under a second, the ledger another.
+The fingerprint covers the ordered units (content, source, place of files), the tombstones and the settings of packing,
+duplicates, split and mixture. Cost: planning 1,000,000 examples takes under a second, the ledger another.
 """
 
 import os
@@ -41,7 +41,7 @@ from data_prep.reader import LEDGER_FILE
 from data_prep.records import ledger_table, read_arrow
 from data_prep.settings import CorpusSettings, PackSettings
 from data_prep.tokenize import TokensResult
-from data_prep.verdicts import ACCEPTED, REASONS, SPLITS, TRAIN, VALIDATION, Pieces, Verdicts, judge
+from data_prep.verdicts import ACCEPTED, REASONS, SPLITS, TRAIN, VALIDATION, Pieces, Verdicts, judge, taken_down
 
 STAGE = "plans"
 FILL_FRACTION = 32  # documents fill the space that other examples leave in a row if it is 1/32 of the row or more
@@ -99,6 +99,7 @@ def plan_fingerprint(tokens: TokensResult, corpus: CorpusSettings, pack: PackSet
         pack=pack.model_dump(mode="json"),
         duplicates=[corpus.deduplicate, near],
         validation_fraction=corpus.validation_fraction,
+        tombstones=taken_down(corpus),
     )
 
 

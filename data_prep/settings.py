@@ -87,6 +87,10 @@ class CorpusSettings(Settings):
     validation_fraction: float = Field(
         0.02, ge=0, lt=1, description="Fraction of records held out for evaluation, chosen by content hash."
     )
+    tombstones: str | None = Field(
+        "./tombstones.jsonl",
+        description="File of the content hashes of records that `panda takedown` took down: they are dropped.",
+    )
     prepare_workers: int = Field(
         0, ge=0, description="Processes that read and tokenize; 0 = one per core. Changes no byte of the output."
     )

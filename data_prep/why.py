@@ -85,22 +85,32 @@ def stories_at(plan_dir: Path, place: str, tokenizer: LoadedTokenizer, course: C
     :raises PandaError: no such file or line in this corpus.
     """
     opened = _open(plan_dir)
+    return [_story(opened, index, tokenizer, course) for index in _lines_at(opened.ledger, place)]
+
+
+def entries_at(plan_dir: Path, place: str) -> list[dict[str, Any]]:
+    """Ledger lines of the records that start on a line, as `stories_at` finds them."""
+    ledger = _open(plan_dir).ledger
+    return [ledger.slice(index, 1).to_pylist()[0] for index in _lines_at(ledger, place)]
+
+
+def _lines_at(ledger: pa.Table, place: str) -> list[int]:
     file, _, line = place.rpartition(":")
     if not file or not line.isdigit():
         raise PandaError(f"why: {place!r} is not FILE:LINE, such as dataset/instruction_tuning/a.jsonl:42")
-    column = opened.ledger["file"].combine_chunks()
+    column = ledger["file"].combine_chunks()
     names = [name for name in pc.unique(column.cast(pa.string())).to_pylist() if _ends_with(name, file)]
     if not names:
         raise PandaError(f"why: no file {file!r} in this corpus")
     mine = pc.is_in(column.cast(pa.string()), pa.array(names)).to_numpy(zero_copy_only=False)
-    lines = opened.ledger["line"].to_numpy()
+    lines = ledger["line"].to_numpy()
     found = np.flatnonzero(mine & (lines == int(line)))
     if not len(found):  # inside a record of several lines
         before = np.flatnonzero(mine & (lines < int(line)))
         found = before[lines[before] == lines[before].max()] if len(before) else before
     if not len(found):
         raise PandaError(f"why: no record at {place}; {names[0]} has records from line {lines[mine].min()} on")
-    return [_story(opened, int(index), tokenizer, course) for index in found[:MAX_FOUND]]
+    return found[:MAX_FOUND].tolist()
 
 
 def stories_with(plan_dir: Path, text: str, tokenizer: LoadedTokenizer, course: Course | None = None) -> list[Story]:
@@ -113,7 +123,7 @@ def stories_with(plan_dir: Path, text: str, tokenizer: LoadedTokenizer, course: 
     examples = opened.ledger["example"].to_numpy()
     found: list[int] = []
     for shard in range(len(opened.manifest["shards"])):
-        numbers = _records_with(opened.records_dir(shard), text)
+        numbers = records_with(opened.records_dir(shard), text)
         mine = np.flatnonzero(shards == shard)
         found += mine[np.isin(examples[mine], numbers)].tolist()
         if len(found) >= MAX_FOUND:
@@ -128,7 +138,7 @@ def _ends_with(name: str, file: str) -> bool:
     return Path(name).parts[-len(wanted) :] == wanted or Path(name) == Path(file).absolute()
 
 
-def _records_with(directory: Path, text: str) -> np.ndarray:
+def records_with(directory: Path, text: str) -> np.ndarray:
     """Numbers of the valid records that contain a text."""
     numbers, first = [], 0
     for chunk in read_arrow(directory / "records.arrow")["texts"].chunks:
