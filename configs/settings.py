@@ -21,6 +21,8 @@ from training.settings import (
     TrainSettings,
 )
 
+Stage = Literal["records", "tokenize", "plan", "train", "evaluate", "register", "gate"]
+
 
 class RunSettings(Settings):
     """Run: where things go"""
@@ -38,14 +40,53 @@ class RunSettings(Settings):
     )
 
 
+class UnattendedSettings(Settings):
+    """Unattended runs: when to train, from what, who is asked and told"""
+
+    from_stage: Stage | None = Field(
+        None,
+        description="Start at this stage of the run to resume, with what the stages before it have left there.",
+    )
+    until_stage: Stage | None = Field(None, description="Stop after this stage.")
+    min_new_target_tokens: int = Field(
+        0,
+        ge=0,
+        description="Train only when the corpus has at least so many target tokens more than the newest registered "
+        "version was made of. 0 = always; a scheduled run always needs a corpus that has changed.",
+    )
+    init_from: Literal["base", "champion"] = Field(
+        "base", description="Start from the base model, or from the registered version with the alias `champion`."
+    )
+    require_approval: bool = Field(
+        False, description="Wait before registration until a person approves in the Prefect UI."
+    )
+    approval_timeout_hours: float = Field(
+        24, gt=0, description="Without an answer for so long, the model is not registered."
+    )
+    notify: str | None = Field(
+        None,
+        pattern=r"^[\w-]+/[\w-]+$",
+        description="Prefect notification block that is told of failures and new versions, type/name, "
+        "for example slack-webhook/team.",
+    )
+
+
 class PandaSettings(
-    CorpusSettings, TokenizeSettings, PackSettings, TrainSettings, TrackingSettings, GateSettings, RunSettings
+    CorpusSettings,
+    TokenizeSettings,
+    PackSettings,
+    TrainSettings,
+    TrackingSettings,
+    GateSettings,
+    RunSettings,
+    UnattendedSettings,
 ):
     """Everything `panda-train` can be told."""
 
 
 GROUPS: tuple[type[Settings], ...] = (
     RunSettings,
+    UnattendedSettings,
     CorpusSettings,
     TokenizeSettings,
     PackSettings,

@@ -22,9 +22,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "up": ("stack:up", "start Prefect server, MLflow server and worker in the background"),
     "down": ("stack:down", "stop them"),
     "status": ("stack:status", "show what of it runs"),
+    "plan": ("plan:main", "tell what a run would do, need and take, without training"),
     "prepare": ("prepare:prepare", "prepare the data without training, and report what became of every record"),
     "inspect": ("prepare:inspect", "show prepared examples with their mask, lengths and packing"),
     "why": ("prepare:why", "tell the story of one input record"),
+    "completion": ("completion:main", 'print a shell completion script: eval "$(panda completion)"'),
     "verify": ("prepare:verify", "read all prepared data again and compare hashes"),
 }
 """Verb -> (`module:function` below `flows`, called with argv, returns the exit code; one line of help)."""

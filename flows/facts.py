@@ -6,21 +6,24 @@ from prefect.runtime import flow_run
 
 from configs.settings import PandaSettings
 from data_prep.plan import PlanResult
-from data_prep.tokenize import TokensResult
 from training.run_record import Dataset
 from training.tracking import Facts
 
+CORPUS_TAG = "panda.corpus"
+TARGET_TOKENS_TAG = "panda.target_tokens"
 
-def facts(settings: PandaSettings, tokens: TokensResult, plan: PlanResult) -> Facts:
+
+def facts(settings: PandaSettings, corpus: str, plan: PlanResult) -> Facts:
     """Parameters = the configuration; data sets = the corpora, by the fingerprint of their records."""
     folders = {"instruction": settings.instruction_tuning_data_dir, "pretraining": settings.pretraining_data_dir}
     datasets = [
-        Dataset(source, tokens.records.fingerprint, folder, profile=plan.report["sources"].get(source, {}))
+        Dataset(source, corpus, folder, profile=plan.report["sources"].get(source, {}))
         for source, folder in folders.items()
         if folder and Path(folder).is_dir()
     ]
     tags = {
-        "panda.corpus": tokens.records.fingerprint,
+        CORPUS_TAG: corpus,
+        TARGET_TOKENS_TAG: str(plan.report["target_tokens"]),
         "panda.plan": plan.fingerprint,
         "prefect.flow_run_id": str(flow_run.id or ""),
         "prefect.flow_run_url": str(flow_run.ui_url or ""),

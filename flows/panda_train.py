@@ -8,86 +8,133 @@ its work is there, and can be read in `tasks/`. No `from __future__ import annot
 from pathlib import Path
 from typing import Any
 
-from prefect.runtime import flow_run
-from prefect.states import Failed
+from prefect.client.schemas.objects import State
+from prefect.runtime import deployment, flow_run
+from prefect.states import Cancelled
 
-from configs.load import load
+from configs.load import Loaded, load
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
-from flows import preflight, run_dir
+from flows import approval, outcome, policy, preflight, run_dir
+from flows.data_stages import Prepared, prepare_data, prepared_before, until
 from flows.facts import facts, version_tags
+from flows.lifetime import end_with_worker
+from flows.notify import on_bad_end, tell
+from flows.outcome import Ended
 from flows.parameters import flow_of_settings
+from flows.run_dir import RunDir
 from flows.stopwatch import Stopwatch
+from flows.title import run_title
+from tasks.artifacts import show_links
 from tasks.gate import gate
-from tasks.prepare import base_model, plan, shard, tokenize, tokenizer
 from tasks.register import model_name, register_model
 from tasks.sample_prompt import sample_prompt
 from tasks.train import evaluate, train
 from training import tracking
 from training.settings import TrackingSettings, TrainSettings
-from training.source import base_checkpoint
+from training.tracking import TrackedRun
 
-DEFAULT_MODEL = PandaSettings.model_fields["model"].default
-
-
-def run_title() -> str:
-    """Name of the flow run: the model, or the file or checkpoint that says which."""
-    given = flow_run.parameters
-    return str(given.get("model") or given.get("ckpt_path") or given.get("conf_path") or DEFAULT_MODEL)
+AFTER_DATA = ("train", "evaluate", "register", "gate")
 
 
-def panda_train(**parameters: Any) -> dict[str, Any]:
+def panda_train(**parameters: Any) -> State[Any]:
     """Replaced below: the form and the reference are made from the settings classes."""
-    given = {name: value for name, value in parameters.items() if value is not None}
+    end_with_worker()
     try:
-        loaded = load(given, given.pop("overrides", None), given.pop("conf_path", None))
-        preflight.check(loaded.settings, {name for name, origin in loaded.origins.items() if origin != "default"})
-        run = run_dir.create(loaded.settings)
-        summary = run_stages(loaded.settings, run)
-        run_dir.write_summary(run, summary)
+        late = policy.came_too_late()
+        if late:
+            return Cancelled(name="SkippedStillRunning", message=late)
+        loaded = configure(parameters)
+        return outcome.completed(run_stages(loaded.settings))
+    except Ended as end:
+        return outcome.completed(end.summary, end.name, end.message)
     except PandaError as error:
-        return Failed(message=str(error), data=error)  # type: ignore[return-value]  # Prefect takes a state as the result
+        return outcome.failed(error)
+
+
+def configure(parameters: dict[str, Any]) -> Loaded:
+    """The configuration that the parameters make, checked as far as possible without work."""
+    given = {name: value for name, value in parameters.items() if value is not None}
+    loaded = load(given, given.pop("overrides", None), given.pop("conf_path", None))
+    preflight.check(loaded.settings, {name for name, origin in loaded.origins.items() if origin != "default"})
+    return loaded
+
+
+def run_stages(settings: PandaSettings) -> dict[str, Any]:
+    """All stages in order; returns the summary."""
+    watch = Stopwatch()
+    if settings.from_stage in AFTER_DATA:
+        run = run_dir.create(settings.model_copy(update={"resume": True}))
+        prepared, resume = prepared_before(run), True
+    else:
+        prepared = prepare_data(settings, watch)
+        until(settings, "plan", {"data": prepared.plan.report, "seconds": watch.seconds})
+        skip = policy.nothing_new(settings, prepared)
+        if skip:
+            raise Ended("SkippedNoNewData", skip, {"data": prepared.plan.report, "seconds": watch.seconds})
+        run, resume = open_run(settings, prepared)
+    try:
+        summary = train_and_register(settings, run, prepared, resume, watch)
+    except Ended as end:
+        if end.name == "NotApproved":  # decided: no other run is to go on with it
+            run_dir.write_summary(run, end.summary)
+        raise
+    except PandaError as error:
+        run_dir.write_outcome(run, outcome.reason_of(error), str(error))
+        raise
+    run_dir.write_summary(run, summary)
     return summary
 
 
-def run_stages(settings: PandaSettings, run: run_dir.RunDir) -> dict[str, Any]:
-    """All stages in order; returns the summary."""
-    watch = Stopwatch()
-    with watch("records"):
-        records = shard(settings)
-    with watch("base model"):
-        model_dir = base_model(settings) if base_checkpoint(settings) else None
-        tokenizer_dir = model_dir or tokenizer(settings, records)
-    with watch("tokenize"):
-        tokens = tokenize(settings, records, tokenizer_dir)
-    with watch("plan"):
-        planned = plan(settings, tokens)
-    paths = {"run_dir": run.path, "plan_dir": planned.path, "model_dir": model_dir, "tokenizer_dir": tokenizer_dir}
-    run_dir.write_config(run, settings, paths)
-    train_settings = TrainSettings.of(settings)
-    known = facts(settings, tokens, planned)
+def open_run(settings: PandaSettings, prepared: Prepared) -> tuple[RunDir, bool]:
+    """(Run directory, whether there may be checkpoints in it). A deployment resumes what was interrupted by itself."""
+    unattended = deployment.id is not None and not settings.run_name
+    interrupted = run_dir.unfinished(settings, Path(prepared.plan.path)) if unattended else None
+    run = interrupted or run_dir.create(settings)
+    run_dir.write_config(run, settings, {"run_dir": run.path, **prepared.paths})
+    return run, settings.resume or interrupted is not None
+
+
+def train_and_register(
+    settings: PandaSettings, run: RunDir, prepared: Prepared, resume: bool, watch: Stopwatch
+) -> dict[str, Any]:
+    """The stages that need a run directory, in one MLflow run."""
+    summary = {"run_dir": str(run.path), "prefect_flow_run_id": str(flow_run.id), "data": prepared.plan.report}
+    known = facts(settings, prepared.corpus, prepared.plan)
     with tracking.open_run(TrackingSettings.of(settings), run.path, known) as tracked:
         with watch("train"):
-            trained = train(run.path, train_settings, settings.resume)
+            trained = train(run.path, TrainSettings.of(settings), resume)
+        summary |= {"mlflow_run_id": tracked.run_id, "training": trained, "seconds": watch.seconds}
+        until(settings, "train", summary)
         with watch("evaluate"):
-            losses = evaluate(run.path, train_settings, trained)
+            losses = evaluate(run.path, TrainSettings.of(settings), trained)
+        summary |= {"losses": losses}
+        until(settings, "evaluate", summary)
+        approval.ask(settings, str(run.path), losses)
         with watch("register"):
-            prompt = sample_prompt(Path(planned.path), tokenizer_dir, Path(settings.cache_dir))
-            name = model_name(settings.registered_model_name, settings.model)
-            version = register_model(tracked, name, version_tags(known, losses), prompt)
+            version = register(settings, tracked, prepared, version_tags(known, losses))
+        summary |= {"model": version, "mlflow_run_id": tracked.run_id}
+        show_links(run.path, tracked, version)
+        until(settings, "register", summary)
         with watch("gate"):
             verdict = gate(tracked, settings, version)
-    return {
-        "run_dir": str(run.path),
-        "prefect_flow_run_id": str(flow_run.id),
-        "mlflow_run_id": tracked.run_id,
-        "model": version,
-        "gate": verdict,
-        "data": planned.report,
-        "losses": losses,
-        "training": trained,
-        "seconds": watch.seconds,
-    }
+    if settings.notify:
+        become = "is the champion now" if verdict["promoted"] else "stays challenger"
+        tell(settings.notify, f"{version['name']} version {version['version']} {become}", "\n".join(verdict["reasons"]))
+    return {**summary, "gate": verdict}
 
 
-panda_train = flow_of_settings(panda_train, name="panda-train", flow_run_name=run_title, persist_result=False)
+def register(settings: PandaSettings, tracked: TrackedRun, prepared: Prepared, tags: dict[str, str]) -> dict[str, Any]:
+    """The register stage, with a prompt of the held-out records to try the model on."""
+    prompt = sample_prompt(Path(prepared.plan.path), prepared.tokenizer_dir, Path(settings.cache_dir))
+    return register_model(tracked, model_name(settings.registered_model_name, settings.model), tags, prompt)
+
+
+panda_train = flow_of_settings(
+    panda_train,
+    name="panda-train",
+    flow_run_name=run_title,
+    persist_result=False,
+    on_failure=[on_bad_end],
+    on_crashed=[on_bad_end],
+)

@@ -17,20 +17,37 @@ from training.tracking import tracking_uri
 def show(summary: dict[str, Any], settings: PandaSettings) -> None:
     """Data report, losses, model, a text it generates, seconds per stage, and where to look further."""
     console = Console(highlight=False)
+    if summary["outcome"]["name"] != "Completed":
+        console.print(f"[bold]{summary['outcome']['name']}[/bold]: {summary['outcome']['message']}")
+    if "data" in summary:
+        _print_data(console, summary)
+    if "losses" in summary:
+        _print_table(console, "Held-out loss per target token", _losses(summary["losses"]))
+    if "model" in summary:
+        _print_model(console, summary["model"])
+    if "gate" in summary:
+        _print_gate(console, summary["gate"])
+    if "seconds" in summary:
+        _print_table(console, "Seconds", [(stage, f"{took:.1f}") for stage, took in summary["seconds"].items()])
+    if "run_dir" in summary:
+        console.print(f"Run directory: {summary['run_dir']}\nTo look at this run:", markup=False)
+        for command in ui_commands(settings, summary):
+            console.print(f"  {command}", markup=False, soft_wrap=True)
+
+
+def _print_data(console: Console, summary: dict[str, Any]) -> None:
+    """The data report, and which of its stages had nothing to do."""
     _print_table(console, "Data", [(row["what"], row["number"]) for row in report_rows(summary["data"])])
     reused = [stage for stage, was in summary["data"]["reused"].items() if was]
     if reused:
         console.print(f"Reused from an earlier run: {', '.join(reused)}")
-    _print_table(console, "Held-out loss per target token", _losses(summary["losses"]))
-    model = summary["model"]
+
+
+def _print_model(console: Console, model: dict[str, Any]) -> None:
+    """The registered version, and what it says."""
     console.print(f"Registered [bold]{model['name']}[/bold] version {model['version']}   {model['uri']}")
-    _print_gate(console, summary["gate"])
     console.print("Loaded back from the registry, it answers:")
     console.print(f"  > {model['prompt'].strip()}\n  {model['sample'].strip()}", markup=False)
-    _print_table(console, "Seconds", [(stage, f"{seconds:.1f}") for stage, seconds in summary["seconds"].items()])
-    console.print(f"Run directory: {summary['run_dir']}\nTo look at this run:", markup=False)
-    for command in ui_commands(settings, summary):
-        console.print(f"  {command}", markup=False, soft_wrap=True)
 
 
 def _print_gate(console: Console, gate: dict[str, Any]) -> None:

@@ -1,10 +1,12 @@
 """The directory of one run: its name, what is written into it, and when it counts as done.
 
 In: settings. Out: `<output_dir>/<run>/` with ``config.yaml`` first and ``summary.json`` last; no summary, not done.
-Cost: none.
+``outcome.json`` says why a run failed. A run that a deployment starts goes on with the newest unfinished one if it
+would do the same work. Cost: none.
 """
 
 import json
+import logging
 import os
 import time
 from dataclasses import dataclass
@@ -14,7 +16,14 @@ from typing import Any
 import yaml
 
 from configs.errors import ConfigError
-from configs.settings import PandaSettings
+from configs.settings import PandaSettings, UnattendedSettings
+from training import run_record
+from training.exit import ExitReason
+
+logger = logging.getLogger(__name__)
+
+NOT_THE_WORK = {"run_name", "resume", "paths", *UnattendedSettings.model_fields}
+"""What may differ between a run and the one it goes on with."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +43,43 @@ class RunDir:
     @property
     def summary(self) -> Path:
         return self.path / "summary.json"
+
+
+def unfinished(settings: PandaSettings, plan_dir: Path) -> RunDir | None:
+    """The newest run that was interrupted (killed, cancelled, machine lost) while doing what this one is to do."""
+    output = Path(settings.output_dir).absolute()
+    runs = sorted((RunDir(path.parent) for path in output.glob("*/config.yaml")), key=lambda run: run.name)
+    if not runs or runs[-1].summary.exists():
+        return None
+    run = runs[-1]
+    obstacle = _obstacle(run, settings, plan_dir)
+    if obstacle:
+        logger.warning("%s was not finished; starting anew, because %s", run.name, obstacle)
+        return None
+    logger.info("%s was not finished: going on with it", run.name)
+    return run
+
+
+def _obstacle(run: RunDir, settings: PandaSettings, plan_dir: Path) -> str | None:
+    """Why a run cannot be gone on with."""
+    record = run_record.read(run.path)
+    if record and record.status == run_record.RUNNING and record.is_owner_alive:
+        return "it is still running"
+    outcome = run.path / "outcome.json"
+    reason = json.loads(outcome.read_text(encoding="utf-8"))["reason"] if outcome.exists() else ExitReason.cancelled
+    if reason not in (ExitReason.cancelled, ExitReason.lost_rank, ExitReason.infrastructure):
+        return f"it ended with {reason}, which trying again does not help"
+    before = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    if Path(before["paths"]["plan_dir"]) != plan_dir:
+        return "the data have changed since"
+    now = settings.model_dump(mode="json")
+    changed = [name for name, value in now.items() if name not in NOT_THE_WORK and before.get(name) != value]
+    return f"settings differ: {', '.join(changed)}" if changed else None
+
+
+def write_outcome(run: RunDir, reason: ExitReason, message: str) -> None:
+    """Write ``outcome.json``: why the run failed, for whoever thinks of going on with it."""
+    write_atomically(run.path / "outcome.json", json.dumps({"reason": reason, "message": message}, indent=2) + "\n")
 
 
 def create(settings: PandaSettings) -> RunDir:

@@ -3,9 +3,18 @@
 In: plain results. Out: Prefect artifacts. Cost: ~40 ms each.
 """
 
+import base64
+import os
+from pathlib import Path
 from typing import Any
 
-from prefect.artifacts import create_markdown_artifact, create_table_artifact
+from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
+
+from training.mlflow_sync import connect
+from training.plots import write_plots
+from training.tracking import TrackedRun
+
+MLFLOW_UI = "PANDA_MLFLOW_UI"  # set by `panda up` for its worker: where people look at MLflow
 
 
 def show_report(report: dict[str, Any]) -> None:
@@ -23,6 +32,32 @@ def report_rows(report: dict[str, Any]) -> list[dict[str, str]]:
         *({"what": what, "number": f"{number:,}"} for what, number in rows),
         {"what": "utilisation", "number": f"{100 * report['utilisation']:.2f} %"},
     ]
+
+
+def show_prepared(markdown: str) -> None:
+    """Packing, lengths, and examples with their mask."""
+    create_markdown_artifact(markdown, key="prepared-data", description="Packing, lengths, examples with their mask")
+
+
+def show_pictures(run_dir: Path) -> None:
+    """Loss curve and speed, inside the artifact: the UI cannot read files."""
+    for path in write_plots(run_dir):
+        picture = base64.b64encode(path.read_bytes()).decode()
+        create_image_artifact(f"data:image/png;base64,{picture}", key=f"curve-{path.stem}", description=path.stem)
+
+
+def show_links(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> None:
+    """From here to MLflow; MLflow's run has the way back as the tag prefect.flow_run_url."""
+    address = os.environ.get(MLFLOW_UI) or (tracked.uri if tracked.uri.startswith("http") else "")
+    model = f"{version['name']} version {version['version']}"
+    if address:
+        model = f"[{model}]({address}/#/models/{version['name']}/versions/{version['version']})"
+        experiment = connect(tracked.uri).get_run(tracked.run_id).info.experiment_id
+        run = f"[{tracked.run_id}]({address}/#/experiments/{experiment}/runs/{tracked.run_id})"
+    else:
+        run = f"{tracked.run_id} in {tracked.uri}"
+    text = f"| | |\n| --- | --- |\n| model | {model} |\n| MLflow run | {run} |\n| directory | `{run_dir}` |\n"
+    create_markdown_artifact(text, key="links", description="Where to look further")
 
 
 def show_evaluation(losses: dict[str, Any]) -> None:

@@ -3,21 +3,23 @@
 from pathlib import Path
 
 from configs.settings import PandaSettings
+from data_prep.inspect import inspect_plan, inspection_markdown
 from data_prep.plan import PlanResult, plan_rows
 from data_prep.records import RecordsResult, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenize import TokensResult, tokenize_records
-from data_prep.tokenizer import train_tokenizer
-from tasks.artifacts import show_report
+from data_prep.tokenizer import load_tokenizer, train_tokenizer
+from tasks.artifacts import show_prepared, show_report
 from tasks.progress import StageProgress
 from tasks.stage import stage
 from training.delta import model_directory
 from training.settings import ModelSettings
 
 DEFAULT_VOCAB_SIZE = 8192
+EXAMPLES_SHOWN = 2  # of each source
 
 
-@stage("validate and shard")
+@stage("validate and shard", reused=lambda result: None if result.built else f"{result.records:,} records")
 def shard(settings: PandaSettings) -> RecordsResult:
     """JSON corpora -> Arrow shards of valid records, and a ledger line for every record."""
     return shard_records(CorpusSettings.of(settings), Path(settings.cache_dir), StageProgress("records"))
@@ -36,7 +38,7 @@ def tokenizer(settings: PandaSettings, records: RecordsResult) -> Path:
     return train_tokenizer(records, vocab_size, Path(settings.cache_dir))
 
 
-@stage("tokenize and mask")
+@stage("tokenize and mask", reused=lambda result: None if result.built else f"{result.tokens:,} tokens")
 def tokenize(settings: PandaSettings, records: RecordsResult, tokenizer_dir: Path) -> TokensResult:
     """Records -> token shards in which the prompts are masked."""
     return tokenize_records(
@@ -49,9 +51,11 @@ def tokenize(settings: PandaSettings, records: RecordsResult, tokenizer_dir: Pat
     )
 
 
-@stage("plan packing")
+@stage("plan packing", reused=lambda result: f"plan {result.fingerprint}" if result.reused else None)
 def plan(settings: PandaSettings, tokens: TokensResult) -> PlanResult:
     """Token shards -> which example goes into which row, and the data report."""
     result = plan_rows(tokens, CorpusSettings.of(settings), PackSettings.of(settings), Path(settings.cache_dir))
     show_report(result.report)
+    tokenizer = load_tokenizer(Path(tokens.tokenizer_dir), Path(settings.cache_dir))
+    show_prepared(inspection_markdown(inspect_plan(Path(result.path), tokenizer, EXAMPLES_SHOWN)))
     return result

@@ -9,10 +9,13 @@ import logging
 from pathlib import Path
 from typing import Any
 
+from prefect.client.schemas.objects import State
+from prefect.runtime import task_run
+
 from data_prep.errors import PandaError
-from tasks.artifacts import show_evaluation
+from tasks.artifacts import show_evaluation, show_pictures
 from tasks.progress import StageProgress
-from tasks.stage import stage
+from tasks.stage import retry_helps, stage
 from training import launch
 from training.exit import ExitReason
 from training.launch import ExitReport
@@ -30,20 +33,27 @@ class TrainingFailed(PandaError):
         super().__init__(f"{what} ended: {report.reason.value}{where}: {report.message}; logs: {run_dir / 'logs'}")
 
 
-@stage("train")
+def lost_through_no_fault(_task: Any, _run: Any, state: State[Any]) -> bool:
+    """Whether Prefect is to retry: only what `ExitReason.retry_helps` says, never a mistake in data or settings."""
+    return retry_helps(state.result(raise_on_failure=False))
+
+
+@stage("train", retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=lost_through_no_fault)
 def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any]:
-    """Run the training worker on every rank until it is done."""
+    """Run the training worker on every rank until it is done; a retry goes on from the newest checkpoint."""
     progress = StageProgress("training")
+    resume = resume or (task_run.run_count or 1) > 1
 
     def on_event(event: dict[str, Any]) -> None:
         if event.get("event") == "step":
             progress("train", event["step"], event["steps"], "steps", f"loss {event['loss']:.4f}")
 
     _require_completed("training", launch.launch(run_dir, settings, on_event, logger.info, resume), run_dir)
+    show_pictures(run_dir)
     return json.loads((run_dir / "train.json").read_text(encoding="utf-8"))
 
 
-@stage("evaluate")
+@stage("evaluate", retries=1, retry_delay_seconds=10, retry_condition_fn=lost_through_no_fault)
 def evaluate(run_dir: Path, settings: TrainSettings, trained: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Held-out loss by moment and source, ``{"before": {"all": 8.3}, "after": {...}}``; after = what lies on disk."""
     _require_completed("evaluation", launch.evaluate(run_dir, settings, logger.info), run_dir)

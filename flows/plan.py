@@ -1,0 +1,203 @@
+"""`panda plan` and `train.py --dry_run`: what a run would do, need and take. Nothing is trained, no weights are loaded.
+
+In: the flags of `train.py`; the memory of a GPU and the speed, if one wants to say. Out: a report, or one JSON object;
+exit code 2 when the settings do not work together. Cost: hashing the corpus, 5 s of imports, a second of arithmetic.
+"""
+
+import math
+import os
+import subprocess
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from configs.command import configure
+from configs.errors import ConfigError
+from configs.flags import CONF_PATH, JSON, VERBOSE, CommandLine, Switch, plain_text
+from configs.load import Loaded
+from configs.settings import PandaSettings
+from flows.forecast import DataForecast, forecast_data
+from training import compatibility, machine
+from training.delta import named_delta
+from training.past_runs import Speed, newest_config, past_speed
+from training.settings import TrackingSettings, TrainSettings
+from training.source import base_checkpoint, resolve_description
+
+TEXT = "Tell what a run would do, need and take: stages, rows, steps, memory, disk, hours. Nothing is trained."
+SWITCHES = [
+    Switch("gpu_memory_gb", "Plan for GPUs with this much memory each; not given = what this machine has.",
+           {"metavar": "GB", "type": float}),
+    Switch("tokens_per_second", "Speed of all ranks together, for the hours; not given = that of earlier runs.",
+           {"metavar": "N", "type": float}),
+]  # fmt: skip
+GB = 1e9
+CHECKPOINT_BYTES = 12  # float32 weight and two states of each trained parameter
+DEFAULT_CPU_RANKS = 2
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the run is planned for."""
+
+    ranks: int
+    is_gpu: bool
+    bf16: bool
+    memory_bytes: float | None  # of each rank
+
+    @property
+    def words(self) -> str:
+        kind = "GPU" if self.is_gpu else "CPU process"
+        memory = f", {self.memory_bytes / GB:.1f} GB each" if self.memory_bytes else ""
+        return f"{self.ranks} {kind}{'s' if self.ranks > 1 else ''}, {'bfloat16' if self.bf16 else 'float32'}{memory}"
+
+
+def main(argv: list[str]) -> int:
+    """`panda plan`."""
+    line, loaded = configure("panda plan", TEXT, argv, [CONF_PATH, JSON, VERBOSE, *SWITCHES])
+    return run(line, loaded)
+
+
+def run(line: CommandLine, loaded: Loaded) -> int:
+    """Make the plan of a configuration and show it."""
+    plan = make_plan(loaded.settings, line.switches.gpu_memory_gb, line.switches.tokens_per_second)
+    if line.switches.json:
+        from flows.cli import print_json
+
+        print_json(plan)
+    else:
+        from flows.plan_report import show
+
+        show(plan, loaded.settings)
+    return 2 if plan["problems"] else 0
+
+
+def make_plan(settings: PandaSettings, gpu_memory_gb: float | None, tokens_per_second: float | None) -> dict[str, Any]:
+    """The whole plan as plain values; its keys are documented in docs/guide.md."""
+    checkpoint = base_checkpoint(settings)
+    if checkpoint is None and settings.architecture is None:
+        raise ConfigError([f"model={settings.model!r}: neither ckpt_path nor architecture says what to start from"])
+    described = settings.delta_base if checkpoint and named_delta(checkpoint) else checkpoint
+    description = resolve_description(described) if described else None
+    last = newest_config(Path(settings.output_dir))
+    train = TrainSettings.of(settings)
+    target = target_of(train, gpu_memory_gb)
+    data = forecast_data(settings, description, last)
+    course = course_of(data, train, target)
+    speed = Speed(tokens_per_second, "as given") if tokens_per_second else _past_speed(settings, train)
+    return {
+        "model": settings.model,
+        "base": {"checkpoint": checkpoint, "here": description is not None or checkpoint is None},
+        "target": asdict(target) | {"words": target.words},
+        "stages": [asdict(stage) | {"reused": stage.reused} for stage in data.stages],
+        "data": _data(data),
+        "course": course,
+        **_size(settings, train, target, description),
+        "speed": asdict(speed) if speed else None,
+        "hours": course["tokens"] / speed.tokens_per_second / 3600 if speed else None,
+    }
+
+
+def target_of(settings: TrainSettings, gpu_memory_gb: float | None) -> Target:
+    """GPUs when there are some or their memory is given, else the CPU processes that would run here."""
+    num_gpus = machine.num_gpus()
+    is_gpu = bool(gpu_memory_gb or num_gpus)
+    ranks = (settings.num_processes or num_gpus or (1 if is_gpu else DEFAULT_CPU_RANKS)) * settings.nodes
+    if is_gpu:
+        memory = gpu_memory_gb * GB if gpu_memory_gb else _gpu_memory()
+        return Target(ranks, True, settings.precision != "float32", memory)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks * settings.nodes
+    return Target(ranks, False, settings.precision == "bf16", memory)
+
+
+def _gpu_memory() -> float | None:
+    """Memory of the first GPU, from NVIDIA's tool."""
+    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+    try:
+        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]) * 2**20
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return None
+
+
+def _past_speed(settings: PandaSettings, train: TrainSettings) -> Speed | None:
+    return past_speed(Path(settings.output_dir), train, TrackingSettings.of(settings))
+
+
+def _data(data: DataForecast) -> dict[str, Any]:
+    values = asdict(data)
+    del values["stages"]
+    return values | {"plan_dir": str(data.plan_dir) if data.plan_dir else None}
+
+
+def course_of(data: DataForecast, settings: TrainSettings, target: Target) -> dict[str, Any]:
+    """Steps, tokens and padding of the whole training; exact when the pack plan is."""
+    rows_per_step = settings.per_gpu_train_batch_size * settings.gradient_accumulation_steps * target.ranks
+    steps_per_epoch = math.ceil(data.rows / rows_per_step)
+    steps = settings.max_steps if settings.max_steps >= 0 else math.ceil(settings.num_train_epochs * steps_per_epoch)
+    epochs = steps / steps_per_epoch if steps_per_epoch else 0.0
+    return {
+        "rows_per_step": rows_per_step,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": steps,
+        "epochs": epochs,
+        "tokens": round(data.tokens * epochs),
+        "target_tokens": None if data.target_tokens is None else round(data.target_tokens * epochs),
+        "padding": 1 - data.utilisation,
+    }
+
+
+def _size(settings: PandaSettings, train: TrainSettings, target: Target, description: Path | None) -> dict[str, Any]:
+    """Compatibility, memory and disk; memory is unknown for a model whose configuration is out of reach."""
+    from training.model_shape import config_from
+
+    nothing = {"parameters": None, "trainable": None, "memory": None, "fits": None, "change": None, "disk_bytes": None}
+    if description is None and settings.architecture is None:
+        return {"problems": compatibility.problems(train, {}, settings.packing), **nothing}
+    config = config_from(description, settings.architecture)
+    known = config.to_dict() if base_checkpoint(settings) else None
+    problems = compatibility.problems(train, known, settings.packing)
+    return {"problems": problems, **_needs(settings, train, target, config, known)}
+
+
+def _needs(
+    settings: PandaSettings, train: TrainSettings, target: Target, config: Any, known: dict[str, Any] | None
+) -> dict[str, Any]:
+    import torch
+
+    from training import memory
+    from training.model_shape import ModelShape, measure
+
+    @lru_cache
+    def shape_of(lora: bool, quant: bool) -> ModelShape:
+        changed = train.model_copy(update={"use_lora": lora, "use_quant": quant})
+        dtype = torch.bfloat16 if target.bf16 else torch.float32
+        return measure(config, changed, settings.max_seq_length, dtype, settings.packing)
+
+    shapes: Callable[[TrainSettings], ModelShape] = lambda changed: shape_of(changed.use_lora, changed.use_quant)  # noqa: E731
+    ranks = memory.Machine(target.ranks, target.is_gpu, target.bf16)
+    shape = shapes(train)
+    needed = memory.estimate(shape, train, ranks)
+    other = train.model_copy(update={"gradient_checkpointing": not train.gradient_checkpointing})
+    fits = target.memory_bytes is None or needed.total <= memory.FITS * target.memory_bytes
+    change = None
+    if not fits:
+        found = memory.fitting_change(shapes, train, ranks, target.memory_bytes, known, settings.packing)
+        change = {"settings": found[0], "total": found[1].total, "flags": _flags(found[0])} if found else {}
+    saved = shape.trainable if train.use_lora else shape.parameters
+    kept = train.keep_last + train.keep_best + 1  # one more while it is written
+    return {
+        "parameters": shape.parameters,
+        "trainable": shape.trainable,
+        "memory": asdict(needed) | {
+            "total": needed.total,
+            "activations_other": memory.activations(shape, other),
+        },
+        "fits": fits,
+        "change": change,
+        "disk_bytes": kept * CHECKPOINT_BYTES * shape.trainable + 4 * saved,
+    }  # fmt: skip
+
+
+def _flags(values: dict[str, Any]) -> str:
+    return " ".join(f"--{name} {plain_text(value)}" for name, value in values.items())

@@ -1,0 +1,105 @@
+"""The plan of a run for a person at a terminal. In: the plan. Out: text on stdout. Cost: none."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.settings import PandaSettings
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "engine")
+GB = 1e9
+
+
+def show(plan: dict[str, Any], settings: PandaSettings) -> None:
+    """Stages and why, rows and steps, memory part by part, disk, hours, verdict."""
+    console = Console(highlight=False)
+    console.print(_table("Stages", _stages(plan)))
+    console.print(_table("Training", _training(plan)))
+    if plan["memory"]:
+        console.print(_table(f"Memory of a rank ({plan['target']['words']})", _memory(plan, settings)))
+    for line in _verdict(plan):
+        console.print(line, markup=False)
+
+
+def _stages(plan: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
+    for stage in plan["stages"]:
+        if stage["reused"]:
+            state = "reused"
+        else:
+            state = f"to do ({stage['total'] - stage['done']} of {stage['total']})" if stage["done"] else "to do"
+        rows.append((stage["name"], state, stage["why"]))
+    base = plan["base"]
+    if base["checkpoint"]:
+        rows.insert(1, ("base model", "here" if base["here"] else "to download", base["checkpoint"]))
+    return [*rows, ("train", "to do", f"{plan['course']['steps']:,} steps")]
+
+
+def _training(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    data, course = plan["data"], plan["course"]
+    about = "" if data["exact"] else "about "
+    rows = [
+        ("rows", f"{about}{data['rows']:,}"),
+        ("tokens in them", f"{about}{data['tokens']:,}"),
+        ("target tokens", "known once tokens exist" if data["target_tokens"] is None else f"{data['target_tokens']:,}"),
+        ("padding", f"{about}{100 * course['padding']:.1f} %"),
+        ("rows in a step", f"{course['rows_per_step']:,}"),
+        ("optimizer steps", f"{about}{course['steps']:,} ({course['epochs']:.2f} epochs)"),
+        ("tokens trained on", f"{about}{course['tokens']:,}"),
+    ]
+    if plan["parameters"]:
+        rows.append(("parameters", f"{plan['parameters'] / GB:.2f} B, trained {plan['trainable'] / GB:.3f} B"))
+        rows.append(("disk for checkpoints and model", _size(plan["disk_bytes"])))
+    speed = plan["speed"]
+    hours = (
+        f"{plan['hours']:.2f} h at {speed['tokens_per_second']:,.0f} tokens/s ({speed['source']})" if speed else None
+    )
+    return [*rows, ("duration", hours or "unknown: no earlier run; give --tokens_per_second")]
+
+
+def _memory(plan: dict[str, Any], settings: PandaSettings) -> list[tuple[str, str, str]]:
+    memory = plan["memory"]
+    other = "without" if settings.gradient_checkpointing else "with"
+    notes = {
+        "activations": f"{_size(memory['activations_other'])} {other} gradient_checkpointing",
+        "logits": "one chunk of targets at a time",
+        "engine": "buckets, gathered weights, the process itself",
+    }
+    rows = [(part, _size(memory[part]), notes.get(part, "")) for part in PARTS]
+    rows.append(("total", _size(memory["total"]), "at the peak of a step"))
+    return [*rows, ("in CPU memory", _size(memory["host"]), "offloaded")] if memory["host"] else rows
+
+
+def _verdict(plan: dict[str, Any]) -> list[str]:
+    lines = [f"Does not work together: {problem}" for problem in plan["problems"]] or ["The settings work together."]
+    target, change = plan["target"], plan["change"]
+    if plan["memory"] is None:
+        lines.append("Memory: unknown until the model's configuration can be read (is the hub out of reach?).")
+    elif target["memory_bytes"] is None:
+        lines.append("Memory: give --gpu_memory_gb to see whether it fits.")
+    elif plan["fits"]:
+        lines.append(f"It fits: {_size(plan['memory']['total'])} of {_size(target['memory_bytes'])}.")
+    elif change:
+        lines.append(
+            f"It does not fit. The smallest change that does, with {_size(change['total'])}: {change['flags']}"
+        )
+    else:
+        lines.append(
+            "It does not fit, and no change of settings makes it: more ranks (--num_processes), or shorter rows."
+        )
+    if not target["is_gpu"]:
+        lines.append("Planned for this machine, which has no GPU; for GPUs: --gpu_memory_gb 80 --num_processes 8")
+    return lines
+
+
+def _size(num_bytes: float) -> str:
+    gigabytes = num_bytes / GB
+    return f"{gigabytes:.{2 if gigabytes < 10 else 1}f} GB"
+
+
+def _table(title: str, rows: list[tuple[str, ...]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    return table
