@@ -6,6 +6,7 @@ from prefect.runtime import flow_run
 
 from configs.settings import PandaSettings
 from data_prep.plan import PlanResult
+from training.lineage import corpus_files
 from training.run_record import Dataset
 from training.tracking import Facts
 
@@ -28,7 +29,8 @@ def facts(settings: PandaSettings, corpus: str, plan: PlanResult) -> Facts:
         "prefect.flow_run_id": str(flow_run.id or ""),
         "prefect.flow_run_url": str(flow_run.ui_url or ""),
     }
-    return Facts(settings.model_dump(mode="json"), datasets, {"data": plan.report}, tags)
+    reports = {"data": plan.report, "corpus": corpus_files(Path(plan.path))}
+    return Facts(settings.model_dump(mode="json"), datasets, reports, tags)
 
 
 def version_tags(known: Facts, losses: dict[str, dict[str, float]]) -> dict[str, str]:

@@ -31,8 +31,10 @@ from tasks.register import model_name, register_model
 from tasks.sample_prompt import sample_prompt
 from tasks.train import evaluate, train
 from training import tracking
+from training.lineage import parent_of
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking import TrackedRun
+from training.versions import PARENT_TAG, Registry
 
 AFTER_DATA = ("train", "evaluate", "register", "gate")
 
@@ -126,6 +128,8 @@ def train_and_register(
 
 def register(settings: PandaSettings, tracked: TrackedRun, prepared: Prepared, tags: dict[str, str]) -> dict[str, Any]:
     """The register stage, with a prompt of the held-out records to try the model on."""
+    parent = parent_of(Registry(tracked.uri), prepared.model_dir and str(prepared.model_dir))
+    tags |= {PARENT_TAG: parent} if parent else {}
     prompt = sample_prompt(Path(prepared.plan.path), prepared.tokenizer_dir, Path(settings.cache_dir))
     return register_model(tracked, model_name(settings.registered_model_name, settings.model), tags, prompt)
 

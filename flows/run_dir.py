@@ -70,7 +70,7 @@ def _obstacle(run: RunDir, settings: PandaSettings, plan_dir: Path) -> str | Non
     if reason not in (ExitReason.cancelled, ExitReason.lost_rank, ExitReason.infrastructure):
         return f"it ended with {reason}, which trying again does not help"
     before = yaml.safe_load(run.config.read_text(encoding="utf-8"))
-    if Path(before["paths"]["plan_dir"]) != plan_dir:
+    if Path(before["paths"]["plan_dir"]) != plan_dir.absolute():
         return "the data have changed since"
     now = settings.model_dump(mode="json")
     changed = [name for name, value in now.items() if name not in NOT_THE_WORK and before.get(name) != value]
@@ -112,7 +112,7 @@ def _existing(output: Path, name: str | None) -> RunDir:
 def write_config(run: RunDir, settings: PandaSettings, paths: dict[str, Path | None]) -> None:
     """Write ``config.yaml``: the flat configuration and ``paths``, all that a rank of the training needs to know."""
     content = settings.model_dump(mode="json")
-    content["paths"] = {name: str(path) if path else None for name, path in paths.items()}
+    content["paths"] = {name: str(path.absolute()) if path else None for name, path in paths.items()}
     write_atomically(run.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
 
 

@@ -115,7 +115,8 @@ def evaluation_command(run_dir: Path, machine: Machine, module: str = EVALUATE) 
     """One process that evaluates RUN/model as it lies on disk."""
     argv = [sys.executable, "-m", module, "--config", str(run_dir.resolve() / "config.yaml")]
     name = module.rpartition(".")[2]
-    return Command(name, argv, common_env(machine, 1), str(run_dir / "logs" / f"{name}.log"))
+    env = common_env(machine, 1) | {"MASTER_PORT": str(machine.free_port)}
+    return Command(name, argv, env, str(run_dir / "logs" / f"{name}.log"))
 
 
 def worker_args(run_dir: Path, resume: bool) -> list[str]:

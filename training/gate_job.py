@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from training.lineage import config_of, plan_of
 from training.versions import Registry, Version
 
 JOB = "gate-job.json"
@@ -42,7 +43,7 @@ def write_job(registry: Registry, version: Version, run_dir: Path, gate: dict[st
         cache_dir=str(cache_dir),
         candidate={"name": version.uri, "model_dir": str(run_dir / "model"), "template": template},
         champion=champion and _champion(registry, champion, cache_dir, template),
-        champion_plan=champion and plan_of(registry, champion),
+        champion_plan=champion and _plan(registry, champion, cache_dir),
         base=base and {"name": base, "model_dir": base, "template": template},
     )
     (run_dir / JOB).write_text(json.dumps(asdict(job), ensure_ascii=False, indent=1), encoding="utf-8")
@@ -59,13 +60,6 @@ def _champion(registry: Registry, champion: Version, cache_dir: Path, template: 
     return {"name": champion.uri, "model_dir": str(model_dir), "template": config.get("template", template)}
 
 
-def config_of(registry: Registry, version: Version) -> dict[str, Any]:
-    """The configuration a version was trained with, {} if its run has none."""
-    text = registry.artifact(version, "config.yaml")
-    return yaml.safe_load(text) if text else {}
-
-
-def plan_of(registry: Registry, version: Version) -> str | None:
-    """The directory of the plan a version was trained with, if it is (still) on this machine."""
-    plan_dir = config_of(registry, version).get("paths", {}).get("plan_dir")
-    return plan_dir if plan_dir and Path(plan_dir).is_dir() else None
+def _plan(registry: Registry, champion: Version, cache_dir: Path) -> str | None:
+    plan_dir = plan_of(champion, config_of(registry, champion), cache_dir)
+    return str(plan_dir) if plan_dir else None
