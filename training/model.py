@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from data_prep.target import load_target
+from training import segment_attention
 from training.errors import ModelError
 from training.settings import TrainSettings
 from training.target_loss import causal_model
@@ -125,7 +126,7 @@ def add_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
 
 
 def _with_attention(settings: TrainSettings, build: Callable[[str | None], nn.Module]) -> nn.Module:
-    """Build with the attention asked for; `auto` is FlashAttention where it can be, else what the model prefers."""
+    """Build with the attention asked for; `auto`: FlashAttention if it fits, else by segment, else the model's own."""
     from transformers.utils import is_flash_attn_2_available
 
     if settings.attention != "auto":
@@ -135,7 +136,10 @@ def _with_attention(settings: TrainSettings, build: Callable[[str | None], nn.Mo
             return build("flash_attention_2")
         except ValueError as error:  # some models have no such implementation
             log.info("no FlashAttention: %s", error)
-    return build(None)
+    model = build(None)
+    if not torch.cuda.is_available() and segment_attention.fits(model.config):
+        segment_attention.use(model)
+    return model
 
 
 def vocabulary_size(tokenizer_dir: str) -> int:

