@@ -12,11 +12,22 @@ from collections.abc import Callable
 from typing import Any
 
 from configs.command import configure
-from configs.flags import CONF_PATH, JSON, PRINT_CONFIG, VERBOSE, CommandLine, Switch, build_parser, parse
+from configs.flags import (
+    CONF_PATH,
+    DRY_RUN,
+    JSON,
+    PLAN_SWITCHES,
+    PRINT_CONFIG,
+    VERBOSE,
+    CommandLine,
+    Switch,
+    build_parser,
+    parse,
+)
 from data_prep.errors import PandaError
 
 TRAIN_TEXT = "Turn JSON corpora and a base model into a registered, evaluated model: one Prefect flow, in this process."
-TRAIN_SWITCHES = [CONF_PATH, PRINT_CONFIG, JSON, VERBOSE]
+TRAIN_SWITCHES = [CONF_PATH, PRINT_CONFIG, DRY_RUN, JSON, VERBOSE, *PLAN_SWITCHES]
 
 VERBS: dict[str, tuple[str, str]] = {
     "up": ("stack:up", "start Prefect server, MLflow server and worker in the background"),
@@ -26,6 +37,11 @@ VERBS: dict[str, tuple[str, str]] = {
     "prepare": ("prepare:prepare", "prepare the data without training, and report what became of every record"),
     "inspect": ("prepare:inspect", "show prepared examples with their mask, lengths and packing"),
     "why": ("prepare:why", "tell the story of one input record"),
+    "models": ("models:models", "show registered versions, their gates and aliases"),
+    "promote": ("models:promote", "make a version the champion"),
+    "rollback": ("models:rollback", "give the champion alias back to the version before"),
+    "lineage": ("lineage:lineage", "show what a version was made of"),
+    "takedown": ("lineage:takedown", "take a record down, and tag the versions that saw it"),
     "completion": ("completion:main", 'print a shell completion script: eval "$(panda completion)"'),
     "verify": ("prepare:verify", "read all prepared data again and compare hashes"),
 }
@@ -97,6 +113,10 @@ def _train(argv: list[str]) -> int:
 
         print(render(loaded))
         return 0
+    if line.switches.dry_run:
+        from flows import plan
+
+        return plan.run(line, loaded)
     from flows import direct
 
     return direct.run(line, loaded)
@@ -114,3 +134,7 @@ def _overview(argv: list[str]) -> int:
     for verb, (_, text) in VERBS.items():
         print(f"  {verb:<12} {text}", file=stream)
     return 0 if known else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
