@@ -67,9 +67,10 @@ def encode_reference(core: Tokenizer, texts: list[str]) -> Encoded:
     """Ids by `tokenizers`."""
     parts, lengths = [], []
     for chunk in _chunks(texts):
-        ids = [encoding.ids for encoding in core.encode_batch_fast(chunk, add_special_tokens=False)]
-        lengths += map(len, ids)
-        parts.append(np.fromiter(itertools.chain.from_iterable(ids), dtype=np.int32))
+        encodings = core.encode_batch_fast(chunk, add_special_tokens=False)
+        lengths += map(len, encodings)
+        ids = itertools.chain.from_iterable(encoding.ids for encoding in encodings)  # a list at a time
+        parts.append(np.fromiter(ids, dtype=np.int32))
     offsets = np.zeros(len(texts) + 1, dtype=np.int64)
     np.cumsum(lengths, out=offsets[1:])
     return Encoded(np.concatenate([np.zeros(0, np.int32), *parts]), offsets, REFERENCE)

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -91,11 +91,15 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Tools:
-    """What a recipe becomes, once a process."""
+    """What a recipe becomes, once a process; the engine only when there is something to encode."""
 
+    recipe: Recipe
     tokenizer: LoadedTokenizer
     template: Template
-    engine: Engine
+
+    @cached_property
+    def engine(self) -> Engine:
+        return load_engine(self.tokenizer.core, self.recipe.engine)
 
 
 def tokenize_records(  # noqa: PLR0913, PLR0917
@@ -112,13 +116,11 @@ def tokenize_records(  # noqa: PLR0913, PLR0917
     :raises StoreError: an example failed the proof.
     """
     started = time.perf_counter()
-    recipe = Recipe(
-        Path(tokenizer_dir), Path(cache_dir), json.dumps(tokenize.template, sort_keys=True), tokenize.tokenizer_engine
-    )
-    tokenizer = load_tokenizer(recipe.tokenizer_dir, recipe.cache_dir)
-    template = load_template(tokenize.template, tokenizer)
+    template_json = json.dumps(tokenize.template, sort_keys=True)
+    tools = load_tools(Recipe(Path(tokenizer_dir), Path(cache_dir), template_json, tokenize.tokenizer_engine))
+    tokenizer, template = tools.tokenizer, tools.template
     fps = [unit_fingerprint(unit, tokenizer, template) for unit in records.units]
-    made, peak_rss = _make(records.units, fps, recipe, prepare_workers, progress)
+    made, peak_rss = _make(records.units, fps, tools, prepare_workers, progress)
     units = [_unit(unit, fp, made[fp]) for unit, fp in zip(records.units, fps, strict=True)]
     _check(units)
     reused = sum(unit.reused for unit in units)
@@ -148,21 +150,24 @@ def unit_fingerprint(unit: RecordsUnit, tokenizer: LoadedTokenizer, template: Te
     )
 
 
-def build_unit(unit: RecordsUnit, fp: str, recipe: Recipe) -> tuple[store.Built, int]:
-    """Tokenize one unit (in any process); also returns the peak memory of the process in bytes."""
-    built = store.build(
-        recipe.cache_dir / STAGE, fp, lambda directory: _write_unit(directory, unit, load_tools(recipe))
-    )
-    return built, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-
-@lru_cache(maxsize=2)
 def load_tools(recipe: Recipe) -> Tools:
-    """Tokenizer, template and engine of a recipe; loaded once a process."""
+    """Tokenizer and template of a recipe."""
     tokenizer = load_tokenizer(recipe.tokenizer_dir, recipe.cache_dir)
-    return Tools(
-        tokenizer, load_template(json.loads(recipe.template), tokenizer), load_engine(tokenizer.core, recipe.engine)
-    )
+    return Tools(recipe, tokenizer, load_template(json.loads(recipe.template), tokenizer))
+
+
+_load_tools_once = lru_cache(maxsize=1)(load_tools)  # for worker processes, which serve one call and end with it
+
+
+def _build_in_worker(unit: RecordsUnit, fp: str, recipe: Recipe) -> tuple[store.Built, int]:
+    return build_unit(unit, fp, _load_tools_once(recipe))
+
+
+def build_unit(unit: RecordsUnit, fp: str, tools: Tools) -> tuple[store.Built, int]:
+    """Tokenize one unit (in any process); also returns the peak memory of the process in bytes."""
+    root = tools.recipe.cache_dir / STAGE
+    built = store.build(root, fp, lambda directory: _write_unit(directory, unit, tools))
+    return built, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
 def _write_unit(directory: Path, unit: RecordsUnit, tools: Tools) -> dict[str, Any]:
@@ -187,10 +192,10 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.ListArray:
 
 
 def _make(
-    units: list[RecordsUnit], fps: list[str], recipe: Recipe, prepare_workers: int, progress: Progress | None
+    units: list[RecordsUnit], fps: list[str], tools: Tools, prepare_workers: int, progress: Progress | None
 ) -> tuple[dict[str, store.Built], int]:
     """Find or build every unit; the same content twice is built once."""
-    root = recipe.cache_dir / STAGE
+    root = tools.recipe.cache_dir / STAGE
     wanted = dict(zip(fps, units, strict=True))
     found = {fp: store.find(root / fp) for fp in wanted}
     made = {fp: built for fp, built in found.items() if built}
@@ -199,7 +204,7 @@ def _make(
     done = total - sum(unit.text_bytes for unit in missing.values())
     peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     reported = 0.0
-    for fp, (built, rss) in _build(missing, recipe, prepare_workers or len(os.sched_getaffinity(0))):
+    for fp, (built, rss) in _build(missing, tools, prepare_workers or len(os.sched_getaffinity(0))):
         made[fp] = built
         peak_rss = max(peak_rss, rss)
         done += missing[fp].text_bytes
@@ -210,17 +215,17 @@ def _make(
 
 
 def _build(
-    missing: dict[str, RecordsUnit], recipe: Recipe, num_workers: int
+    missing: dict[str, RecordsUnit], tools: Tools, num_workers: int
 ) -> Iterator[tuple[str, tuple[store.Built, int]]]:
     num_workers = min(num_workers, len(missing))
-    enough = MIN_BYTES_FOR_PROCESSES if recipe.engine == "auto" else MIN_BYTES_FOR_PROCESSES_REFERENCE
+    enough = MIN_BYTES_FOR_PROCESSES if tools.recipe.engine == "auto" else MIN_BYTES_FOR_PROCESSES_REFERENCE
     if num_workers < 2 or sum(unit.text_bytes for unit in missing.values()) < enough:
         for fp, unit in missing.items():
-            yield fp, build_unit(unit, fp, recipe)
+            yield fp, build_unit(unit, fp, tools)
         return
     largest_first = sorted(missing, key=lambda fp: -missing[fp].text_bytes)
     with worker_pool(num_workers) as pool:
-        futures = {pool.submit(build_unit, missing[fp], fp, recipe): fp for fp in largest_first}
+        futures = {pool.submit(_build_in_worker, missing[fp], fp, tools.recipe): fp for fp in largest_first}
         try:
             for future in as_completed(futures):
                 yield futures[future], future.result()
