@@ -12,10 +12,10 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled
 
-from configs.load import Loaded, load
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
-from flows import approval, outcome, policy, preflight, run_dir
+from flows import approval, outcome, policy, run_dir
+from flows.configure import configure
 from flows.data_stages import Prepared, prepare_data, prepared_before, until
 from flows.facts import facts, version_tags
 from flows.lifetime import end_with_worker
@@ -46,20 +46,11 @@ def panda_train(**parameters: Any) -> State[Any]:
         late = policy.came_too_late()
         if late:
             return Cancelled(name="SkippedStillRunning", message=late)
-        loaded = configure(parameters)
-        return outcome.completed(run_stages(loaded.settings))
+        return outcome.completed(run_stages(configure(parameters).settings))
     except Ended as end:
         return outcome.completed(end.summary, end.name, end.message)
     except PandaError as error:
         return outcome.failed(error)
-
-
-def configure(parameters: dict[str, Any]) -> Loaded:
-    """The configuration that the parameters make, checked as far as possible without work."""
-    given = {name: value for name, value in parameters.items() if value is not None}
-    loaded = load(given, given.pop("overrides", None), given.pop("conf_path", None))
-    preflight.check(loaded.settings, {name for name, origin in loaded.origins.items() if origin != "default"})
-    return loaded
 
 
 def run_stages(settings: PandaSettings) -> dict[str, Any]:

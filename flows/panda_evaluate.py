@@ -1,0 +1,62 @@
+"""The flow `panda-evaluate`: held-out loss of the model that a finished run has left on disk.
+
+In: the run (`output_dir`, `run_name`; the newest by default). Out: losses by source, also RUN/evaluation.json.
+No `from __future__ import annotations` here: `flow.serve` fails on it.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from prefect.client.schemas.objects import State
+from prefect.runtime import flow_run
+
+from configs.load import load
+from data_prep.errors import PandaError
+from flows import outcome, run_dir
+from flows.lifetime import end_with_worker
+from flows.notify import on_bad_end
+from flows.parameters import flow_of_settings
+from tasks.train import evaluate
+from training.settings import TrainSettings
+
+INTRODUCTION = "Held-out loss of the model of a finished run, as it lies on disk."
+SETTINGS = {"output_dir", "run_name", "per_gpu_eval_batch_size", "precision", "attention", "notify"}
+
+
+def panda_evaluate(**parameters: Any) -> State[Any]:
+    """Replaced below: the form and the reference are made from the settings classes."""
+    end_with_worker()
+    given = {name: value for name, value in parameters.items() if value is not None}
+    try:
+        settings = load(given, given.pop("overrides", None), given.pop("conf_path", None)).settings
+        run = run_dir.create(settings.model_copy(update={"resume": True}))
+        losses = evaluate(run.path, TrainSettings.of(settings), _trained(run.path))
+    except PandaError as error:
+        return outcome.failed(error)
+    message = ", ".join(f"{source} {loss:.4f}" for source, loss in losses["after"].items())
+    return outcome.completed({"run_dir": str(run.path), "losses": losses}, "Evaluated", f"held-out loss: {message}")
+
+
+def _trained(run: Path) -> dict[str, Any]:
+    """What training said when it was done."""
+    path = run / "train.json"
+    if not path.exists():
+        raise PandaError(f"{run}: there is no train.json, so this run has not been trained to its end")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def _title() -> str:
+    return f"evaluate {flow_run.parameters.get('run_name') or 'the newest run'}"
+
+
+panda_evaluate = flow_of_settings(
+    panda_evaluate,
+    INTRODUCTION,
+    SETTINGS,
+    name="panda-evaluate",
+    flow_run_name=_title,
+    persist_result=False,
+    on_failure=[on_bad_end],
+    on_crashed=[on_bad_end],
+)

@@ -1,0 +1,58 @@
+"""The flow `panda-prepare`: the data stages of `panda-train` on their own, for a machine without GPU, ahead of training.
+
+In: the settings of the data as parameters. Out: the data report. What it makes lies in `cache_dir`, where `panda-train`
+finds it. No `from __future__ import annotations` here: `flow.serve` fails on it.
+"""
+
+from typing import Any
+
+from prefect.client.schemas.objects import State
+
+from configs.settings import RunSettings
+from data_prep.errors import PandaError
+from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
+from flows import outcome
+from flows.configure import configure
+from flows.data_stages import prepare_data
+from flows.lifetime import end_with_worker
+from flows.notify import on_bad_end
+from flows.outcome import Ended
+from flows.parameters import flow_of_settings
+from flows.stopwatch import Stopwatch
+from flows.title import run_title
+
+INTRODUCTION = "Corpora in, packed training rows out: validate and shard, tokenize, plan packing."
+SETTINGS = {
+    *CorpusSettings.model_fields,
+    *TokenizeSettings.model_fields,
+    *PackSettings.model_fields,
+    *RunSettings.model_fields,
+    *("model", "ckpt_path", "delta_base", "architecture", "notify"),
+} - {"resume", "run_name", "preset"}
+
+
+def panda_prepare(**parameters: Any) -> State[Any]:
+    """Replaced below: the form and the reference are made from the settings classes."""
+    end_with_worker()
+    watch = Stopwatch()
+    try:
+        prepared = prepare_data(configure(parameters).settings, watch)
+    except Ended as end:
+        return outcome.completed(end.summary, end.name, end.message)
+    except PandaError as error:
+        return outcome.failed(error)
+    report = prepared.plan.report
+    message = f"{report['rows']:,} rows, {report['target_tokens']:,} target tokens in {prepared.plan.path}"
+    return outcome.completed({"data": report, "seconds": watch.seconds}, "Prepared", message)
+
+
+panda_prepare = flow_of_settings(
+    panda_prepare,
+    INTRODUCTION,
+    SETTINGS,
+    name="panda-prepare",
+    flow_run_name=run_title,
+    persist_result=False,
+    on_failure=[on_bad_end],
+    on_crashed=[on_bad_end],
+)

@@ -1,0 +1,172 @@
+"""A real stack for tests: server, MLflow, worker and deployments, with a database, ports and directories of its own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil
+import yaml
+
+ROOT = Path(__file__).parent.parent
+SETTINGS = {
+    "model": "panda-tiny",
+    "architecture": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 512},
+    "max_seq_length": 64,
+    "num_processes": 1,
+    "save_steps": 5,
+    "gate_records": 20,
+    "num_workers": 0,
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Stack:
+    """What tests do with the stack: by the commands a person types."""
+
+    folder: Path
+    env: dict[str, str]
+
+    def panda(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "flows.cli", *arguments, "--state_dir", str(self.folder / "state")]
+        return self._run(command, timeout)
+
+    def prefect(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+        return self._run([sys.executable, "-m", "prefect", "--no-prompt", *arguments], timeout)
+
+    def _run(self, command: list[str], timeout: float) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command, cwd=ROOT, env=self.env, capture_output=True, text=True, check=False, timeout=timeout
+        )
+
+    def config(self, name: str, **settings: Any) -> str:
+        """A configuration file, the value of the parameter conf_path."""
+        path = self.folder / f"{name}.yaml"
+        places = {
+            "instruction_tuning_data_dir": str(self.folder / "dataset" / "instruction_tuning"),
+            "pretraining_data_dir": str(self.folder / "dataset" / "pretraining"),
+            "output_dir": str(self.folder / "outputs"),
+            "cache_dir": str(self.folder / "cache"),
+        }
+        path.write_text(yaml.safe_dump({**SETTINGS, **places, **settings}))
+        return str(path)
+
+    def start(self, conf_path: str, **parameters: Any) -> UUID:
+        """`prefect deployment run panda-train/default`; returns the id of the flow run."""
+        given = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
+        done = self.prefect("deployment", "run", "panda-train/default", f"--param=conf_path={conf_path}", *given)
+        assert done.returncode == 0, done.stdout + done.stderr
+        line = next(line for line in done.stdout.splitlines() if "UUID:" in line)
+        return UUID(line.split("UUID:")[1].strip())
+
+    @contextmanager
+    def client(self) -> Iterator[Any]:
+        from prefect.client.orchestration import get_client
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: self.env["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+            yield client
+
+    def flow_run(self, flow_run_id: UUID) -> Any:
+        with self.client() as client:
+            return client.read_flow_run(flow_run_id)
+
+    def end_of(self, flow_run_id: UUID, timeout: float = 300) -> Any:
+        """The final state."""
+        wait_for(lambda: self.flow_run(flow_run_id).state.is_final(), timeout, "the end")  # noqa: PLW0108  # read anew
+        return self.flow_run(flow_run_id).state
+
+    def logs(self, flow_run_id: UUID) -> str:
+        from prefect.client.schemas.filters import LogFilter
+
+        with self.client() as client:
+            found = client.read_logs(LogFilter(flow_run_id={"any_": [flow_run_id]}), limit=200)
+        return "\n".join(entry.message for entry in found)
+
+    def artifacts(self, flow_run_id: UUID) -> dict[str, Any]:
+        from prefect.client.schemas.filters import ArtifactFilter
+
+        with self.client() as client:
+            found = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id={"any_": [flow_run_id]}))
+        return {artifact.key: artifact.data for artifact in found}
+
+    def wait_until_training(self, flow_run_id: UUID, steps: int, timeout: float = 240) -> Path:
+        """Until so many optimizer steps are done; returns the run directory."""
+
+        def trained() -> bool:
+            state = self.flow_run(flow_run_id).state
+            assert not state.is_final(), f"{state.name}: {state.message}\n{self.logs(flow_run_id)}"
+            return self.processes(flow_run_id) and num_steps(self.newest_run()) >= steps
+
+        wait_for(trained, timeout, f"{steps} steps of training")
+        return self.newest_run()
+
+    def newest_run(self) -> Path | None:
+        runs = sorted((self.folder / "outputs").glob("*/config.yaml"))
+        return runs[-1].parent if runs else None
+
+    def processes(self, flow_run_id: UUID) -> list[psutil.Process]:
+        """All processes of a flow run: the engine first."""
+        return [process for process in psutil.process_iter() if owner_of(process) == str(flow_run_id)]
+
+    def worker_pid(self) -> int:
+        state = json.loads((self.folder / "state" / "state.json").read_text())
+        return next(service["pid"] for service in state["services"] if service["name"] == "worker")
+
+
+def owner_of(process: psutil.Process) -> str | None:
+    """The flow run that a living process belongs to."""
+    try:
+        zombie = process.status() == psutil.STATUS_ZOMBIE
+        return None if zombie else process.environ().get("PREFECT__FLOW_RUN_ID")
+    except psutil.Error:
+        return None
+
+
+def num_steps(run: Path | None) -> int:
+    metrics = run / "metrics.jsonl" if run else None
+    return len(metrics.read_text().splitlines()) if metrics and metrics.exists() else 0
+
+
+def wait_for(condition: Callable[[], Any], timeout: float, what: str) -> float:
+    """Poll twice a second; returns the seconds it took."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout, f"waited {timeout} s for {what}"
+        time.sleep(0.5)
+    return time.monotonic() - started
+
+
+@contextmanager
+def running_stack(folder: Path) -> Iterator[Stack]:
+    """`panda up`, and `panda down` at the end, whatever happens."""
+    prefect_port, mlflow_port = free_port(), free_port()
+    env = {
+        **os.environ,
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_API_URL": f"http://127.0.0.1:{prefect_port}/api",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    stack = Stack(folder, env)
+    try:
+        outputs = str(folder / "outputs")
+        done = stack.panda("up", "--mlflow_port", str(mlflow_port), "--output_dir", outputs)
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield stack
+    finally:
+        stack.panda("down")
