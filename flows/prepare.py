@@ -32,6 +32,7 @@ _MARKDOWN = Switch("markdown", "Write Markdown to this file too.", {"metavar": "
 _EXAMPLES = Switch("examples", "Examples shown of each source (3).", {"metavar": "N", "type": int, "default": 3})
 _TEXT = Switch("text", "Find the records that contain this text.", {"metavar": "TEXT"})
 _WORLD = Switch("world_size", "Ranks of the run, to tell steps (1).", {"metavar": "N", "type": int, "default": 1})
+_MODELS = Switch("models", "Tell which registered versions were trained on it instead, and in which steps.")
 _DISCARD = Switch("discard", "Remove damaged directories; the next preparation builds just these again.")
 _FIELDS = {*CorpusSettings.model_fields, *TokenizeSettings.model_fields, *PackSettings.model_fields,
            "model", "ckpt_path", "cache_dir", "output_dir"}  # fmt: skip
@@ -79,9 +80,13 @@ def why(argv: list[str]) -> int:
     """The story of a record."""
     from data_prep.why import Course, stories_at, stories_with, story_text
 
+    if "--models" in argv:
+        from flows.lineage import why_models
+
+        return why_models(argv)
     places = [text for text in argv[:1] if not text.startswith("-")]
-    text, switches = "Tell the story of a record: panda why FILE:LINE, or --text TEXT.", [*_SWITCHES, _TEXT, _WORLD]
-    line, loaded = configure("panda why", text, argv[len(places) :], switches, _FIELDS | _COURSE_FIELDS)
+    text, switches = "Tell the story of a record: panda why FILE:LINE, or --text TEXT.", [_TEXT, _WORLD, _MODELS]
+    line, loaded = configure("panda why", text, argv[len(places) :], [*_SWITCHES, *switches], _FIELDS | _COURSE_FIELDS)
     settings = loaded.settings
     if not places and not line.switches.text:
         raise PandaError("why: give FILE:LINE first, or --text TEXT")
