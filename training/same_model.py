@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+TIE_NATS = 0.01  # two tokens this close in log-probability are equally likely: rounding may swap them
 POSITIONS = 32  # last positions of each prompt that are compared: 8 prompts x 32 x 128k words = 130 MB
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Over all compared positions: mean and largest KL(adapter || merged) in nats, share of equal most likely tokens."""
+    """Over all positions: mean and largest KL(adapter || merged) in nats, share of equal most likely tokens."""
 
     mean_kl: float
     max_kl: float
@@ -31,8 +32,14 @@ def difference(merged: Path, adapter: Path, base: Path, prompts: list[list[int]]
     gc.collect()
     p = log_probabilities(load(base, adapter), prompts)
     kl = torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in zip(p, q, strict=True)]).clamp(min=0)
-    same = torch.cat([a.argmax(-1) == b.argmax(-1) for a, b in zip(p, q, strict=True)])
+    same = torch.cat([agrees(a, b) for a, b in zip(p, q, strict=True)])
     return Difference(kl.mean().item(), kl.max().item(), same.float().mean().item(), len(kl))
+
+
+def agrees(p: Tensor, q: Tensor) -> Tensor:
+    """Whether the most likely token of `p` is (one of) the most likely of `q`: ``(n, vocabulary)`` -> ``(n,) bool``."""
+    mine = q.gather(-1, p.argmax(-1, keepdim=True)).squeeze(-1)
+    return mine >= q.max(-1).values - TIE_NATS
 
 
 def load(model_dir: Path, adapter: Path | None = None) -> nn.Module:
