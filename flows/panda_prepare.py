@@ -1,4 +1,4 @@
-"""The flow `panda-prepare`: the data stages of `panda-train` on their own, for a machine without GPU, ahead of training.
+"""The flow `panda-prepare`: the data stages of `panda-train` on their own, for machines without GPU.
 
 In: the settings of the data as parameters. Out: the data report. What it makes lies in `cache_dir`, where `panda-train`
 finds it. No `from __future__ import annotations` here: `flow.serve` fails on it.
