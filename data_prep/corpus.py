@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import store
+from data_prep.elements import find_opening
 from data_prep.errors import CorpusError
-from data_prep.read import HEAD_BYTES, SUFFIXES, WINDOW_BYTES, Piece, find_form, find_opening
+from data_prep.read import BOM, HEAD_BYTES, SUFFIXES, find_form
 from data_prep.settings import CorpusSettings
+from data_prep.source import WINDOW_BYTES, Piece
 from data_prep.target import target_fingerprint
 
 PART_BYTES = 16 << 20
@@ -146,7 +148,7 @@ def _cut(file: InputFile) -> list[Piece]:
         return [Piece(file.path)]
     with open(file.path, "rb") as stream:
         head = stream.read(HEAD_BYTES)
-        form = find_form(head.removeprefix(b"\xef\xbb\xbf"))
+        form = find_form(head.removeprefix(BOM))
         opening = find_opening(head) if form == "array" else b""
         border = b"\n" if form == "lines" else opening
         if not border or form == "values":

@@ -23,7 +23,8 @@ from data_prep.corpus import UnitSpec
 from data_prep.errors import CorpusError, PandaError
 from data_prep.ledger import Reason
 from data_prep.normalise import Rejected, Row, content_hash, decode, from_mapping, normalise
-from data_prep.read import Block, Piece, Source, read_blocks
+from data_prep.read import read_blocks
+from data_prep.source import Block, Piece, Source
 from data_prep.target import load_target
 
 MAX_EXAMPLES = 5

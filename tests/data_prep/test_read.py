@@ -10,13 +10,20 @@ import zstandard
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data_prep import read
+from data_prep import elements, read, source
+from data_prep.elements import find_opening
 from data_prep.ledger import Reason
-from data_prep.read import Piece, Source, find_form, find_opening, read_blocks
+from data_prep.read import find_form, read_blocks
+from data_prep.source import Piece, Source
 
 QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=300)
 A, B, C = {"input": "a", "target": "b"}, {"input": "c", "target": "d"}, {"input": "e", "target": "f"}
-SMALL_WINDOWS = {"WINDOW_BYTES": 96, "MIN_WINDOW_BYTES": 24, "PATIENCE_BYTES": 48, "COMPRESSED_CHUNK_BYTES": 7}
+SMALL_WINDOWS = [
+    (source, "WINDOW_BYTES", 96),
+    (source, "COMPRESSED_CHUNK_BYTES", 7),
+    (elements, "MIN_WINDOW_BYTES", 24),
+    (elements, "PATIENCE_BYTES", 48),
+]
 
 
 def read_all(path: Path) -> list[tuple]:
@@ -88,8 +95,8 @@ def test_places_of_lines(tmp_path):
 )
 @pytest.mark.parametrize("small", [False, True])
 def test_forms_are_found_by_content(tmp_path, monkeypatch, text, expected, small):
-    for name, value in SMALL_WINDOWS.items() if small else ():
-        monkeypatch.setattr(read, name, value)
+    for module, name, value in SMALL_WINDOWS if small else ():
+        monkeypatch.setattr(module, name, value)
     assert values(read_text(tmp_path, text)) == expected
 
 
@@ -129,11 +136,11 @@ def test_find_opening():
     ],
 )
 @pytest.mark.parametrize("indent", [None, 2])
-@pytest.mark.parametrize("sizes", [{}, SMALL_WINDOWS], ids=["", "small"])
+@pytest.mark.parametrize("sizes", [[], SMALL_WINDOWS], ids=["", "small"])
 def test_a_broken_element_costs_itself_alone(tmp_path, broken, reason, indent, sizes):
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in sizes.items():
-            patch.setattr(read, name, value)
+        for module, name, value in sizes:
+            patch.setattr(module, name, value)
         check_broken_element(tmp_path, broken, reason, indent)
 
 
@@ -208,7 +215,8 @@ def test_a_file_that_is_not_compressed_although_its_name_says_so(tmp_path, suffi
 
 def test_a_record_beyond_the_limit_is_rejected_and_the_next_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(read, "MAX_RECORD_BYTES", 10_000)
-    monkeypatch.setattr(read, "WINDOW_BYTES", 1_000)
+    monkeypatch.setattr(elements, "MAX_RECORD_BYTES", 10_000)
+    monkeypatch.setattr(source, "WINDOW_BYTES", 1_000)
     monkeypatch.setattr(read, "HEAD_BYTES", 1_000)
     long = {"text": "x" * 30_000}
     lines = values_or_none(read_text(tmp_path, "".join(json.dumps(row) + "\n" for row in (A, long, B))))
@@ -256,8 +264,8 @@ def test_what_was_written_is_read(tmp_path, rows, style, small):
         return  # one line alone is read as an array if it is a list
     text = STYLES[style](rows)
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SMALL_WINDOWS.items() if small else ():
-            patch.setattr(read, name, value)
+        for module, name, value in SMALL_WINDOWS if small else ():
+            patch.setattr(module, name, value)
         got = read_text(tmp_path, text)
     assert values(got) == rows
     for record, offset, line, _ in got:
@@ -285,8 +293,8 @@ def damaged(draw):
 @example(data=b"[\xff\xfe,{]}", small=True)
 def test_no_byte_is_lost_and_nothing_is_raised(tmp_path, data, small):
     with pytest.MonkeyPatch.context() as patch:
-        for name, value in SMALL_WINDOWS.items() if small else ():
-            patch.setattr(read, name, value)
+        for module, name, value in SMALL_WINDOWS if small else ():
+            patch.setattr(module, name, value)
         got = read_text(tmp_path, data)
     position = 0
     for record, offset, line, _ in got:

@@ -17,8 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import corpus as corpus_module
-from data_prep import read as read_module
 from data_prep import records as records_module
+from data_prep import source as source_module
 from data_prep import store
 from data_prep import unit as unit_module
 from data_prep.corpus import find_files, plan_units
@@ -298,7 +298,7 @@ def test_the_number_of_workers_changes_no_byte(tmp_path, monkeypatch, workers):
 def test_a_compressed_file_becomes_a_series_of_directories(tmp_path, monkeypatch):
     monkeypatch.setattr(unit_module, "MAX_TEXT_BYTES", 20_000)
     monkeypatch.setattr(unit_module, "BATCH_BYTES", 5_000)
-    monkeypatch.setattr(read_module, "WINDOW_BYTES", 5_000)
+    monkeypatch.setattr(source_module, "WINDOW_BYTES", 5_000)
     text = big_array(1000, (500,)).encode()
     result = shard_records(corpus(write(tmp_path / "in", a__json__gz=gzip.compress(text))), tmp_path / "cache")
     assert len(result.units) > 2
