@@ -1,0 +1,43 @@
+"""The way of one record that data_prep/README.md draws is what happens, number by number."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+
+import data_prep
+from data_prep.prepare import prepare
+from data_prep.reader import LEDGER_FILE, open_plan
+from data_prep.records import read_arrow
+from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
+
+README = Path(data_prep.__file__).parent / "README.md"
+
+
+def test_the_way_of_one_record(tmp_path, smollm2_dir):
+    record = {"instruction": "Add.", "input": "1 1", "output": "2"}
+    lines = ",\n  ".join(json.dumps(one) for one in (record, {"instruction": "no output"}, record))
+    for kind, name, text in [
+        ("i", "a.json", f"[\n  {lines}\n]\n"),
+        ("p", "b.jsonl", '{"title": "Peter", "content": "A panda."}\n'),
+    ]:
+        (tmp_path / kind).mkdir()
+        (tmp_path / kind / name).write_text(text)
+    corpus = CorpusSettings(
+        instruction_tuning_data_dir=str(tmp_path / "i"), pretraining_data_dir=str(tmp_path / "p"),
+        validation_fraction=0, max_rejected_fraction=1, tombstones=None,
+    )  # fmt: skip
+    result = prepare(corpus, TokenizeSettings(), PackSettings(max_seq_length=16), smollm2_dir, tmp_path / "cache")
+    ledger = read_arrow(Path(result.path) / LEDGER_FILE).to_pylist()
+    batch = open_plan(Path(result.path), "train").batch(np.array([0]))
+    readme = README.read_text()
+    assert f"hash {ledger[0]['hash'].hex()[:8]}..." in readme
+    assert f"line {ledger[0]['line']}, offset {ledger[0]['offset']}, accepted, train" in readme
+    assert [entry["reason"] for entry in ledger] == [None, "missing_field", "duplicate", None]
+    drawn = {
+        line.split()[0]: line for line in readme.splitlines() if line.strip().startswith(("labels", "position_ids"))
+    }
+    drawn["input_ids"] = next(line for line in readme.splitlines() if line.startswith("    batch "))
+    for name in ("input_ids", "labels", "position_ids"):
+        numbers = drawn[name].replace("|", " ").split(name)[1].split()
+        assert list(map(int, numbers)) == getattr(batch, name)[0].tolist()
