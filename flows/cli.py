@@ -33,6 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "up": ("stack:up", "start Prefect server, MLflow server and worker in the background"),
     "down": ("stack:down", "stop them"),
     "status": ("stack:status", "show what of it runs"),
+    "serve-flow": ("serve:serve_flow", "serve the deployments in this terminal, without a worker"),
     "plan": ("plan:main", "tell what a run would do, need and take, without training"),
     "prepare": ("prepare:prepare", "prepare the data without training, and report what became of every record"),
     "inspect": ("prepare:inspect", "show prepared examples with their mask, lengths and packing"),

@@ -33,6 +33,12 @@ def deploy() -> None:
         active = _schedules(client)
         _prefect_deploy()
         _restore_schedules(client, active)
+    deploy_automation()
+
+
+def deploy_automation() -> None:
+    """The automation of our runs."""
+    with get_client(sync_client=True) as client:
         _ensure_automation(client, crash_silent_runs())
 
 

@@ -1,8 +1,8 @@
 """How a run ends, as a Prefect state whose type, name and message tell the truth.
 
 In: the summary, or the error that ended the run. Out: a state. Names: Completed, Prepared, Stopped, Evaluated,
-SkippedNoNewData, NotApproved (all of type Completed); SkippedStillRunning, Cancelled; UserError, DataError, OutOfMemory,
-NonFinite, LostRank, Infrastructure (of type Failed). Cost: none.
+SkippedNoNewData, NotApproved (all of type Completed); SkippedStillRunning, Cancelled; UserError, DataError, NonFinite,
+OutOfMemory, LostRank, Infrastructure (of type Failed). Cost: none.
 """
 
 from typing import Any

@@ -60,18 +60,19 @@ def connected() -> Iterator[Callable[[], None]]:
             start_new_session=True,  # Ctrl-C is for us: the server has to see the run end
         )
         try:
-            yield lambda: _wait(process, os.environ["PREFECT_API_URL"], log)
+            yield lambda: wait_for_server(process, os.environ["PREFECT_API_URL"], log)
         finally:
             process.terminate()
             process.wait(timeout=30)
 
 
-def _wait(process: subprocess.Popen, url: str, log: TextIO) -> None:
+def wait_for_server(process: subprocess.Popen, url: str, log: TextIO) -> None:
+    """Until a server just started answers; what it has logged tells why it does not."""
     deadline = time.monotonic() + START_SECONDS
     while not answers(url):
         if process.poll() is not None or time.monotonic() > deadline:
             log.seek(0)
-            raise ServerError(f"the temporary Prefect server at {url} did not start:\n{log.read()[-LOG_CHARACTERS:]}")
+            raise ServerError(f"the Prefect server at {url} did not start:\n{log.read()[-LOG_CHARACTERS:]}")
         time.sleep(0.1)
 
 
