@@ -10,7 +10,7 @@ from configs.limits import kind_of
 from configs.load import names
 from configs.settings import PandaSettings
 
-SWITCHES = ("conf_path", "help", "json", "print_config", "verbose")
+SWITCHES = ("conf_path", "dry_run", "gpu_memory_gb", "help", "json", "print_config", "tokens_per_second", "verbose")
 FILES = ("cache_dir", "ckpt_path", "conf_path", "hostfile", "instruction_tuning_data_dir", "output_dir",
          "pretraining_data_dir")  # fmt: skip
 SCRIPT = """\

@@ -52,6 +52,13 @@ CONF_PATH = Switch("conf_path", "YAML file whose values go over the template's."
 PRINT_CONFIG = Switch("print_config", "Show every value with its origin, and stop.")
 JSON = Switch("json", "Print one JSON object as the last line of stdout.")
 VERBOSE = Switch("verbose", "Show the traceback of an error, and debug logs.")
+DRY_RUN = Switch("dry_run", "Tell what would be done, like `panda plan`, and stop.")
+PLAN_SWITCHES = [
+    Switch("gpu_memory_gb", "Plan for GPUs with this much memory each; not given = what this machine has.",
+           {"metavar": "GB", "type": float}),
+    Switch("tokens_per_second", "Speed of all ranks together, for the hours of a plan; not given = as earlier runs.",
+           {"metavar": "N", "type": float}),
+]  # fmt: skip
 
 
 def build_parser(

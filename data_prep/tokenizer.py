@@ -85,7 +85,6 @@ def train_tokenizer(records: Any, vocab_size: int, cache_dir: Path) -> Path:
     :param records: a `RecordsResult`.
     :returns: a Hugging Face tokenizer directory below ``cache_dir``, reused when the records are unchanged.
     """
-    fp = store.fingerprint(kind="byte-level-bpe", vocab_size=vocab_size, records=[u.fingerprint for u in records.units])
 
     def make(building: Path) -> dict[str, Any]:
         core = _train(_texts(records), vocab_size)
@@ -94,7 +93,14 @@ def train_tokenizer(records: Any, vocab_size: int, cache_dir: Path) -> Path:
         (building / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
         return {"vocab_size": core.get_vocab_size()}
 
-    return store.build(Path(cache_dir) / "tokenizers", fp, make).path
+    return store.build(Path(cache_dir) / "tokenizers", trained_fingerprint(records, vocab_size), make).path
+
+
+def trained_fingerprint(records: Any, vocab_size: int) -> str:
+    """What a trained tokenizer depends on."""
+    return store.fingerprint(
+        kind="byte-level-bpe", vocab_size=vocab_size, records=[u.fingerprint for u in records.units]
+    )
 
 
 def _train(texts: Iterator[str], vocab_size: int) -> Tokenizer:

@@ -15,7 +15,7 @@ from typing import Any
 
 from configs.command import configure
 from configs.errors import ConfigError
-from configs.flags import CONF_PATH, JSON, VERBOSE, CommandLine, Switch, plain_text
+from configs.flags import CONF_PATH, JSON, PLAN_SWITCHES, VERBOSE, CommandLine, plain_text
 from configs.load import Loaded
 from configs.settings import PandaSettings
 from flows.forecast import DataForecast, forecast_data
@@ -26,12 +26,6 @@ from training.settings import TrackingSettings, TrainSettings
 from training.source import base_checkpoint, resolve_description
 
 TEXT = "Tell what a run would do, need and take: stages, rows, steps, memory, disk, hours. Nothing is trained."
-SWITCHES = [
-    Switch("gpu_memory_gb", "Plan for GPUs with this much memory each; not given = what this machine has.",
-           {"metavar": "GB", "type": float}),
-    Switch("tokens_per_second", "Speed of all ranks together, for the hours; not given = that of earlier runs.",
-           {"metavar": "N", "type": float}),
-]  # fmt: skip
 GB = 1e9
 CHECKPOINT_BYTES = 12  # float32 weight and two states of each trained parameter
 DEFAULT_CPU_RANKS = 2
@@ -48,14 +42,14 @@ class Target:
 
     @property
     def words(self) -> str:
-        kind = "GPU" if self.is_gpu else "CPU process"
+        kind = "GPU" if self.is_gpu else "CPU rank"
         memory = f", {self.memory_bytes / GB:.1f} GB each" if self.memory_bytes else ""
         return f"{self.ranks} {kind}{'s' if self.ranks > 1 else ''}, {'bfloat16' if self.bf16 else 'float32'}{memory}"
 
 
 def main(argv: list[str]) -> int:
     """`panda plan`."""
-    line, loaded = configure("panda plan", TEXT, argv, [CONF_PATH, JSON, VERBOSE, *SWITCHES])
+    line, loaded = configure("panda plan", TEXT, argv, [CONF_PATH, JSON, VERBOSE, *PLAN_SWITCHES])
     return run(line, loaded)
 
 
@@ -181,7 +175,7 @@ def _needs(
     other = train.model_copy(update={"gradient_checkpointing": not train.gradient_checkpointing})
     fits = target.memory_bytes is None or needed.total <= memory.FITS * target.memory_bytes
     change = None
-    if not fits:
+    if not fits and target.memory_bytes is not None:
         found = memory.fitting_change(shapes, train, ranks, target.memory_bytes, known, settings.packing)
         change = {"settings": found[0], "total": found[1].total, "flags": _flags(found[0])} if found else {}
     saved = shape.trainable if train.use_lora else shape.parameters

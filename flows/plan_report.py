@@ -7,7 +7,7 @@ from rich.table import Table
 
 from configs.settings import PandaSettings
 
-PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "engine")
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "update", "engine")
 GB = 1e9
 
 
@@ -49,7 +49,7 @@ def _training(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("tokens trained on", f"{about}{course['tokens']:,}"),
     ]
     if plan["parameters"]:
-        rows.append(("parameters", f"{plan['parameters'] / GB:.2f} B, trained {plan['trainable'] / GB:.3f} B"))
+        rows.append(("parameters", f"{_count(plan['parameters'])}, {_count(plan['trainable'])} of them trained"))
         rows.append(("disk for checkpoints and model", _size(plan["disk_bytes"])))
     speed = plan["speed"]
     hours = (
@@ -63,7 +63,8 @@ def _memory(plan: dict[str, Any], settings: PandaSettings) -> list[tuple[str, st
     other = "without" if settings.gradient_checkpointing else "with"
     notes = {
         "activations": f"{_size(memory['activations_other'])} {other} gradient_checkpointing",
-        "logits": "one chunk of targets at a time",
+        "logits": "one chunk of targets at a time, and the gradient of the head",
+        "update": "float32 gradients, when there are no activations",
         "engine": "buckets, gathered weights, the process itself",
     }
     rows = [(part, _size(memory[part]), notes.get(part, "")) for part in PARTS]
@@ -91,6 +92,10 @@ def _verdict(plan: dict[str, Any]) -> list[str]:
     if not target["is_gpu"]:
         lines.append("Planned for this machine, which has no GPU; for GPUs: --gpu_memory_gb 80 --num_processes 8")
     return lines
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"
 
 
 def _size(num_bytes: float) -> str:

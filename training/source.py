@@ -13,7 +13,8 @@ from training.settings import ModelSettings
 
 PRETRAINED = Path("pretrained-models")
 HUB_ID = re.compile(r"^[\w.-]+/[\w.-]+$")
-DOWNLOADED = ["*.safetensors", "*.json", "*.jinja", "*.py", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
+WEIGHTS = ["*.safetensors"]
+DESCRIPTION = ["*.json", "*.jinja", "*.py", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 NOT_DOWNLOADED = ["original/*", "consolidated*", "onnx/*", "*.onnx_data"]
 """The publisher's own format beside the Hugging Face one, which would double the download."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
@@ -39,6 +40,14 @@ def resolve_checkpoint(ckpt_path: str, needs_tokenizer: bool = True) -> Path:
     if problem:
         raise CheckpointError(f"ckpt_path={ckpt_path!r}: {problem} (looked in {folder})")
     return folder
+
+
+def resolve_description(ckpt_path: str) -> Path | None:
+    """A directory with the config and the tokenizer of a checkpoint, but perhaps no weights; None if out of reach."""
+    try:
+        return find_checkpoint(ckpt_path) or _download(ckpt_path, DESCRIPTION)
+    except CheckpointError:
+        return None
 
 
 def find_checkpoint(ckpt_path: str) -> Path | None:
@@ -67,14 +76,18 @@ def _no_weights(name: str) -> str:
     )
 
 
-def _download(ckpt_path: str) -> Path:
+def _download(ckpt_path: str, patterns: list[str] | None = None) -> Path:
     """The directory of a hub id in Hugging Face's cache; only what is missing there is downloaded."""
     if not HUB_ID.match(ckpt_path):
         raise CheckpointError(f"{_looked_at(ckpt_path)}; not a hub id (owner/name) either")
     from huggingface_hub import errors, snapshot_download
 
     try:
-        return Path(snapshot_download(ckpt_path, allow_patterns=DOWNLOADED, ignore_patterns=NOT_DOWNLOADED))
+        return Path(
+            snapshot_download(
+                ckpt_path, allow_patterns=patterns or [*WEIGHTS, *DESCRIPTION], ignore_patterns=NOT_DOWNLOADED
+            )
+        )
     except errors.GatedRepoError:
         reason = f"the hub wants a licence accepted: open https://huggingface.co/{ckpt_path}, then `hf auth login`"
     except errors.RepositoryNotFoundError:
