@@ -20,10 +20,9 @@ from configs.load import Loaded
 from configs.settings import PandaSettings
 from flows.forecast import DataForecast, forecast_data
 from training import compatibility, machine
-from training.delta import named_delta
 from training.past_runs import Speed, newest_config, past_speed
 from training.settings import TrackingSettings, TrainSettings
-from training.source import base_checkpoint, resolve_description
+from training.source import base_checkpoint, named_delta, resolve_description
 
 TEXT = "Tell what a run would do, need and take: stages, rows, steps, memory, disk, hours. Nothing is trained."
 GB = 1e9

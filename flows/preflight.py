@@ -1,14 +1,17 @@
 """What can be known to be wrong before anything heavy is imported: all problems at once, in well under a second.
 
-In: settings. Out: nothing, or a `ConfigError`. Looks at names of files, reads none.
+In: settings. Out: nothing, or a `ConfigError`. Looks at names of files; reads the config.json of the base model.
 """
 
+import json
 import os
 from pathlib import Path
 
 from configs.errors import ConfigError
 from configs.settings import PandaSettings
-from training.source import base_checkpoint
+from training import compatibility
+from training.settings import TrainSettings
+from training.source import DELTA_MARKER, base_checkpoint, find_checkpoint, named_delta, without_base
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
 
@@ -19,11 +22,28 @@ def check(settings: PandaSettings, chosen: set[str]) -> None:
     :param chosen: names the user gave a value for; a default corpus directory that is missing is fine when the other
         one is there, one that the user named is not.
     """
-    problems = [*_corpus_problems(settings, chosen), *_output_problems(settings)]
+    problems = [*_corpus_problems(settings, chosen), *_output_problems(settings), *_training_problems(settings)]
     if base_checkpoint(settings) is None and settings.architecture is None:
         problems.append(f"model={settings.model!r}: neither a checkpoint (ckpt_path) nor an architecture to start from")
     if problems:
         raise ConfigError(problems)
+
+
+def _training_problems(settings: PandaSettings) -> list[str]:
+    """Settings that do not work together, and a delta without its base."""
+    checkpoint = base_checkpoint(settings)
+    folder = find_checkpoint(checkpoint) if checkpoint else None
+    config = folder / "config.json" if folder else None
+    known = json.loads(config.read_text(encoding="utf-8")) if config and config.is_file() else {}
+    problems = compatibility.problems(TrainSettings.of(settings), known if checkpoint else None, settings.packing)
+    if (
+        checkpoint
+        and named_delta(checkpoint)
+        and not settings.delta_base
+        and not (folder and (folder / DELTA_MARKER).is_file())
+    ):
+        problems.append(without_base(checkpoint))
+    return problems
 
 
 def _corpus_problems(settings: PandaSettings, chosen: set[str]) -> list[str]:

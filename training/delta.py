@@ -23,19 +23,17 @@ import numpy as np
 from data_prep import store
 from training.errors import CheckpointError
 from training.settings import ModelSettings
-from training.source import base_checkpoint, resolve_checkpoint
+from training.source import DELTA_MARKER, base_checkpoint, named_delta, resolve_checkpoint, without_base
 from training.tensor_file import INDEX, TensorInfo, read_values, rounded, tensors_of, widened, write
 
 logger = logging.getLogger(__name__)
 
-MARKER = "delta.json"
-NAME = re.compile(r"(^|[-_.])delta([-_.]|$)", re.IGNORECASE)
 NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")
 """Constants that checkpoints of 2023 carry; transformers computes them."""
 SUM_TOLERANCE = 0.01
 MAX_COSINE = 0.9
 NUM_SPOTS = 3
-NOT_COPIED = ("*.safetensors", INDEX, MARKER, store.MANIFEST, "*.bin", "*.pth", "*.pt", "*.md", ".*")
+NOT_COPIED = ("*.safetensors", INDEX, DELTA_MARKER, store.MANIFEST, "*.bin", "*.pth", "*.pt", "*.md", ".*")
 
 
 def model_directory(settings: ModelSettings, cache_dir: Path) -> Path | None:
@@ -44,26 +42,13 @@ def model_directory(settings: ModelSettings, cache_dir: Path) -> Path | None:
     if checkpoint is None:
         return None
     folder = resolve_checkpoint(checkpoint, needs_tokenizer=False)  # a delta may leave it to its base
-    if not (named_delta(checkpoint) or (folder / MARKER).is_file()):
+    if not (named_delta(checkpoint) or (folder / DELTA_MARKER).is_file()):
         return resolve_checkpoint(checkpoint)
     marker = _marker(folder)
     base = settings.delta_base or marker.get("base")
     if not base:
         raise CheckpointError(without_base(checkpoint))
     return add(folder, resolve_checkpoint(base), Path(cache_dir) / "models", marker.get("sum"))
-
-
-def named_delta(checkpoint: str) -> bool:
-    """Whether a checkpoint's name says that it is a delta."""
-    return bool(NAME.search(Path(checkpoint).name))
-
-
-def without_base(checkpoint: str) -> str:
-    """What to say about a delta whose base nobody named."""
-    return (
-        f"ckpt_path={checkpoint!r} is a delta (weights minus a base); name its base with --delta_base, "
-        "or rename the directory without the word delta if it holds whole weights"
-    )
 
 
 def add(delta: Path, base: Path, root: Path, expected_sum: float | None = None) -> Path:
@@ -80,7 +65,7 @@ def add(delta: Path, base: Path, root: Path, expected_sum: float | None = None) 
 
 
 def _marker(folder: Path) -> dict[str, Any]:
-    path = folder / MARKER
+    path = folder / DELTA_MARKER
     try:
         return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     except ValueError as error:
@@ -114,7 +99,7 @@ def _write_sum(folder: Path, delta: Path, base: Path, expected_sum: float | None
         (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1))
     if expected_sum is not None and abs(total[0] - expected_sum) > SUM_TOLERANCE:
         raise CheckpointError(
-            f"{delta} + {base}: the values add up to {total[0]:.4f}, {MARKER} says {expected_sum}; "
+            f"{delta} + {base}: the values add up to {total[0]:.4f}, {DELTA_MARKER} says {expected_sum}; "
             "the delta was made from another base"
         )
     _check_spots(folder, deltas, bases)
@@ -163,7 +148,7 @@ def _check_no_whole_checkpoint(delta: Path, deltas: dict[str, TensorInfo], bases
         if cosine > MAX_COSINE:
             raise CheckpointError(
                 f"{delta} holds whole weights, no delta: {name} points the same way as in the base (cosine "
-                f"{cosine:.2f}); rename it without the word delta, or remove its {MARKER}"
+                f"{cosine:.2f}); rename it without the word delta, or remove its {DELTA_MARKER}"
             )
 
 

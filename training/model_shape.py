@@ -71,14 +71,14 @@ def measure(
         causal: Any = causal_model(model)
         saved = _saved_by_autograd(model, num_tokens)
     layers = _layers(causal)
-    head = causal.get_output_embeddings()
+    head: Any = causal.get_output_embeddings()
     return ModelShape(
         parameters=_count(model),
         trainable=_count(model, lambda parameter: parameter.requires_grad),
         quantised=quantised,
         num_layers=len(layers),
-        largest_layer=max(map(_count, layers)),
-        largest_matrix=max(part.weight.numel() for layer in layers for part in layer.modules() if _is_linear(part)),
+        largest_layer=max(_count(layer) for layer in layers),
+        largest_matrix=max(_linear_sizes(layers)),
         vocabulary=head.weight.shape[0],
         hidden_size=head.weight.shape[1],
         trains_head=head.weight.requires_grad,
@@ -132,6 +132,10 @@ def _count(module: nn.Module, wanted: Callable[[nn.Parameter], bool] = lambda pa
 
 def _is_linear(part: nn.Module) -> bool:
     return type(part) is nn.Linear or type(part).__name__ == "Conv1D"
+
+
+def _linear_sizes(layers: list[Any]) -> Iterator[int]:
+    return (part.weight.numel() for layer in layers for part in layer.modules() if _is_linear(part))
 
 
 def _linear_parameters(causal: Any) -> int:

@@ -17,6 +17,8 @@ WEIGHTS = ["*.safetensors"]
 DESCRIPTION = ["*.json", "*.jinja", "*.py", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 NOT_DOWNLOADED = ["original/*", "consolidated*", "onnx/*", "*.onnx_data"]
 """The publisher's own format beside the Hugging Face one, which would double the download."""
+DELTA_MARKER = "delta.json"
+DELTA_NAME = re.compile(r"(^|[-_.])delta([-_.]|$)", re.IGNORECASE)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
 CONVERSION = (
     'python -c "from transformers import AutoModelForCausalLM as M, AutoTokenizer as T; '
@@ -31,6 +33,19 @@ def base_checkpoint(settings: ModelSettings) -> str | None:
     model = settings.model
     named = "/" in model or Path(model).is_dir() or (PRETRAINED / model).is_dir()
     return model if named else None
+
+
+def named_delta(checkpoint: str) -> bool:
+    """Whether a checkpoint's name says that it is a delta."""
+    return bool(DELTA_NAME.search(Path(checkpoint).name))
+
+
+def without_base(checkpoint: str) -> str:
+    """What to say about a delta whose base nobody named."""
+    return (
+        f"ckpt_path={checkpoint!r} is a delta (weights minus a base); name its base with --delta_base, "
+        "or rename the directory without the word delta if it holds whole weights"
+    )
 
 
 def resolve_checkpoint(ckpt_path: str, needs_tokenizer: bool = True) -> Path:
