@@ -209,7 +209,14 @@ def _validate(merged: dict[str, Any], origins: dict[str, str], problems: list[st
         raise ConfigError(list(dict.fromkeys([*problems, *found]))) from None
     if problems:
         raise ConfigError(problems)
-    return loaded
+    return _adapter_for_quant(loaded)
+
+
+def _adapter_for_quant(loaded: Loaded) -> Loaded:
+    """4-bit weights are frozen, so `--use_quant` alone means an adapter on them; an explicit false stays, an error."""
+    if not loaded.settings.use_quant or loaded.origins["use_lora"] != "default":
+        return loaded
+    return Loaded(loaded.settings.model_copy(update={"use_lora": True}), {**loaded.origins, "use_lora": "use_quant"})
 
 
 def _explain(problem: Any, origins: dict[str, str]) -> str:

@@ -113,7 +113,9 @@ def test_what_fits(workplace, monkeypatch):
 
 def test_what_does_not_work_together(workplace, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert main(["plan", "--model", "llama-7b", "--use_quant", "--zero_stage", "3", "--json"]) == 2
+    assert (
+        main(["plan", "--model", "llama-7b", "--use_quant", "--use_lora", "false", "--zero_stage", "3", "--json"]) == 2
+    )
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [problem.split(":")[0] for problem in plan["problems"]] == [
         "use_quant without use_lora",

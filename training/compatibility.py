@@ -144,7 +144,7 @@ def recurrent_parts(model_config: dict[str, Any]) -> list[str]:
 def problems(settings: TrainSettings, model_config: dict[str, Any] | None, packing: bool) -> list[str]:
     """One line for every rule that forbids these settings; empty when they work together."""
     case = Case(settings, model_config, packing)
-    return [f"{rule.what}: {rule.why}. Use {rule.instead}." for rule in RULES if rule.applies(case)]
+    return [f"{rule.what}: {rule.why}. Instead: {rule.instead}" for rule in RULES if rule.applies(case)]
 
 
 def check(settings: TrainSettings, model_dir: str | None, packing: bool) -> None:

@@ -57,7 +57,8 @@ class LoraSettings(Settings):
         None, description="Names of the linear layers that get an adapter; None = all of them but the head."
     )
     use_quant: bool = Field(
-        False, description="Keep the frozen weights in 4 bits (nf4, double quantisation; arXiv 2305.14314)."
+        False,
+        description="Keep the frozen weights in 4 bits (nf4, double quantisation; arXiv 2305.14314) below an adapter.",
     )
 
 

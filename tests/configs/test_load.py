@@ -149,6 +149,12 @@ def test_problems_of_a_file(text, message, conf):
     assert caught.value.problems[0].startswith(message.format(path=path))
 
 
+def test_use_quant_alone_trains_an_adapter():
+    loaded = load({"model": "llama-65b", "use_quant": "true"})
+    assert (loaded.settings.use_lora, loaded.origins["use_lora"]) == (True, "use_quant")
+    assert not load({"model": "llama-65b", "use_quant": "true", "use_lora": "false"}).settings.use_lora
+
+
 def test_a_missing_file(tmp_path):
     with pytest.raises(ConfigError, match="No such file"):
         load(conf_path=tmp_path / "none.yaml")
