@@ -37,7 +37,8 @@ from data_prep.order import mix64
 from data_prep.pack import MIN_SPACE, best_fit_decreasing, fill
 from data_prep.plan_file import Rows, rows_file, write_rows
 from data_prep.plan_input import Examples, load_examples
-from data_prep.reader import LEDGER_FILE
+from data_prep.proof import prove_rows
+from data_prep.reader import LEDGER_FILE, Plan
 from data_prep.records import ledger_table, read_arrow
 from data_prep.settings import CorpusSettings, PackSettings
 from data_prep.tokenize import TokensResult
@@ -107,7 +108,7 @@ def _write_plan(
     directory: Path, final: Path, tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings
 ) -> dict[str, Any]:
     examples = load_examples(tokens)
-    verdicts, pieces = judge(examples, corpus, pack, lambda: _near_duplicates(tokens, examples, corpus))
+    verdicts, pieces = judge(examples, corpus, pack, lambda: _near_duplicates(tokens, corpus, final.parent.parent))
     rows = {split: make_rows(examples, verdicts, pieces, number, pack) for number, split in enumerate(SPLITS)}
     for split in SPLITS:
         write_rows(directory / rows_file(split), rows[split])
@@ -116,13 +117,15 @@ def _write_plan(
         writer.write_table(ledger)
     report = make_report(tokens, examples, verdicts, rows, pack)
     check_conservation(report, examples, verdicts, rows)
-    return {
+    manifest = {
         "max_seq_length": pack.max_seq_length,
         "pad_id": tokens.pad_id,
         "sources": examples.sources,
         "shards": [os.path.relpath(unit.path, final) for unit in tokens.units],
         "report": report,
     }
+    report["proof"]["rows_read_equal"] = sum(prove_rows(Plan(final, manifest, rows[split])) for split in SPLITS)
+    return manifest
 
 
 def make_rows(examples: Examples, verdicts: Verdicts, pieces: Pieces, split: int, pack: PackSettings) -> Rows:
@@ -308,7 +311,8 @@ def check_conservation(report: dict[str, Any], examples: Examples, verdicts: Ver
         )
 
 
-def _near_duplicates(tokens: TokensResult, examples: Examples, corpus: CorpusSettings) -> np.ndarray:
+def _near_duplicates(tokens: TokensResult, corpus: CorpusSettings, root: Path) -> np.ndarray:
+    """The mask of `near_duplicates`, kept below ``root``: it is slow, and another seed or length changes nothing."""
     from data_prep.duplicates import near_duplicates
 
     texts = (
@@ -317,7 +321,15 @@ def _near_duplicates(tokens: TokensResult, examples: Examples, corpus: CorpusSet
         for batch in read_arrow(Path(unit.records.path) / "records.arrow")["texts"].chunks
         for record in batch.to_pylist()
     )
-    return near_duplicates(texts, corpus.near_duplicate_threshold)
+
+    def make(directory: Path) -> dict[str, Any]:
+        near = near_duplicates(texts, corpus.near_duplicate_threshold)
+        np.save(directory / "near.npy", near)
+        return {"records": len(near), "near_duplicates": int(near.sum())}
+
+    units = [unit.records.fingerprint for unit in tokens.units]
+    fp = store.fingerprint(stage="near_duplicates", units=units, threshold=corpus.near_duplicate_threshold)
+    return np.load(store.build(root / "near_duplicates", fp, make).path / "near.npy")
 
 
 def _peak_rss(tokens: TokensResult) -> int:

@@ -3,7 +3,7 @@
 In: the examples of a unit and the texts they were made from. Out: counts for the manifest. On all examples, as arrays:
 every target ends in a token at which generation stops, run lengths add up, no id is outside the vocabulary. On a
 sample: the target ids decode to exactly the target text. A violation stops the preparation.
-Cost: 2 ns a token, and decoding `SAMPLE` targets a unit.
+Cost: 2 ns a token, and decoding `SAMPLE` targets a unit; reading `SAMPLE` rows a plan.
 """
 
 from typing import Any
@@ -12,6 +12,7 @@ import numpy as np
 
 from data_prep.errors import StoreError, TokenizerError
 from data_prep.examples import Tokenized
+from data_prep.reader import IGNORED, Plan
 from data_prep.token_shard import TokenShard
 from data_prep.tokenizer import LoadedTokenizer
 
@@ -46,6 +47,24 @@ def prove(made: Tokenized, tokenizer: LoadedTokenizer) -> dict[str, Any]:
     }
 
 
+def prove_rows(plan: Plan) -> int:
+    """Read `SAMPLE` rows of a plan as training will and compare them with what the plan says of them.
+
+    :returns: the number of rows read.
+    :raises StoreError: a row differs.
+    """
+    for row in _spread(np.arange(plan.num_rows)).tolist():
+        batch = plan.batch(np.array([row]))
+        targets = batch.labels != IGNORED
+        found = (batch.labels.shape[1], int(targets.sum()))
+        if found != (plan.row_tokens[row], plan.row_target_tokens[row]):
+            said = (int(plan.row_tokens[row]), int(plan.row_target_tokens[row]))
+            raise StoreError(f"row {row} of the plan has {said} tokens and targets; read back it has {found}")
+        if (batch.labels[targets] != batch.input_ids[targets]).any() or targets[batch.position_ids == 0].any():
+            raise StoreError(f"row {row} of the plan has a wrong label")
+    return min(SAMPLE, plan.num_rows)
+
+
 def _check_shape(shard: TokenShard, tokenizer: LoadedTokenizer, tokens_of_runs: int) -> None:
     if not len(shard.ids) == shard.offsets[-1] == tokens_of_runs:
         raise StoreError(
@@ -71,5 +90,5 @@ def _check_text(ids: np.ndarray, text: str, tokenizer: LoadedTokenizer) -> None:
 
 
 def _spread(targets: np.ndarray) -> np.ndarray:
-    """`SAMPLE` targets, evenly spread."""
+    """`SAMPLE` of them, evenly spread."""
     return targets[np.linspace(0, len(targets) - 1, min(SAMPLE, len(targets))).astype(np.int64)]

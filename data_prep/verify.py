@@ -11,7 +11,7 @@ from pathlib import Path
 
 from data_prep import store
 
-STAGES = ("records", "tokens", "plans", "tokenizers")
+STAGES = ("records", "tokens", "plans", "tokenizers", "near_duplicates")
 
 
 @dataclass(frozen=True)

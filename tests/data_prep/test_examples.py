@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -13,11 +14,13 @@ from tokenizers import Tokenizer
 from data_prep.engine import DIFFICULT, FAST, REFERENCE, Encoded, Engine, agrees, encode_reference, load_engine
 from data_prep.errors import StoreError, TokenizerError
 from data_prep.examples import group_by_roles, tokenize_columns
-from data_prep.proof import prove
+from data_prep.proof import prove, prove_rows
+from data_prep.reader import open_plan
 from data_prep.template import Role, load_template
 from data_prep.token_shard import TokenShard
 from data_prep.tokenizer import load_tokenizer
 from tests.data_prep.conftest import bytes_core, llama_core, save
+from tests.plans import example, write_plan
 
 USER, INPUT, ASSISTANT, SYSTEM, TITLE, TEXT = (
     Role.USER, Role.INPUT, Role.ASSISTANT, Role.SYSTEM, Role.TITLE, Role.TEXT,
@@ -248,6 +251,15 @@ def test_the_proof_counts(bytes_tokenizer):
         "targets": 2, "targets_ending_in_stop": 2, "targets_decoded_equal": 2, "target_ratio": 0.666667,
         "examples_without_target": 1,
     }  # fmt: skip
+
+
+def test_the_proof_of_rows(tmp_path):
+    plan_dir = write_plan(tmp_path, [example([5], [6, 1]), example([], [7, 8, 1])], max_seq_length=8)
+    plan = open_plan(plan_dir, "train")
+    assert prove_rows(plan) == 2
+    wrong = replace(plan.rows, target_tokens=plan.rows.target_tokens + 1)
+    with pytest.raises(StoreError, match=r"row 0 of the plan has \(3, 3\)"):
+        prove_rows(replace(plan, rows=wrong))
 
 
 def damaged(made, **changes):

@@ -146,6 +146,19 @@ def test_near_duplicates_are_asked_for_only_when_wanted():
     assert reasons(verdicts) == [None, Reason.NEAR_DUPLICATE]
 
 
+def test_near_duplicates_are_found_once(tmp_path, bytes_dir, monkeypatch):
+    story = "Once upon a time there was a panda who trained language models all day long, and never ran out of memory."
+    records = [{"input": "tell", "target": text} for text in (story, story.replace("panda", "Panda"), "something else")]
+    corpus = write_corpus(tmp_path, {"instruction/a.jsonl": [*records, *pairs(*range(20))]})
+    corpus = corpus.model_copy(update={"deduplicate": "near", "validation_fraction": 0})
+    pack = PackSettings(max_seq_length=256)
+    result = prepare(corpus, TokenizeSettings(), pack, bytes_dir, tmp_path / "cache")
+    assert result.report["dropped"]["near_duplicate"] >= 1
+    monkeypatch.setattr("data_prep.duplicates.near_duplicates", None)  # it would fail if called
+    again = prepare(corpus, TokenizeSettings(), pack.model_copy(update={"seed": 1}), bytes_dir, tmp_path / "cache")
+    assert again.report["dropped"] == result.report["dropped"]
+
+
 def test_without_packing_an_example_is_a_row():
     examples = examples_of([1, 2], [1, 3], [1, 4])
     pack = PackSettings(max_seq_length=64, packing=False)
