@@ -209,14 +209,27 @@ def _validate(merged: dict[str, Any], origins: dict[str, str], problems: list[st
         raise ConfigError(list(dict.fromkeys([*problems, *found]))) from None
     if problems:
         raise ConfigError(problems)
-    return _adapter_for_quant(loaded)
+    return _with_implied(loaded)
 
 
-def _adapter_for_quant(loaded: Loaded) -> Loaded:
-    """4-bit weights are frozen, so `--use_quant` alone means an adapter on them; an explicit false stays, an error."""
-    if not loaded.settings.use_quant or loaded.origins["use_lora"] != "default":
-        return loaded
-    return Loaded(loaded.settings.model_copy(update={"use_lora": True}), {**loaded.origins, "use_lora": "use_quant"})
+def _with_implied(loaded: Loaded) -> Loaded:
+    """Defaults that would contradict what was asked for give way; values that somebody gave stay, and are refused later.
+
+    4-bit weights are frozen, so `use_quant` means an adapter on them; whole-matrix optimizers and 8-bit states need
+    whole parameters, which ZeRO 1 to 3 cut up.
+    """
+    settings, origins = loaded.settings, dict(loaded.origins)
+    implied: dict[str, tuple[Any, str]] = {}
+    if settings.use_quant:
+        implied["use_lora"] = (True, "follows from use_quant")
+    if settings.use_nvlamb:
+        implied["optimizer"] = ("LAMB", "follows from use_nvlamb")
+    if settings.bit_training or settings.use_nvlamb or settings.optimizer in ("LAMB", "Adafactor"):
+        why = "bit_training" if settings.bit_training else "the optimizer"
+        implied["zero_stage"] = (0, f"follows from {why}")
+    changed = {name: value for name, (value, _) in implied.items() if origins[name] == "default"}
+    origins.update({name: implied[name][1] for name in changed})
+    return Loaded(settings.model_copy(update=changed), origins)
 
 
 def _explain(problem: Any, origins: dict[str, str]) -> str:

@@ -149,10 +149,25 @@ def test_problems_of_a_file(text, message, conf):
     assert caught.value.problems[0].startswith(message.format(path=path))
 
 
-def test_use_quant_alone_trains_an_adapter():
-    loaded = load({"model": "llama-65b", "use_quant": "true"})
-    assert (loaded.settings.use_lora, loaded.origins["use_lora"]) == (True, "use_quant")
-    assert not load({"model": "llama-65b", "use_quant": "true", "use_lora": "false"}).settings.use_lora
+@pytest.mark.parametrize(
+    ("given", "implied"),
+    [
+        ({"use_quant": "true"}, {"use_lora": True}),
+        ({"bit_training": "true"}, {"zero_stage": 0}),
+        ({"use_nvlamb": "true"}, {"optimizer": "LAMB", "zero_stage": 0}),
+        ({"optimizer": "lamb"}, {"zero_stage": 0}),
+    ],
+)
+def test_a_flag_of_the_guide_works_alone(given, implied):
+    """Defaults that contradict it give way, and say why; what somebody gave stays."""
+    from training.compatibility import problems
+    from training.settings import TrainSettings
+
+    loaded = load({"model": "llama-65b", **given})
+    assert {name: getattr(loaded.settings, name) for name in implied} == implied
+    assert all(loaded.origins[name].startswith("follows from ") for name in implied)
+    assert problems(TrainSettings.of(loaded.settings), {"model_type": "llama"}, packing=True) == []
+    assert load({"model": "llama-65b", **given, "zero_stage": 1}).settings.zero_stage == 1
 
 
 def test_a_missing_file(tmp_path):
