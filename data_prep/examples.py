@@ -12,12 +12,14 @@ Cost: 0.15 us a text and 5 ns a token beside the engine. Nothing looks at charac
 
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 
 from data_prep.engine import Encoded, Engine
+from data_prep.errors import TokenizerError
 from data_prep.template import Layout, Run, Slot, Template
 from data_prep.token_shard import TokenShard
 from data_prep.tokenizer import LoadedTokenizer
@@ -41,6 +43,23 @@ class Tokenized:
     shard: TokenShard
     runs: Runs
     engine: str
+
+
+class RefusedRecord(TokenizerError):
+    """A template cannot be used for one record, ``number`` of its unit."""
+
+    def __init__(self, number: int, why: str):
+        super().__init__(number, why)
+        self.number = number
+        self.why = why
+
+
+@contextmanager
+def _naming(record: int) -> Iterator[None]:
+    try:
+        yield
+    except TokenizerError as error:
+        raise RefusedRecord(record, str(error)) from error
 
 
 def tokenize_columns(
@@ -110,8 +129,9 @@ def _runs_by_layout(roles: pa.ListArray, texts: pa.ListArray, tokenizer: LoadedT
             runs.texts[at] = _texts_of(run, text, first_text[records])
             runs.end_ids[at] = -1 if run.end_id is None else run.end_id
         if template.check:
-            for record in records:
-                template.check(pattern, text[first_text[record] : first_text[record + 1]].tolist())
+            for record in records.tolist():
+                with _naming(record):
+                    template.check(pattern, text[first_text[record] : first_text[record + 1]].tolist())
         for record in records[alone[records]]:
             mine = text[first_text[record] : first_text[record + 1]].tolist()
             _encode_alone(runs, int(runs.offsets[record]), layout, mine, tokenizer)
@@ -119,7 +139,10 @@ def _runs_by_layout(roles: pa.ListArray, texts: pa.ListArray, tokenizer: LoadedT
 
 
 def _runs_by_record(roles: pa.ListArray, texts: pa.ListArray, tokenizer: LoadedTokenizer, template: Template) -> Runs:
-    made = [template.segments(*record) for record in zip(roles.to_pylist(), texts.to_pylist(), strict=True)]
+    made = []
+    for number, record in enumerate(zip(roles.to_pylist(), texts.to_pylist(), strict=True)):
+        with _naming(number):
+            made.append(template.segments(*record))
     runs = _empty_runs(len(made), [(layout, (), np.array([i])) for i, (layout, _) in enumerate(made)])
     pattern = re.compile(special_pattern(tokenizer.special_ids) or r"(?!)")
     for record, (layout, slots) in enumerate(made):

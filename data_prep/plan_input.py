@@ -10,9 +10,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep.records import ledger_table, read_arrow
+from data_prep.records import read_arrow
 from data_prep.token_shard import TOKENS_FILE, TokenShard, open_shard
-from data_prep.tokenize import TokensResult, TokensUnit
+from data_prep.tokenize import TokensResult, TokensUnit, place_of
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,7 @@ class Examples:
 
     def place(self, example: int) -> str:
         """``file:line`` of the record of an example, for messages."""
-        records = self.units[self.shard[example]].records
-        line = read_arrow(Path(records.path) / "records.arrow")["line"][int(self.number[example])].as_py()
-        entry = ledger_table(records).slice(line, 1).to_pylist()[0]
-        return f"{entry['file']}:{entry['line']}"
+        return place_of(self.units[self.shard[example]].records, int(self.number[example]))
 
     def targets_of(self, example: np.ndarray, start: np.ndarray, length: np.ndarray) -> np.ndarray:
         """Labels of segments, all ``(m,)``: their target tokens but for the first of the segment."""

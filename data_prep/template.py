@@ -118,26 +118,24 @@ def plain(turns: Turns, tokenizer: LoadedTokenizer) -> Iterator[Piece]:
         previous = role
 
 
-_ALPACA_WITH_INPUT = (
+ALPACA_WITH_INPUT = (
     "Below is an instruction that describes a task, paired with an input that provides further context. "
     "Write a response that appropriately completes the request.\n\n"
 )
-_ALPACA = (
-    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
-)
-_ALPACA_HEADING = {Role.USER: "### Instruction:\n", Role.INPUT: "### Input:\n", Role.ASSISTANT: "### Response:\n"}
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+ALPACA_HEADING = {Role.USER: "### Instruction:\n", Role.INPUT: "### Input:\n", Role.ASSISTANT: "### Response:\n"}
 
 
 def alpaca(turns: Turns, tokenizer: LoadedTokenizer) -> Iterator[Piece]:
     """Stanford Alpaca's headings; a system text takes the place of its preamble, later turns have none."""
     roles = [role for _, role in turns]
     if roles[0] != Role.SYSTEM:
-        yield _ALPACA_WITH_INPUT if Role.INPUT in roles[:2] else _ALPACA, False
+        yield ALPACA_WITH_INPUT if Role.INPUT in roles[:2] else ALPACA, False
     for index, role in turns:
         if role == Role.SYSTEM:
             yield from ((Slot(index), False), ("\n\n", False))
             continue
-        yield _ALPACA_HEADING[role], False
+        yield ALPACA_HEADING[role], False
         yield Slot(index), role == Role.ASSISTANT
         yield "\n\n", False
 
@@ -200,11 +198,20 @@ def _layout(template: Callable[..., Iterator[Piece]], tokenizer: LoadedTokenizer
     return Layout(runs_of(template(turns, tokenizer), tokenizer.eos_id), adds_bos=True)
 
 
+def _segment(text: str, target: bool, special: bool = False) -> Segment:
+    if not isinstance(text, str):
+        raise TypeError(f"a segment is (text, is_target), and the text a string, not {text!r:.80}")
+    return Segment(text, bool(target), bool(special))
+
+
 def _user_layout(
     function: Callable[..., Any], eos_id: int, roles: tuple[int, ...], texts: list[str]
 ) -> tuple[Layout, list[str]]:
     """A layout of one record and the texts of its slots, from the segments of a user's function."""
     record = [{"role": Role(role).name.lower(), "content": text} for role, text in zip(roles, texts, strict=True)]
-    segments = [Segment(*segment) for segment in function(record)]
+    try:
+        segments = [_segment(*segment) for segment in function(record)]
+    except Exception as error:  # whatever a user's function raises is for the user to see, with the record
+        raise TokenizerError(f"template: your function failed: {type(error).__name__}: {error}") from error
     pieces = ((s.text if s.special else Slot(i), s.target) for i, s in enumerate(segments))
     return Layout(runs_of(pieces, eos_id), adds_bos=True), [segment.text for segment in segments]

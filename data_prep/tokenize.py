@@ -26,10 +26,10 @@ from pydantic import BaseModel, ConfigDict
 
 from data_prep import store
 from data_prep.engine import Engine, load_engine
-from data_prep.errors import StoreError
-from data_prep.examples import tokenize_columns
+from data_prep.errors import StoreError, TokenizerError
+from data_prep.examples import RefusedRecord, tokenize_columns
 from data_prep.proof import prove
-from data_prep.records import Progress, RecordsResult, RecordsUnit, read_arrow, worker_pool
+from data_prep.records import Progress, RecordsResult, RecordsUnit, ledger_table, read_arrow, worker_pool
 from data_prep.settings import TokenizeSettings
 from data_prep.template import Template, load_template
 from data_prep.token_shard import TOKENS_FILE, write_shard
@@ -173,7 +173,10 @@ def build_unit(unit: RecordsUnit, fp: str, tools: Tools) -> tuple[store.Built, i
 def _write_unit(directory: Path, unit: RecordsUnit, tools: Tools) -> dict[str, Any]:
     table = read_arrow(Path(unit.path) / "records.arrow").select(["roles", "texts"]).combine_chunks()
     roles, texts = _one_chunk(table["roles"]), _one_chunk(table["texts"])
-    made = tokenize_columns(roles, texts, tools.tokenizer, tools.template, tools.engine)
+    try:
+        made = tokenize_columns(roles, texts, tools.tokenizer, tools.template, tools.engine)
+    except RefusedRecord as refused:
+        raise TokenizerError(f"{place_of(unit, refused.number)}: {refused.why}") from refused
     proof = prove(made, tools.tokenizer)
     write_shard(directory / TOKENS_FILE, made.shard)
     targets = int(made.shard.spans[made.runs.end_ids >= 0].sum())
@@ -185,6 +188,13 @@ def _write_unit(directory: Path, unit: RecordsUnit, tools: Tools) -> dict[str, A
         "engine": made.engine,
         "proof": proof,
     }
+
+
+def place_of(unit: RecordsUnit, record: int) -> str:
+    """``file:line`` of a valid record of a unit, for messages."""
+    line = read_arrow(Path(unit.path) / "records.arrow")["line"][record].as_py()
+    entry = ledger_table(unit).slice(line, 1).to_pylist()[0]
+    return f"{entry['file']}:{entry['line']}"
 
 
 def _one_chunk(column: pa.ChunkedArray) -> pa.ListArray:

@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_prep import store
-from data_prep.errors import CorpusError, StoreError
+from data_prep.errors import CorpusError, StoreError, TokenizerError
 from data_prep.ledger import Reason
 from data_prep.plan import check_conservation, make_rows, plan_fingerprint
 from data_prep.plan_input import Examples
@@ -22,6 +22,7 @@ from data_prep.records import shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenize import tokenize_records
 from data_prep.verdicts import ACCEPTED, REASONS, TRAIN, VALIDATION, judge, weights_of
+from tests.data_prep.conftest import bytes_core, save
 
 EVERYTHING = CorpusSettings(validation_fraction=0)
 
@@ -479,3 +480,34 @@ def test_a_million_examples_are_planned_tightly():
     rows = make_rows(examples, verdicts, pieces, TRAIN, pack)
     assert time.process_time() - started < 2  # under 1 s on a quiet machine
     assert rows.tokens.sum(dtype=np.int64) / (2048 * rows.num_rows) > 0.998
+
+
+def failing(record):
+    """A user's template that fails on one record."""
+    if record[0]["content"] == "question 3":
+        raise KeyError("oops")
+    return [(record[0]["content"], False), (record[1]["content"], True)]
+
+
+def not_segments(record):
+    """A user's template that yields no text."""
+    return [(None, True)]
+
+
+def test_a_users_template_that_fails_names_the_record(tmp_path, bytes_dir):
+    corpus = write_corpus(tmp_path, {"instruction/a.jsonl": pairs(1, 2, 3)})
+    records = shard_records(corpus, tmp_path / "cache")
+    for name, message in [("failing", r"a\.jsonl:3: .*KeyError: 'oops'"), ("not_segments", r"a\.jsonl:1: .*not None")]:
+        settings_ = TokenizeSettings(template={"_target_": f"tests.data_prep.test_plan.{name}"})
+        with pytest.raises(TokenizerError, match=message):
+            tokenize_records(records, settings_, bytes_dir, tmp_path / "cache")
+
+
+def test_a_chat_template_that_rewrites_names_the_record(tmp_path):
+    source = "{% for m in messages %}{{ m.role }}:{{ m.content | replace('2', 'two') }}</s>{% endfor %}"
+    source += "{% if add_generation_prompt %}assistant:{% endif %}"
+    directory = save(bytes_core(), tmp_path / "tokenizer")
+    (directory / "chat_template.jinja").write_text(source)
+    records = shard_records(write_corpus(tmp_path, {"instruction/a.jsonl": pairs(1, 2)}), tmp_path / "cache")
+    with pytest.raises(TokenizerError, match=r"a\.jsonl:2: .*rewrites the text"):
+        tokenize_records(records, TokenizeSettings(template="tokenizer"), directory, tmp_path / "cache")
