@@ -6,12 +6,13 @@ In: a flat YAML mapping of the whole configuration with `paths: {plan_dir, model
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from pydantic import ValidationError
 
 from data_prep.errors import PandaError
-from data_prep.settings import PackSettings
+from data_prep.settings import PackSettings, TokenizeSettings
 from training.settings import TrainSettings
 
 
@@ -21,6 +22,7 @@ class RunConfig:
 
     settings: TrainSettings
     packing: bool  # several segments in a row
+    template: str | dict[str, Any]  # prompt template the data was made with
     plan_dir: Path
     tokenizer_dir: str
     model_dir: str | None  # None = from scratch
@@ -35,6 +37,7 @@ def read_config(path: Path) -> RunConfig:
         return RunConfig(
             settings=TrainSettings(**{name: content[name] for name in TrainSettings.model_fields if name in content}),
             packing=content.get("packing", PackSettings.model_fields["packing"].default),
+            template=content.get("template", TokenizeSettings.model_fields["template"].default),
             plan_dir=Path(paths["plan_dir"]),
             tokenizer_dir=str(paths["tokenizer_dir"]),
             model_dir=paths.get("model_dir"),

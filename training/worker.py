@@ -167,10 +167,21 @@ def save_model(config: RunConfig, run: Any) -> None:
         temporary = config.run_dir / ".model"
         shutil.rmtree(temporary, ignore_errors=True)
         model.save_model(run.engine.module.model, state, config.tokenizer_dir, temporary)
+        save_chat_template(config, temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         emit({"event": "model", "path": str(final)})
     run.ranks.barrier()
+
+
+def save_chat_template(config: RunConfig, directory: Path) -> None:
+    """The prompt template of training becomes the model's chat template: it is asked as it was trained."""
+    from data_prep.served_template import served_template
+    from data_prep.tokenizer import load_tokenizer
+
+    text = served_template(config.template, load_tokenizer(directory))
+    if text:
+        (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

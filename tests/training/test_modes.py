@@ -171,7 +171,8 @@ def test_bfloat16_follows_float32(root, name):
 def test_what_is_deployed(root):
     model = root / "base" / "model"
     assert {file.name for file in model.iterdir()} == {
-        "config.json", "generation_config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "config.json", "chat_template.jinja", "generation_config.json", "model.safetensors", "tokenizer.json",
+        "tokenizer_config.json",
     }  # fmt: skip
     generation = json.loads((model / "generation_config.json").read_text())
     assert generation["eos_token_id"] == tiny.EOS
