@@ -213,7 +213,7 @@ def _validate(merged: dict[str, Any], origins: dict[str, str], problems: list[st
 
 
 def _with_implied(loaded: Loaded) -> Loaded:
-    """Defaults that would contradict what was asked for give way; values that somebody gave stay, and are refused later.
+    """Defaults that would contradict what was asked for give way; values that somebody gave stay.
 
     4-bit weights are frozen, so `use_quant` means an adapter on them; whole-matrix optimizers and 8-bit states need
     whole parameters, which ZeRO 1 to 3 cut up.
