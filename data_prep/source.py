@@ -17,7 +17,9 @@ from data_prep.ledger import Reason
 
 Form = Literal["lines", "array", "values"]
 WINDOW_BYTES = 4 << 20
-COMPRESSED_CHUNK_BYTES = 16 << 10  # small, because one can hold a thousand times as much
+READ_BYTES = 256 << 10
+GZIP_CHUNK_BYTES = 16 << 10  # at most 17 MB decompressed
+ZSTD_CHUNK_BYTES = 512  # at most 17 MB decompressed: 4 bytes can stand for 128 KiB
 
 
 @dataclass(frozen=True)
@@ -66,14 +68,16 @@ class Source:
     def chunks(self) -> Iterator[bytes]:
         """The decompressed bytes."""
         if self.piece.path.endswith(".gz"):
-            yield from self._inflated(lambda: isal_zlib.decompressobj(wbits=31), isal_zlib.error)
+            yield from self._inflated(lambda: isal_zlib.decompressobj(wbits=31), isal_zlib.error, GZIP_CHUNK_BYTES)
         elif self.piece.path.endswith(".zst"):
-            yield from self._inflated(lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError)
+            yield from self._inflated(
+                lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError, ZSTD_CHUNK_BYTES
+            )
         else:
             yield from self._stored(WINDOW_BYTES)
 
     def _stored(self, chunk_bytes: int) -> Iterator[bytes]:
-        with open(self.piece.path, "rb", buffering=0) as stream:
+        with open(self.piece.path, "rb", buffering=READ_BYTES) as stream:
             stream.seek(self.piece.start)
             left = (1 << 62) if self.piece.stop is None else self.piece.stop - self.piece.start
             while left and (chunk := stream.read(min(chunk_bytes, left))):
@@ -83,10 +87,10 @@ class Source:
                 self._digest.update(chunk)
                 yield chunk
 
-    def _inflated(self, new: Callable, damaged: type[Exception]) -> Iterator[bytes]:
+    def _inflated(self, new: Callable, damaged: type[Exception], chunk_bytes: int) -> Iterator[bytes]:
         """One or more compressed streams, one after another. A damaged one is read up to the damage."""
         stream = None
-        for chunk in self._stored(COMPRESSED_CHUNK_BYTES):
+        for chunk in self._stored(chunk_bytes):
             rest = chunk
             while rest and not self.truncated:  # after damage only the hash goes on
                 stream = stream or new()

@@ -2,6 +2,9 @@
 
 import gzip
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -20,7 +23,8 @@ QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.function_scop
 A, B, C = {"input": "a", "target": "b"}, {"input": "c", "target": "d"}, {"input": "e", "target": "f"}
 SMALL_WINDOWS = [
     (source, "WINDOW_BYTES", 96),
-    (source, "COMPRESSED_CHUNK_BYTES", 7),
+    (source, "GZIP_CHUNK_BYTES", 7),
+    (source, "ZSTD_CHUNK_BYTES", 7),
     (elements, "MIN_WINDOW_BYTES", 24),
     (elements, "PATIENCE_BYTES", 48),
 ]
@@ -304,3 +308,32 @@ def test_no_byte_is_lost_and_nothing_is_raised(tmp_path, data, small):
         assert line == data[:offset].count(b"\n") + 1
         position = offset + len(record)
     assert data[position:].strip(b"\xef\xbb\xbf \t\r\n\f\v,[]") == b""
+
+
+MEASURE = """
+import resource, sys
+from data_prep.read import read_blocks
+from data_prep.source import Piece, Source
+
+count = sum(len(block.records) for path in sys.argv[1:] for block in read_blocks(Source(Piece(path))))
+print(count, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
+"""
+
+
+@pytest.mark.parametrize("form", ["array", "lines"])
+def test_memory_does_not_grow_with_the_file(tmp_path, form):
+    record = json.dumps({"input": "x" * 500, "target": "y" * 500})
+    peaks = []
+    for megabytes in (10, 80):
+        texts = [record] * (megabytes * 1000)
+        data = "[\n" + ",\n".join(texts) + "\n]" if form == "array" else "\n".join(texts)
+        (tmp_path / "a.json").write_text(data)
+        output = subprocess.run(
+            [sys.executable, "-c", MEASURE, str(tmp_path / "a.json")],
+            capture_output=True,
+            check=True,
+            env={**os.environ, "PYTHONPATH": "."},
+        ).stdout.split()
+        assert int(output[0]) == len(texts)
+        peaks.append(int(output[1]))
+    assert peaks[1] < peaks[0] + 8 * 1024  # KiB
