@@ -40,7 +40,7 @@ def trl(data: Path, tokenizer: Path, work: Path) -> None:
         return {"input_ids": ids, "completion_mask": masks}
 
     def encode_texts(batch: dict) -> dict:
-        ids = [ids + [loaded.eos_token_id] for ids in loaded(batch["text"], add_special_tokens=False)["input_ids"]]
+        ids = [[*ids, loaded.eos_token_id] for ids in loaded(batch["text"], add_special_tokens=False)["input_ids"]]
         return {"input_ids": ids, "completion_mask": [[1] * len(one) for one in ids]}
 
     parts = []

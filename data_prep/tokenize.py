@@ -160,6 +160,7 @@ _load_tools_once = lru_cache(maxsize=1)(load_tools)  # for worker processes, whi
 
 
 def _build_in_worker(unit: RecordsUnit, fp: str, recipe: Recipe) -> tuple[store.Built, int]:
+    os.environ["RAYON_NUM_THREADS"] = "1"  # read when an engine starts its threads: the processes are the parallelism
     return build_unit(unit, fp, _load_tools_once(recipe))
 
 
