@@ -26,15 +26,11 @@ knows for every piece the path, the offset and the line at which it begins, and 
                       directories, pieces [{bytes, newlines}], rejected_edges: only in the first directory of a unit
 """
 
-import multiprocessing
 import os
-import resource
-import signal
-import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
@@ -46,6 +42,7 @@ from pydantic import BaseModel, ConfigDict
 from data_prep import store
 from data_prep.corpus import InputFile, UnitSpec, find_files, join, plan_units
 from data_prep.errors import CorpusError, StoreError
+from data_prep.process import peak_rss_bytes, worker_pool
 from data_prep.settings import CorpusSettings
 from data_prep.unit import build_unit, find_unit
 
@@ -147,7 +144,7 @@ class _Units:
         self.num_workers = num_workers
         self.progress = progress
         self.built: dict[str, list[store.Built]] = {}
-        self.peak_rss_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+        self.peak_rss_bytes = peak_rss_bytes()
         self._reported = 0.0
 
     def make(self, specs: list[UnitSpec]) -> None:
@@ -193,23 +190,6 @@ class _Units:
         if self.progress and (done == total or now - self._reported >= PROGRESS_SECONDS):
             self._reported = now
             self.progress(STAGE, done, total, "bytes")
-
-
-def worker_pool(num_workers: int) -> ProcessPoolExecutor:
-    """Processes that die with this one. Started from a clean server process: safe beside threads, 20 ms each."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.unit"])
-    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent)
-
-
-def _die_with_parent() -> None:
-    """A worker waits for work for ever when its parent was killed, and keeps the server process alive: so watch it."""
-    threading.Thread(target=_kill_after_parent, daemon=True).start()
-
-
-def _kill_after_parent() -> None:
-    multiprocessing.parent_process().join()
-    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def _joined_where_cut_wrongly(specs: list[UnitSpec], made: _Units) -> list[UnitSpec]:

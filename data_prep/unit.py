@@ -5,7 +5,6 @@ In: a `UnitSpec`. Out: a directory of the store, or a series of them where the t
 Cost: 80-120 MB/s; what can be done per block of 4 MiB is; a record costs its decoding, its checks and its hash.
 """
 
-import resource
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,6 +22,7 @@ from data_prep.corpus import UnitSpec
 from data_prep.errors import CorpusError, PandaError
 from data_prep.ledger import Reason
 from data_prep.normalise import Rejected, Row, content_hash, decode, from_mapping, normalise
+from data_prep.process import peak_rss_bytes
 from data_prep.read import read_blocks
 from data_prep.source import Block, Piece, Source
 from data_prep.target import load_target
@@ -55,7 +55,7 @@ REASONS = list(Reason)
 def build_unit(root: Path, spec: UnitSpec) -> tuple[list[store.Built], int]:
     """Make one unit (in any process); also returns the peak memory of the process in bytes."""
     built = find_unit(root, spec.fingerprint) or _write_series(root, spec)
-    return built, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return built, peak_rss_bytes()
 
 
 def find_unit(root: Path, fp: str) -> list[store.Built] | None:
