@@ -20,7 +20,6 @@ duplicates, split and mixture. Cost: planning 1,000,000 examples takes under a s
 """
 
 import os
-import resource
 import time
 from collections import Counter
 from pathlib import Path
@@ -37,6 +36,7 @@ from data_prep.order import mix64
 from data_prep.pack import MIN_SPACE, best_fit_decreasing, fill
 from data_prep.plan_file import Rows, rows_file, write_rows
 from data_prep.plan_input import Examples, load_examples
+from data_prep.process import peak_rss_bytes
 from data_prep.proof import prove_rows
 from data_prep.reader import LEDGER_FILE, Plan
 from data_prep.records import ledger_table, read_arrow
@@ -334,5 +334,5 @@ def _near_duplicates(tokens: TokensResult, corpus: CorpusSettings, root: Path) -
 
 def _peak_rss(tokens: TokensResult) -> int:
     """Of the largest process of any stage."""
-    now = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    now = peak_rss_bytes()
     return max(now, tokens.peak_rss_bytes, tokens.records.peak_rss_bytes)

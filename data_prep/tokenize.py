@@ -10,7 +10,6 @@ this process, others by one process a core.
 
 import json
 import os
-import resource
 import time
 from collections import Counter
 from collections.abc import Iterator
@@ -28,8 +27,9 @@ from data_prep import store
 from data_prep.engine import Engine, load_engine
 from data_prep.errors import StoreError, TokenizerError
 from data_prep.examples import RefusedRecord, tokenize_columns
+from data_prep.process import peak_rss_bytes, worker_pool
 from data_prep.proof import prove
-from data_prep.records import Progress, RecordsResult, RecordsUnit, ledger_table, read_arrow, worker_pool
+from data_prep.records import Progress, RecordsResult, RecordsUnit, ledger_table, read_arrow
 from data_prep.settings import TokenizeSettings
 from data_prep.template import Template, load_template
 from data_prep.token_shard import TOKENS_FILE, write_shard
@@ -168,7 +168,7 @@ def build_unit(unit: RecordsUnit, fp: str, tools: Tools) -> tuple[store.Built, i
     """Tokenize one unit (in any process); also returns the peak memory of the process in bytes."""
     root = tools.recipe.cache_dir / STAGE
     built = store.build(root, fp, lambda directory: _write_unit(directory, unit, tools))
-    return built, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return built, peak_rss_bytes()
 
 
 def _write_unit(directory: Path, unit: RecordsUnit, tools: Tools) -> dict[str, Any]:
@@ -213,7 +213,7 @@ def _make(
     missing = {fp: unit for fp, unit in wanted.items() if fp not in made}
     total = sum(unit.text_bytes for unit in wanted.values())
     done = total - sum(unit.text_bytes for unit in missing.values())
-    peak_rss = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak_rss = peak_rss_bytes()
     reported = 0.0
     for fp, (built, rss) in _build(missing, tools, prepare_workers or len(os.sched_getaffinity(0))):
         made[fp] = built
