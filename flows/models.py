@@ -76,14 +76,19 @@ def _time(version: Version) -> str:
 
 
 def _table(versions: list[Version]) -> Table:
+    """Fits into 80 columns; ``--json`` and `panda lineage` tell more."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("version", "alias", "created", "loss"):
-        table.add_column(heading, no_wrap=True)
-    for heading in ("gate: gain in nats per target token", "made from", "taken down"):
-        table.add_column(heading, overflow="fold")
+    for heading in ("version", "alias", "created", "loss", "gate", "gain", "made from", "taken down"):
+        table.add_column(heading, no_wrap=heading in ("version", "alias", "gate"))
     for row in map(as_dict, versions):
-        gate = f"{row['gate'] or 'not compared'}{': ' + row['gain'] if row['gain'] else ''}"
-        loss = f"{float(row['eval_loss']):.4f}" if row["eval_loss"] else ""
-        names = [row["version"].removeprefix("models:/"), ", ".join(row["aliases"]), row["created"][5:], loss, gate]
-        table.add_row(*names, (row["parent"] or "").removeprefix("models:/"), str(len(row["taken_down"]) or ""))
+        table.add_row(
+            row["version"].removeprefix("models:/"),
+            ", ".join(row["aliases"]),
+            row["created"][5:10],
+            f"{float(row['eval_loss']):.4f}" if row["eval_loss"] else "",
+            row["gate"] or "",
+            (row["gain"] or "").partition(" ")[0],
+            (row["parent"] or "").removeprefix("models:/"),
+            str(len(row["taken_down"]) or ""),
+        )
     return table

@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 SERIES = {"metrics.jsonl": "", "evaluations.jsonl": "eval/", "system.jsonl": ""}  # file -> prefix of its metrics
-ARTIFACTS = ("config.yaml", "metrics.jsonl", "evaluations.jsonl", "evaluation.json", "gate.json", "train.json", "summary.json")
+ARTIFACTS = (
+    "config.yaml", "metrics.jsonl", "evaluations.jsonl", "evaluation.json", "gate.json", "train.json", "summary.json",
+)  # fmt: skip
 TOKEN_TAG = "panda.run_token"
 MAX_METRICS = 1000  # MLflow's limits of a batch
 MAX_PARAMS = 100
