@@ -72,7 +72,7 @@ class ServedModel(PythonModel):
         return self.tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt").input_ids
 
     @torch.inference_mode()
-    def generate(self, ids: torch.Tensor, options: dict[str, Any]) -> tuple[str, int, str]:
+    def generate(self, ids: torch.Tensor, options: dict[str, Any], streamer: Any = None) -> tuple[str, int, str]:
         """(text, number of new tokens, "stop" or "length") for one prompt of shape ``(1, num_tokens)``."""
         limit = int(options["max_tokens"] or options["max_new_tokens"])
         sampling = float(options["temperature"]) > 0
@@ -82,6 +82,7 @@ class ServedModel(PythonModel):
             attention_mask=torch.ones_like(ids),
             max_new_tokens=limit,
             do_sample=sampling,
+            streamer=streamer,
             pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
             **({"temperature": float(options["temperature"]), "top_p": float(options["top_p"])} if sampling else {}),
         )
