@@ -188,11 +188,12 @@ def _zero3(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dict
     weights = (_frozen_bytes(shape, machine) + shape.trainable * element) / machine.num_ranks
     on_rank = 0 if settings.offload_optimizer else 1
     bucket = BUCKET_ELEMENTS if machine.is_gpu else min(shape.trainable, BUCKET_ELEMENTS)
+    copies = 1 if machine.is_gpu else 3  # gloo scatters from copies
     return {
         "weights": 0 if settings.offload_parameters else weights,
         "gradients": share * element * on_rank,
         "optimizer": share * (FLOAT32 + _state_bytes(settings)) * on_rank,
-        "engine": min(shape.parameters, LIVE_ELEMENTS) * element + bucket * element,
+        "engine": min(shape.parameters, LIVE_ELEMENTS) * element + copies * bucket * element,
     }
 
 
