@@ -36,3 +36,17 @@ def num_oom_kills() -> int:
             words = path.read_text().split()
             return int(words[words.index("oom_kill") + 1]) if "oom_kill" in words else 0
     return 0
+
+
+def machine_kind() -> str:
+    """Processor, cores and GPUs: where they are the same, so are the losses, bit by bit."""
+    cpu = _values(Path("/proc/cpuinfo"), "model name")[:1] or ["unknown processor"]
+    models = [model for path in sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+              for model in _values(path, "Model")]  # fmt: skip
+    return ", ".join([f"{cpu[0]} ({len(os.sched_getaffinity(0))} cores)", *models])
+
+
+def _values(path: Path, name: str) -> list[str]:
+    """Values of the lines `name : value` of a file in /proc."""
+    lines = path.read_text().splitlines() if path.exists() else []
+    return [line.partition(":")[2].strip() for line in lines if line.partition(":")[0].strip() == name]

@@ -21,6 +21,7 @@ from typing import Any
 from data_prep.errors import PandaError
 from training import mlflow_sync, plots, run_record, system_metrics
 from training.exit import ExitReason
+from training.machine import machine_kind
 from training.run_record import Dataset, RunRecord
 from training.secrets import redact, redact_text
 from training.settings import TrackingSettings
@@ -126,9 +127,10 @@ def write_reports(run_dir: Path, reports: dict[str, Any]) -> None:
 
 
 def environment() -> dict[str, Any]:
-    """Python and the version of every installed distribution: the lock of this run."""
+    """Python, the kind of machine and the version of every installed distribution: the lock of this run."""
     packages = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
-    return {"python": sys.version, "packages": dict(sorted(packages.items(), key=lambda item: str(item[0]).lower()))}
+    ordered = dict(sorted(packages.items(), key=lambda item: str(item[0]).lower()))
+    return {"python": sys.version, "machine": machine_kind(), "packages": ordered}
 
 
 def source_tags() -> dict[str, str]:
