@@ -200,6 +200,14 @@ def prune(root: Path, keep_last: int, best_step: int | None) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
+def discard_after(root: Path, step: int) -> None:
+    """Delete checkpoints of later steps than the one resumed: they are damaged, and would push out good ones."""
+    for path in root.glob("step-*"):
+        if path.name > name_of(step):
+            log.warning("%s: deleted, the run goes on from step %d", path, step)
+            shutil.rmtree(path, ignore_errors=True)
+
+
 def bytes_needed(num_trained: int, bytes_per_parameter: int, keep_last: int, keep_best: bool) -> int:
     """Disk that checkpoints take at most: those kept, and one more while it is written."""
     return num_trained * bytes_per_parameter * (keep_last + keep_best + 1)

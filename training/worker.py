@@ -15,6 +15,7 @@ from typing import Any
 
 from training import compatibility
 from training.config_file import RunConfig, read_config
+from training.errors import CheckpointError
 from training.exit import DataError, emit, run_rank
 
 log = logging.getLogger("training.worker")
@@ -50,26 +51,20 @@ def train_run(config: RunConfig, ranks: Any, resume: bool) -> None:
     """The work of a rank that has joined the others."""
     from training import checkpoint, loop
 
-    newest = checkpoint.newest_of_all(config.run_dir / "checkpoints", ranks) if resume else None
-    if not resume and ranks.is_first:
-        forget(config.run_dir)
+    newest = checkpoint.newest_of_all(config.run_dir / "checkpoints", ranks)
+    if newest and not resume:
+        raise CheckpointError(f"{newest} is there already: --resume goes on from it; or choose another run directory")
     progress = checkpoint.read_progress(newest) if newest else checkpoint.Progress()
     run = prepare(config, ranks, progress)
     if newest:
         checkpoint.load(run.engine, newest)
         log.info("resumed from %s", newest)
     if ranks.is_first:
+        checkpoint.discard_after(run.checkpoints, progress.step)
+    if ranks.is_first:
         emit({"event": "start", "after_step": progress.step, "steps": run.course.total_steps, "resumed": bool(newest)})
     progress = loop.train(run, progress)
     finish(config, run, progress)
-
-
-def forget(run_dir: Path) -> None:
-    """A run that starts from the beginning must not be mixed with an earlier one's files."""
-    for name in ("metrics.jsonl", "evaluations.jsonl", "train.json"):
-        (run_dir / name).unlink(missing_ok=True)
-    for name in ("checkpoints", "model"):
-        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:

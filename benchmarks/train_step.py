@@ -1,0 +1,252 @@
+"""Seconds of an optimizer step: ours against a bare PyTorch loop over the same rows, and target tokens/s against TRL.
+
+In: a checkpoint directory, real instruction records. Out: a table of ratios. Contenders of `bare` take turns,
+step by step in one process; contenders of `trl` are processes that run one after another. CPU seconds are given beside wall seconds,
+because they hardly change when the machine is busy.
+
+    python -m benchmarks.train_step bare --model-dir DIR --real ../shared/data/real
+    python -m benchmarks.train_step trl  --model-dir DIR --real ../shared/data/real
+
+`bare` does the same forward, backward, clipping and AdamW update on the same rows, without engine, loader, metrics and
+checkpoints. TRL is measured with its defaults and with the settings that make it fastest here (packing, no gradient
+checkpointing, one packed row a micro-batch); model, float32 and sequence length are the same. A target token is one that
+contributes to the loss.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import yaml
+
+from data_prep.prepare import prepare
+from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
+
+ACCUMULATION = 4
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("what", choices=["bare", "trl", "ours-alone", "trl-default", "trl-packed"])
+    parser.add_argument("--model-dir", type=Path, required=True)
+    parser.add_argument("--real", type=Path, required=True, help="directory with instruction_tuning/*.json")
+    parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
+    parser.add_argument("--steps", type=int, default=6, help="measured steps, after one that is not")
+    given = parser.parse_args()
+    CONTENDERS[given.what](given)
+
+
+def bare(given: argparse.Namespace) -> None:
+    """Print the ratio of step times, ours : bare."""
+    ours, theirs = our_steps(given), bare_steps(given)
+    for step in (ours, theirs):
+        step()
+    times: dict[str, list[tuple[float, float]]] = {"ours": [], "bare": []}
+    for _ in range(given.steps):
+        times["ours"].append(timed(ours)[:2])
+        times["bare"].append(timed(theirs)[:2])
+    for column, unit in enumerate(("wall", "CPU")):
+        ratios = [a[column] / b[column] for a, b in zip(times["ours"], times["bare"], strict=True)]
+        medians = {name: statistics.median(pair[column] for pair in pairs) for name, pairs in times.items()}
+        print(
+            f"{unit}: ours {medians['ours']:.2f} s, bare {medians['bare']:.2f} s a step; ratio of medians "
+            f"{medians['ours'] / medians['bare']:.3f}, median of ratios {statistics.median(ratios):.3f} (goal <= 1.05)"
+        )
+    print(f"data: {100 * ours.data_share():.3f} % of the step (goal < 1 %)")
+
+
+def timed(step: Callable[[], int]) -> tuple[float, float, int]:
+    """(wall seconds, CPU seconds, target tokens) of a step."""
+    wall, cpu = time.perf_counter(), time.process_time()
+    targets = step()
+    return time.perf_counter() - wall, time.process_time() - cpu, targets
+
+
+def write_config(given: argparse.Namespace) -> Path:
+    """Prepare the corpus (cached below the model directory's sibling) and write RUN/config.yaml."""
+    corpus = CorpusSettings(
+        instruction_tuning_data_dir=str(given.real / "instruction_tuning"), pretraining_data_dir=None
+    )
+    pack = PackSettings(max_seq_length=given.length)
+    plan = prepare(corpus, TokenizeSettings(), pack, given.model_dir, Path(tempfile.gettempdir(), "panda-benchmark"))
+    run_dir = Path(tempfile.mkdtemp(prefix="panda-run-"))
+    config = {
+        "zero_stage": 2, "per_gpu_train_batch_size": 1, "gradient_accumulation_steps": ACCUMULATION,
+        "num_train_epochs": 100, "learning_rate": 1e-5, "max_grad_norm": 1.0, "adam_betas": [0.9, 0.99],
+        "paths": {
+            "plan_dir": str(plan.path), "model_dir": str(given.model_dir), "tokenizer_dir": str(given.model_dir),
+            "run_dir": str(run_dir),
+        },
+    }  # fmt: skip
+    (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
+    return run_dir / "config.yaml"
+
+
+class OurSteps:
+    """The product's own loop body, one step a call."""
+
+    def __init__(self, run, progress):
+        from training import loop
+
+        self._loop, self._run, self._progress = loop, run, progress
+        self._batches = loop._micro_batches(run, 0)
+        self._records: list[dict] = []
+
+    def __call__(self) -> int:
+        self._records.append(self._loop.one_step(self._run, self._progress, self._batches))
+        return self._records[-1]["target_tokens"]
+
+    def data_share(self) -> float:
+        measured = self._records[1:]
+        return sum(r["seconds_data"] for r in measured) / sum(r["seconds"] for r in measured)
+
+
+def our_steps(given: argparse.Namespace) -> OurSteps:
+    """Made by the worker's own functions, on one rank."""
+    from training.checkpoint import Progress
+    from training.config_file import read_config
+    from training.ranks import join, this_rank
+    from training.worker import prepare as prepare_run
+
+    ranks = this_rank()
+    join(ranks)
+    progress = Progress()
+    return OurSteps(prepare_run(read_config(write_config(given)), ranks, progress), progress)
+
+
+def bare_steps(given: argparse.Namespace) -> Callable[[], int]:
+    """The same mathematics as a plain loop: rows are assembled before the clock runs."""
+    from data_prep.reader import open_plan
+    from training.config_file import read_config
+    from training.course import plan_course
+    from training.engine import trainable
+    from training.loader import load
+    from training.model import load_model
+    from training.target_loss import TargetLoss
+
+    config = read_config(write_config(given))
+    model = TargetLoss(load_model(config.settings, config.model_dir, config.tokenizer_dir, torch.float32))
+    parameters = [parameter for _, parameter in trainable(model)]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0, fused=True)
+    course = plan_course(open_plan(config.plan_dir, "train"), config.settings, 1)
+    steps = [
+        [load(course.plan, rows) for rows in course.micro_batches(step, 0, 1, 1)] for step in range(given.steps + 1)
+    ]
+    remaining = iter(zip(steps, map(course.target_tokens, range(given.steps + 1)), strict=True))
+
+    def step() -> int:
+        batches, targets = next(remaining)
+        for batch in batches:
+            (model(batch) / targets).backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return targets
+
+    return step
+
+
+def against_trl(given: argparse.Namespace) -> None:
+    """Print target tokens per second of every contender and the ratios."""
+    rates = {}
+    for name in ("ours-alone", "trl-default", "trl-packed"):
+        arguments = [name, "--model-dir", given.model_dir, "--real", given.real, "--length", given.length]
+        command = [sys.executable, "-m", "benchmarks.train_step", *map(str, arguments), "--steps", str(given.steps)]
+        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        rates[name] = json.loads(output.splitlines()[-1])
+        print(name, {unit: round(rate, 1) for unit, rate in rates[name].items()}, flush=True)
+    for name in ("trl-default", "trl-packed"):
+        ratios = {unit: rates["ours-alone"][unit] / rates[name][unit] for unit in rates[name]}
+        print(
+            f"ours : {name}: " + ", ".join(f"{unit} {ratio:.2f}" for unit, ratio in ratios.items()) + " (goal >= 1.5)"
+        )
+
+
+def report(steps: list[tuple[float, float, int]]) -> None:
+    """Target tokens per second of wall clock and of CPU, as JSON."""
+    targets = sum(step[2] for step in steps)
+    wall, cpu = sum(step[0] for step in steps), sum(step[1] for step in steps)
+    print(json.dumps({"target_tokens_per_second": targets / wall, "target_tokens_per_cpu_second": targets / cpu}))
+
+
+def ours_alone(given: argparse.Namespace) -> None:
+    step = our_steps(given)
+    step()
+    report([timed(step) for _ in range(given.steps)])
+
+
+def trl_default(given: argparse.Namespace) -> None:
+    """SFTTrainer as its documentation shows it; only precision, length and steps are given."""
+    run_trl(given, {})
+
+
+def trl_packed(given: argparse.Namespace) -> None:
+    """The fastest settings found for it on a CPU."""
+    packed = {"packing": True, "gradient_checkpointing": False, "per_device_train_batch_size": 1}
+    run_trl(given, {**packed, "gradient_accumulation_steps": ACCUMULATION})
+
+
+def run_trl(given: argparse.Namespace, settings: dict) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from trl import SFTConfig, SFTTrainer
+
+    steps: list[list[float]] = []
+
+    class Times(TrainerCallback):
+        def on_step_begin(self, *_, **__):
+            steps.append([time.perf_counter(), time.process_time(), 0])
+
+        def on_step_end(self, *_, **__):
+            steps[-1][:2] = time.perf_counter() - steps[-1][0], time.process_time() - steps[-1][1]
+
+    class Counting(SFTTrainer):
+        def training_step(self, model, inputs, *arguments, **options):
+            steps[-1][2] += int((inputs["labels"][:, 1:] != -100).sum())
+            return super().training_step(model, inputs, *arguments, **options)
+
+    config = SFTConfig(
+        output_dir=tempfile.mkdtemp(), max_length=given.length, max_steps=given.steps + 1, bf16=False, use_cpu=True,
+        learning_rate=1e-5, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, **settings,
+    )  # fmt: skip
+    trainer = Counting(
+        model=AutoModelForCausalLM.from_pretrained(given.model_dir, dtype=torch.float32),
+        args=config,
+        train_dataset=Dataset.from_list(pairs(given.real)),
+        processing_class=AutoTokenizer.from_pretrained(given.model_dir),
+        callbacks=[Times()],
+    )
+    trainer.train()
+    report([(wall, cpu, int(targets)) for wall, cpu, targets in steps[1:]])
+
+
+def pairs(real: Path) -> list[dict[str, str]]:
+    """The instruction records as TRL wants them, with the line break that our plain template puts between."""
+    records = []
+    for file in sorted((real / "instruction_tuning").glob("*.json")):
+        for record in json.loads(file.read_text(encoding="utf-8")):
+            prompt = "\n".join(part for part in (record["instruction"], record.get("input")) if part)
+            records.append({"prompt": prompt + "\n", "completion": record["output"]})
+    return records
+
+
+CONTENDERS: dict[str, Callable[[argparse.Namespace], None]] = {
+    "bare": bare,
+    "trl": against_trl,
+    "ours-alone": ours_alone,
+    "trl-default": trl_default,
+    "trl-packed": trl_packed,
+}
+
+if __name__ == "__main__":
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    main()
