@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,18 @@ from data_prep.prepare import prepare
 from data_prep.reader import open_plan
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from tests.data_prep.conftest import bytes_core, save
+from training import lineage
+from training.compare import run_job
+from training.config_file import read_config
+from training.gate_job import read_job, write_job
 from training.loader import load
 from training.model import config_of, save_model
+from training.promotion import settle
+from training.registry import register
 from training.settings import GateSettings, TrackingSettings, TrainSettings
 from training.target_loss import TargetLoss
+from training.tracking import Facts, open_run
+from training.versions import PARENT_TAG, Registry, Version
 
 ARCHITECTURE = {
     "model_type": "llama", "hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 260,
@@ -39,16 +48,19 @@ def records(number: int) -> list[dict[str, str]]:
     return made
 
 
+NAME = "panda-count"
+
+
 class Project:
     """A directory with a corpus, its cache and its outputs."""
 
-    def __init__(self, root: Path, output_dir: Path, data_dir: Path | None = None, num_records: int = 300):
-        self.root, self.output_dir, self.cache_dir = root, output_dir, root / "cache"
+    def __init__(self, root: Path, output_dir: Path, data_dir: Path | None = None, **changes: Any):
+        self.root, self.output_dir, self.cache_dir, self.changes = root, output_dir, root / "cache", changes
         self.tokenizer_dir = save(bytes_core(), root / "tokenizer", bos_token="<s>")
         self.data_dir = data_dir or root / "corpus"
         if data_dir is None:
             self.data_dir.mkdir()
-            lines = [json.dumps(record, ensure_ascii=False) for record in records(num_records)]
+            lines = [json.dumps(record, ensure_ascii=False) for record in records(300)]
             (self.data_dir / "a.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
 
     def settings(self, **changes: Any) -> dict[str, Any]:
@@ -60,7 +72,7 @@ class Project:
             "tombstones": str(self.root / "tombstones.jsonl"), "max_seq_length": 128, "architecture": ARCHITECTURE,
             "cache_dir": str(self.cache_dir), "output_dir": str(self.output_dir), "per_gpu_eval_batch_size": 16,
             "per_gpu_train_batch_size": ROWS_PER_STEP, "gradient_accumulation_steps": 1, "learning_rate": 5e-3,
-        } | changes  # fmt: skip
+        } | self.changes | changes  # fmt: skip
 
     def plan(self, **changes: Any) -> Any:
         """Prepare the corpus as it is now."""
@@ -113,3 +125,31 @@ def _plain(value: Any) -> Any:
     if isinstance(value, dict):
         return {name: _plain(inner) for name, inner in value.items()}
     return [_plain(inner) for inner in value] if isinstance(value, tuple | list) else value
+
+
+@dataclass
+class Registered:
+    """A version and what the gate said."""
+
+    version: Version
+    verdict: dict
+    run_dir: Path
+
+
+def add_version(project: Project, name: str, steps: int, model_dir: Path | None = None, **gate: float) -> Registered:
+    """Train, track, register, compare, settle: what the flow does, without Prefect."""
+    run_dir = project.train(name, steps, model_dir)
+    plan_dir = read_config(run_dir / "config.yaml").plan_dir
+    tags = {"panda.plan": plan_dir.name, "panda.corpus": "c" * 32}
+    facts = Facts({"model": "tiny"}, reports={"corpus": lineage.corpus_files(plan_dir)}, tags=tags)
+    with open_run(TrackingSettings(), run_dir, facts) as tracked:
+        run_id = tracked.wait_for_run_id()
+        registry = Registry(tracked.uri)
+        parent = lineage.parent_of(registry, model_dir and str(model_dir))
+        version = register(run_dir, run_id, NAME, tags | ({PARENT_TAG: parent} if parent else {}), tracked.uri)
+        resolved = registry.resolve(version.uri)
+        write_job(registry, resolved, run_dir, GateSettings(**gate).model_dump())
+        verdict = run_job(read_config(run_dir / "config.yaml"), read_job(run_dir))
+        settle(registry, resolved, verdict)
+        (run_dir / "gate.json").write_text(json.dumps(verdict))
+    return Registered(registry.resolve(version.uri), verdict, run_dir)

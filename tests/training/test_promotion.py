@@ -1,7 +1,7 @@
 """Gate, aliases, rollback, lineage and takedown with a real corpus, real tiny models and a real MLflow database."""
 
 import json
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,46 +11,13 @@ from data_prep import tombstones
 from data_prep.errors import PandaError
 from data_prep.order import rows_of_step, steps_per_epoch
 from data_prep.reader import open_plan
-from tests.training.corpora import ROWS_PER_STEP, Project
+from tests.training.corpora import NAME, ROWS_PER_STEP, Project, add_version
 from training import lineage, promotion
 from training.compare import RECORDS, run_job
 from training.config_file import read_config
-from training.gate_job import read_job, write_job
+from training.gate_job import read_job
 from training.promotion import settle
-from training.registry import register
-from training.settings import GateSettings, TrackingSettings
-from training.tracking import Facts, open_run
-from training.versions import CHALLENGER, CHAMPION, GATE_TAG, PARENT_TAG, Registry, RegistryError, Version
-
-NAME = "panda-count"
-
-
-@dataclass
-class Registered:
-    """A version and what the gate said."""
-
-    version: Version
-    verdict: dict
-    run_dir: Path
-
-
-def add_version(project: Project, name: str, steps: int, model_dir: Path | None = None, **gate: float) -> Registered:
-    """Train, track, register, compare, settle: what the flow does, without Prefect."""
-    run_dir = project.train(name, steps, model_dir)
-    plan_dir = read_config(run_dir / "config.yaml").plan_dir
-    tags = {"panda.plan": plan_dir.name, "panda.corpus": "c" * 32}
-    facts = Facts({"model": "tiny"}, reports={"corpus": lineage.corpus_files(plan_dir)}, tags=tags)
-    with open_run(TrackingSettings(), run_dir, facts) as tracked:
-        run_id = tracked.wait_for_run_id()
-        registry = Registry(tracked.uri)
-        parent = lineage.parent_of(registry, model_dir and str(model_dir))
-        version = register(run_dir, run_id, NAME, tags | ({PARENT_TAG: parent} if parent else {}), tracked.uri)
-        resolved = registry.resolve(version.uri)
-        write_job(registry, resolved, run_dir, GateSettings(**gate).model_dump())
-        verdict = run_job(read_config(run_dir / "config.yaml"), read_job(run_dir))
-        settle(registry, resolved, verdict)
-        (run_dir / "gate.json").write_text(json.dumps(verdict))
-    return Registered(registry.resolve(version.uri), verdict, run_dir)
+from training.versions import CHALLENGER, CHAMPION, GATE_TAG, PARENT_TAG, Registry, RegistryError
 
 
 @pytest.fixture
