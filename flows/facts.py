@@ -4,8 +4,9 @@ from pathlib import Path
 
 from prefect.runtime import flow_run
 
-from configs.settings import PandaSettings
+from configs.settings import PandaSettings, RunSettings
 from data_prep.plan import PlanResult
+from data_prep.store import fingerprint
 from training.lineage import corpus_files
 from training.run_record import Dataset
 from training.tracking import Facts
@@ -26,11 +27,17 @@ def facts(settings: PandaSettings, corpus: str, plan: PlanResult) -> Facts:
         CORPUS_TAG: corpus,
         TARGET_TOKENS_TAG: str(plan.report["target_tokens"]),
         "panda.plan": plan.fingerprint,
+        "panda.config": config_hash(settings),
         "prefect.flow_run_id": str(flow_run.id or ""),
         "prefect.flow_run_url": str(flow_run.ui_url or ""),
     }
     reports = {"data": plan.report, "corpus": corpus_files(Path(plan.path))}
     return Facts(settings.model_dump(mode="json"), datasets, reports, tags)
+
+
+def config_hash(settings: PandaSettings) -> str:
+    """Of all settings but those that say where things go."""
+    return fingerprint(config=settings.model_dump(mode="json", exclude=set(RunSettings.model_fields)))
 
 
 def version_tags(known: Facts, losses: dict[str, dict[str, float]]) -> dict[str, str]:

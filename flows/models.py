@@ -78,8 +78,8 @@ def _time(version: Version) -> str:
 def _table(versions: list[Version]) -> Table:
     """Fits into 80 columns; ``--json`` and `panda lineage` tell more."""
     table = Table(box=None, padding=(0, 2, 0, 0))
-    for heading in ("version", "alias", "created", "loss", "gate", "gain", "made from", "taken down"):
-        table.add_column(heading, no_wrap=heading in ("version", "alias", "gate"))
+    for heading in ("version", "alias", "created", "loss", "gate", "gain", "from", "taken down"):
+        table.add_column(heading, no_wrap=heading != "taken down")
     for row in map(as_dict, versions):
         table.add_row(
             row["version"].removeprefix("models:/"),
@@ -88,7 +88,7 @@ def _table(versions: list[Version]) -> Table:
             f"{float(row['eval_loss']):.4f}" if row["eval_loss"] else "",
             row["gate"] or "",
             (row["gain"] or "").partition(" ")[0],
-            (row["parent"] or "").removeprefix("models:/"),
+            (row["parent"] or "").removeprefix(row["version"].rpartition("/")[0] + "/"),
             str(len(row["taken_down"]) or ""),
         )
     return table
