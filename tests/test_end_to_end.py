@@ -69,6 +69,10 @@ class TestFirstRun:
         assert str(first["model"]["version"]) == "1"
         assert isinstance(first["model"]["sample"], str)
 
+    def test_the_first_version_is_the_champion(self, first):
+        assert first["gate"]["promoted"] and first["gate"]["records"] > 20
+        assert "nothing to compare it with" in first["gate"]["reasons"][0]
+
     def test_metrics_are_in_mlflow(self, first, folder):
         import mlflow
 
@@ -85,6 +89,21 @@ def test_second_run_reuses_prepared_data_and_adds_a_version(first, folder):
     assert all(second["data"]["reused"].values())
     assert int(second["model"]["version"]) == int(first["model"]["version"]) + 1
     assert second["data"]["records_in"] == first["data"]["records_in"]
+    assert not second["gate"]["promoted"] and second["gate"]["champion"] == first["model"]["uri"]
+    assert "lower bound must be above promote_min_gain" in second["gate"]["reasons"][0]
+
+
+@pytest.mark.distributed
+def test_the_first_losses_are_reproduced_bit_by_bit(first, folder):
+    command = "import sys; from flows.cli import main; sys.exit(main())"
+    arguments = ["reproduce", first["model"]["uri"], "--steps", "3", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", command, *arguments],
+        cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    again = json.loads(done.stdout.splitlines()[-1])
+    assert again["bitwise"] and again["data_rebuilt"] and again["steps"] == [1, 2, 3] and not again["environment"]
 
 
 @pytest.mark.distributed
@@ -96,6 +115,8 @@ def test_lora_on_a_checkpoint(first, folder):
     names = {path.name for path in (Path(summary["run_dir"]) / "model").iterdir()}
     assert "adapter_model.safetensors" in names
     assert "model.safetensors" not in names
+    assert summary["gate"]["base"] == f"{first['run_dir']}/model"
+    assert {row["against"] for row in summary["gate"]["slices"]} == {"base"}
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ In: a model, prompts as ids, the targets. Out: per prompt the text and its check
 the same answers. Cost: one batched generation of `MAX_NEW_TOKENS` tokens for all prompts.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +39,8 @@ def answer(
         return []
     ids, mask = left_padded(prompts, tokenizer.pad_id)
     device = next(model.parameters()).device
-    output = model.generate(
+    generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
+    output = generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
         max_new_tokens=MAX_NEW_TOKENS,

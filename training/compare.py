@@ -94,14 +94,18 @@ def _measure(config: RunConfig, job: Job, asked: Asked, held_out: HeldOut) -> tu
 
 
 def write_records(run_dir: Path, held_out: HeldOut, scores: dict[str, Scores]) -> None:
-    """One line per record: where it is, its slice, loss per token under every model. No text."""
+    """One line per record: where it is, its slice, the loss of its whole target under every model. No text."""
     (run_dir / "report").mkdir(exist_ok=True)
     with (run_dir / "report" / RECORDS).open("w", encoding="utf-8") as file:
         for i, (content, place) in enumerate(zip(held_out.hashes, held_out.places, strict=True)):
-            line = {"hash": content, "record": place, "slice": f"{held_out.sources[i]}/{held_out.languages[i]}"}
-            line["target_tokens"] = int(scores["candidate"].tokens[i])
-            losses = {role: round(float(one.losses[i]), 6) for role, one in scores.items()}
-            file.write(json.dumps({**line, "loss": losses}, ensure_ascii=False) + "\n")
+            line = {
+                "hash": content,
+                "record": place,
+                "slice": f"{held_out.sources[i]}/{held_out.languages[i]}",
+                "target_tokens": int(scores["candidate"].tokens[i]),
+                "loss": {role: round(float(one.losses[i]), 6) for role, one in scores.items()},
+            }
+            file.write(json.dumps(line, ensure_ascii=False) + "\n")
 
 
 def main() -> None:

@@ -42,8 +42,8 @@ def write_job(registry: Registry, version: Version, run_dir: Path, gate: dict[st
         gate=gate,
         cache_dir=str(cache_dir),
         candidate={"name": version.uri, "model_dir": str(run_dir / "model"), "template": template},
-        champion=champion and _champion(registry, champion, cache_dir, template),
-        champion_plan=champion and _plan(registry, champion, cache_dir),
+        champion=_champion(registry, champion, cache_dir, template) if champion else None,
+        champion_plan=_plan(registry, champion, cache_dir) if champion else None,
         base=base and {"name": base, "model_dir": base, "template": template},
     )
     (run_dir / JOB).write_text(json.dumps(asdict(job), ensure_ascii=False, indent=1), encoding="utf-8")

@@ -196,7 +196,8 @@ def _pages(search: Any, **options: Any) -> list[Any]:
             return found
 
 
-def _mlflow_error() -> type[Exception]:
+def _mlflow_error() -> Any:
+    """MLflow's exception, whose import takes seconds."""
     from mlflow.exceptions import MlflowException
 
     return MlflowException
