@@ -35,6 +35,14 @@ ARCHITECTURE = {
     "model_type": "llama", "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8,
     "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 4096,
 }  # fmt: skip
+WIDE = {
+    **ARCHITECTURE,
+    "hidden_size": 1280,
+    "intermediate_size": 3456,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 20,
+}
+"""No constant of the memory model was fitted to this one."""
 COMMON = {
     "max_steps": 3, "gradient_accumulation_steps": 2, "per_gpu_train_batch_size": 4, "save_steps": 1000,
     "num_processes": 1, "warmup_steps": 0, "num_workers": 0,
@@ -59,6 +67,7 @@ CASES = (
     Case("fsdp, two ranks", {"strategy": "fsdp", "num_processes": 2}),
     Case("eager attention", {"attention": "eager"}),
     Case("one row", {"per_gpu_train_batch_size": 1}),
+    Case("another shape", {"architecture": WIDE, "per_gpu_train_batch_size": 2, "zero_stage": 1}),
     Case("lora", {"use_lora": True}),
     Case("qlora", {"use_lora": True, "use_quant": True}),
 )
@@ -104,7 +113,9 @@ def settings_of(case: Case) -> TrainSettings:
 def predicted(case: Case, corpus: Corpus) -> Memory:
     """The estimate for what `measured` runs."""
     settings = settings_of(case)
-    shape = measure(config_from(corpus.model_dir, None), settings, NUM_TOKENS, torch.float32, packed=True)
+    vocabulary = config_from(corpus.model_dir, None).vocab_size
+    config = config_from(None, {**(settings.architecture or {}), "vocab_size": vocabulary})
+    shape = measure(config, settings, NUM_TOKENS, torch.float32, packed=True)
     return estimate(shape, settings, Machine(settings.num_processes, is_gpu=False, bf16=False))
 
 

@@ -28,6 +28,8 @@ from training.optim import build_optimizer
 from training.ranks import Ranks
 from training.settings import TrainSettings
 
+REDUCE_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own default
+
 
 def import_deepspeed() -> ModuleType:
     """DeepSpeed, without mlflow, torch's compiler and the just-in-time build of its shared-memory operator."""
@@ -46,10 +48,11 @@ def import_deepspeed() -> ModuleType:
     return deepspeed
 
 
-def zero_config(settings: TrainSettings, ranks: Ranks) -> dict[str, Any]:
+def zero_config(settings: TrainSettings, ranks: Ranks, num_trained: int) -> dict[str, Any]:
     """The DeepSpeed configuration: pure, so that it can be looked at and tested."""
     stage = settings.zero_stage
-    zero: dict[str, Any] = {"stage": stage}
+    # The bucket is allocated whole, however little is trained: 1 GB of bfloat16 for the smallest adapter.
+    zero: dict[str, Any] = {"stage": stage, "reduce_bucket_size": min(REDUCE_BUCKET_ELEMENTS, num_trained)}
     if stage and settings.offload_optimizer:
         zero["offload_optimizer"] = {"device": "cpu"}
     if stage == 3 and settings.offload_parameters:
@@ -87,7 +90,9 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed()
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
         base = build_optimizer(module.named_parameters(), settings)
-        engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=zero_config(settings, ranks))
+        num_trained = sum(parameter.numel() for _, parameter in trainable(module))
+        config = zero_config(settings, ranks, num_trained)
+        engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=config)
         return cls(
             module=module,
             ranks=ranks,

@@ -21,14 +21,15 @@ FLOAT32 = 4
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a nibble; a byte for each 64 weights; a float32 for each 256 of those
 STATE_BYTES = {"adamw": 8.0, "lamb": 8.0, "adafactor": 0.02}
 EIGHT_BIT_STATE_BYTES = 2.06
-BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's reduce bucket
+BUCKET_ELEMENTS = 500_000_000  # of DeepSpeed's reduce bucket at most (training/deepspeed_engine.py)
 LIVE_ELEMENTS = 1_000_000_000  # of gathered weights, at most (ZeRO 3)
 CHUNK_ELEMENTS = 1 << 24  # of logits at a time (training/head_loss.py)
 CHUNK_COPIES = 3  # logits, the exponentials of their normaliser, their gradient
 GPU_CONTEXT_BYTES = 1.0e9  # CUDA, cuBLAS and NCCL, outside of torch's allocator
 GPU_FRAGMENTATION = 0.04
-CPU_PROCESS_BYTES = 0.62e9  # Python with torch, transformers and deepspeed
-CPU_FRAGMENTATION = 0.45  # of activations: glibc keeps freed blocks below 32 MiB, measured
+CPU_PROCESS_BYTES = 0.87e9  # Python with torch, transformers and deepspeed, and what a first step leaves behind
+CPU_FRAGMENTATION = 0.35  # of activations: glibc keeps freed blocks below 32 MiB (measured: 1.05 of 3.77 GB)
+CPU_ADAPTER_FRAGMENTATION = 0.7  # the many small blocks of LoRA
 LAYER_TRANSIENT = 0.5  # gradients inside a layer, as a part of what the layer saves
 FITS = 0.95  # of the memory: the rest is for what no one foresees
 
@@ -102,7 +103,8 @@ def estimate(shape: ModelShape, settings: TrainSettings, machine: Machine) -> Me
     if machine.is_gpu:
         parts["engine"] += GPU_CONTEXT_BYTES + GPU_FRAGMENTATION * Memory(**parts).total
     else:
-        parts["engine"] += CPU_PROCESS_BYTES + CPU_FRAGMENTATION * parts["activations"]
+        kept = CPU_ADAPTER_FRAGMENTATION if settings.use_lora else CPU_FRAGMENTATION
+        parts["engine"] += CPU_PROCESS_BYTES + kept * parts["activations"]
     return Memory(**parts, host=_host(shape, settings, machine))
 
 
@@ -172,7 +174,7 @@ def _zero12(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dic
     share = trainable / machine.num_ranks
     on_rank = 0 if settings.offload_optimizer else 1
     gradients = trainable * element if settings.zero_stage == 1 else share * element * on_rank
-    bucket = BUCKET_ELEMENTS if machine.is_gpu else min(trainable, BUCKET_ELEMENTS)
+    bucket = min(trainable, BUCKET_ELEMENTS)
     return {
         "weights": _frozen_bytes(shape, machine) + trainable * element,
         "gradients": gradients,
@@ -187,7 +189,7 @@ def _zero3(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dict
     share = shape.trainable / machine.num_ranks
     weights = (_frozen_bytes(shape, machine) + shape.trainable * element) / machine.num_ranks
     on_rank = 0 if settings.offload_optimizer else 1
-    bucket = BUCKET_ELEMENTS if machine.is_gpu else min(shape.trainable, BUCKET_ELEMENTS)
+    bucket = min(shape.trainable, BUCKET_ELEMENTS)
     copies = 1 if machine.is_gpu else 3  # gloo scatters from copies
     return {
         "weights": 0 if settings.offload_parameters else weights,
