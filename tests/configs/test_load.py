@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from configs import template
+from configs import reference, template
 from configs.errors import ConfigError
 from configs.load import CONFIG_DIR, dump, load
 from configs.settings import PandaSettings
@@ -56,6 +56,10 @@ def test_the_guides_models_have_the_guides_defaults(model):
 
 def test_the_template_is_what_the_settings_say():
     assert (CONFIG_DIR / "template.yaml").read_text(encoding="utf-8") == template.render(), "run: make docs"
+
+
+def test_the_reference_is_what_the_settings_say():
+    assert reference.REFERENCE.read_text(encoding="utf-8") == reference.render(), "run: make docs"
 
 
 def test_who_wins(conf):
