@@ -79,7 +79,8 @@ def serve(argv: list[str]) -> int:
     verb = parse_verb("panda serve VERSION", text, argv, (HOST, PORT, BASE))
     model_dir = servable(verb, verb.registry.resolve(verb.words[0]))
     command = server_command(model_dir, verb.switches.host, verb.switches.port)
-    print(f"serving {model_dir} at http://{verb.switches.host}:{verb.switches.port}/v1", file=sys.stderr, flush=True)
+    where = f"http://{verb.switches.host}:{verb.switches.port}/v1"
+    print(f"serving at {where}; clients name the model {str(model_dir)!r}", file=sys.stderr, flush=True)
     os.execv(command[0], command)
 
 

@@ -81,7 +81,8 @@ def test_serve_answers_openai_clients(outputs):
         )  # fmt: skip
     try:
         wait_for_health(port, process)
-        body = {"model": "panda", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
+        merged = next((outputs.parent / "cache" / "merged").iterdir())
+        body = {"model": str(merged), "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
         call = urllib.request.Request(
             f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
             {"Content-Type": "application/json"},
