@@ -1,20 +1,32 @@
-"""A flow run lives no longer than the worker that started it.
+"""What a flow run does first: it ties itself to its worker, and lets our own log lines through.
 
-In: nothing. Out: nothing; the process gets SIGTERM when its worker dies, however that happens, and then ends as on a
-cancellation: checkpoint, ranks ended, state Crashed. Without this it would go on alone, and nobody could cancel it.
-Cost: one system call.
+In: nothing. Out: nothing. Cost: one system call.
 """
 
 import ctypes
+import logging
 import os
 import signal
 import sys
 
 PR_SET_PDEATHSIG = 1
+OURS = ("data_prep", "training", "configs", "tasks", "flows")
+
+
+def begin() -> None:
+    """Call it first in a flow."""
+    end_with_worker()
+    for name in OURS:  # Prefect sends what these loggers say to the server, but leaves their level at WARNING
+        logger = logging.getLogger(name)
+        if logger.level == logging.NOTSET:
+            logger.setLevel(logging.INFO)
 
 
 def end_with_worker() -> None:
-    """Only for runs that a worker started; a run of `python train.py` belongs to its terminal."""
+    """SIGTERM when the worker that started this run dies, however that happens: checkpoint, ranks ended, Crashed.
+
+    Without this it would go on alone, and nobody could cancel it. A run of `python train.py` belongs to its terminal.
+    """
     if "PREFECT__FLOW_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     parent = os.getppid()

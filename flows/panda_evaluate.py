@@ -14,7 +14,7 @@ from prefect.runtime import flow_run
 from configs.load import load
 from data_prep.errors import PandaError
 from flows import outcome, run_dir
-from flows.lifetime import end_with_worker
+from flows.lifetime import begin
 from flows.notify import on_bad_end
 from flows.parameters import flow_of_settings
 from tasks.train import evaluate
@@ -26,7 +26,7 @@ SETTINGS = {"output_dir", "run_name", "per_gpu_eval_batch_size", "precision", "a
 
 def panda_evaluate(**parameters: Any) -> State[Any]:
     """Replaced below: the form and the reference are made from the settings classes."""
-    end_with_worker()
+    begin()
     given = {name: value for name, value in parameters.items() if value is not None}
     try:
         settings = load(given, given.pop("overrides", None), given.pop("conf_path", None)).settings

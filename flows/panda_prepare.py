@@ -14,7 +14,7 @@ from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from flows import outcome
 from flows.configure import configure
 from flows.data_stages import prepare_data
-from flows.lifetime import end_with_worker
+from flows.lifetime import begin
 from flows.notify import on_bad_end
 from flows.outcome import Ended
 from flows.parameters import flow_of_settings
@@ -33,7 +33,7 @@ SETTINGS = {
 
 def panda_prepare(**parameters: Any) -> State[Any]:
     """Replaced below: the form and the reference are made from the settings classes."""
-    end_with_worker()
+    begin()
     watch = Stopwatch()
     try:
         prepared = prepare_data(configure(parameters).settings, watch)

@@ -18,7 +18,7 @@ from flows import approval, outcome, policy, run_dir
 from flows.configure import configure
 from flows.data_stages import Prepared, prepare_data, prepared_before, until
 from flows.facts import facts, version_tags
-from flows.lifetime import end_with_worker
+from flows.lifetime import begin
 from flows.notify import on_bad_end, tell
 from flows.outcome import Ended
 from flows.parameters import flow_of_settings
@@ -41,7 +41,7 @@ AFTER_DATA = ("train", "evaluate", "register", "gate")
 
 def panda_train(**parameters: Any) -> State[Any]:
     """Replaced below: the form and the reference are made from the settings classes."""
-    end_with_worker()
+    begin()
     try:
         late = policy.came_too_late()
         if late:

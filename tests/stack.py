@@ -70,8 +70,7 @@ class Stack:
         given = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
         done = self.prefect("deployment", "run", "panda-train/default", f"--param=conf_path={conf_path}", *given)
         assert done.returncode == 0, done.stdout + done.stderr
-        line = next(line for line in done.stdout.splitlines() if "UUID:" in line)
-        return UUID(line.split("UUID:")[1].strip())
+        return flow_run_id(done.stdout)
 
     @contextmanager
     def client(self) -> Iterator[Any]:
@@ -126,6 +125,12 @@ class Stack:
     def worker_pid(self) -> int:
         state = json.loads((self.folder / "state" / "state.json").read_text())
         return next(service["pid"] for service in state["services"] if service["name"] == "worker")
+
+
+def flow_run_id(printed: str) -> UUID:
+    """From what `prefect deployment run` prints."""
+    line = next(line for line in printed.splitlines() if "UUID:" in line)
+    return UUID(line.split("UUID:")[1].strip())
 
 
 def owner_of(process: psutil.Process) -> str | None:
