@@ -136,13 +136,15 @@ class Registered:
     run_dir: Path
 
 
-def add_version(project: Project, name: str, steps: int, model_dir: Path | None = None, **gate: float) -> Registered:
+def add_version(
+    project: Project, name: str, steps: int, model_dir: Path | None = None, uri: str | None = None, **gate: float
+) -> Registered:
     """Train, track, register, compare, settle: what the flow does, without Prefect."""
     run_dir = project.train(name, steps, model_dir)
     plan_dir = read_config(run_dir / "config.yaml").plan_dir
     tags = {"panda.plan": plan_dir.name, "panda.corpus": "c" * 32}
     facts = Facts({"model": "tiny"}, reports={"corpus": lineage.corpus_files(plan_dir)}, tags=tags)
-    with open_run(TrackingSettings(), run_dir, facts) as tracked:
+    with open_run(TrackingSettings(mlflow_tracking_uri=uri), run_dir, facts) as tracked:
         run_id = tracked.wait_for_run_id()
         registry = Registry(tracked.uri)
         parent = lineage.parent_of(registry, model_dir and str(model_dir))

@@ -12,10 +12,12 @@ from data_prep.errors import PandaError
 from data_prep.order import rows_of_step, steps_per_epoch
 from data_prep.reader import open_plan
 from tests.training.corpora import NAME, ROWS_PER_STEP, Project, add_version
+from tests.training.mlflow_fixtures import server
 from training import lineage, promotion
 from training.compare import RECORDS, run_job
 from training.config_file import read_config
 from training.gate_job import read_job
+from training.machine import free_port
 from training.promotion import settle
 from training.versions import CHALLENGER, CHAMPION, GATE_TAG, PARENT_TAG, Registry, RegistryError
 
@@ -151,3 +153,20 @@ def test_texts_are_found_or_refused(project, registry):
         lineage.find_text("what follows", project.cache_dir)
     tombstones.append(Path(project.settings()["tombstones"]), [{"hash": found.hash}])
     assert project.plan().report["dropped"]["taken_down"] == 1
+
+
+@pytest.mark.slow
+def test_through_a_server_the_champion_is_fetched_once(project):
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    with server(project.output_dir, port):
+        first = add_version(project, "run-1", 4, uri=uri)
+        second = add_version(project, "run-2", 40, uri=uri)
+        registry = Registry(uri)
+        assert first.version.aliases == [CHAMPION] and second.verdict["champion"] == f"models:/{NAME}/1"
+        assert registry.champion(NAME).version == 2
+        fetched = registry.files(first.version, project.cache_dir)
+        assert fetched.parent == project.cache_dir / "registry" and (fetched / "model.safetensors").is_file()
+        assert second.verdict["reasons"][0].startswith(f"better than the champion models:/{NAME}/1")
+        assert lineage.parent_of(registry, str(fetched)) == first.version.uri
+        assert promotion.rollback(registry, NAME)[0].version == 1
