@@ -126,3 +126,8 @@ class PackSettings(SeedSettings):
         description="Weight of each source as epochs over it, e.g. {instruction: 2, pretraining: 0.5}; "
         "sources are `instruction`, `pretraining` and their sub-directories (`instruction/medical`). None = 1 each.",
     )
+    mixture_by: Literal["epochs", "share"] = Field(
+        "epochs",
+        description="What `mixture` states: epochs over each source, or the share of the tokens that each of them gets "
+        "(every source is named; as many tokens as there are without repeating one).",
+    )

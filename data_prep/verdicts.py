@@ -1,7 +1,7 @@
 """What becomes of each example: dropped with a reason, held out, or trained on, how often and in which pieces.
 
 In: `Examples` and the settings. Out: `Verdicts`, arrays over the examples, and the `Pieces` that must go into rows. In
-this order: no target -> taken down -> duplicate -> split -> mixture -> overflow. Every decision is a function of the
+this order: no target -> taken down -> duplicate -> split -> overflow -> mixture. Every decision is a function of the
 content hash, so a record keeps its split when the corpus grows, equal records are never on both sides, and a raised
 weight only adds.
 Cost: 1 us an example (sorting hashes); near duplicates 0.2 ms.
@@ -65,10 +65,13 @@ def judge(
     if corpus.deduplicate == "near":
         _mark(reason, near_duplicates(), Reason.NEAR_DUPLICATE)
     split = (uniform(examples.keys, _SPLIT_KEY) < corpus.validation_fraction).astype(np.int8)
-    copies = _copies(examples, split, pack)
-    _mark(reason, copies == 0, Reason.NOT_SAMPLED)
     pieces, too_long, cut = _pieces(examples, reason == ACCEPTED, pack)
     _mark(reason, too_long, Reason.TOO_LONG)
+    tokens = np.where((reason == ACCEPTED) & (split == TRAIN), examples.lengths - cut, 0)
+    copies = _copies(
+        examples, split, weights_of(examples.sources, _tokens_by_source(examples, tokens), pack), pack.seed
+    )
+    _mark(reason, copies == 0, Reason.NOT_SAMPLED)
     accepted = reason == ACCEPTED
     return Verdicts(reason, split, np.where(accepted, copies, 0).astype(np.int32), np.where(accepted, cut, 0)), pieces
 
@@ -83,20 +86,42 @@ def uniform(keys: np.ndarray, salt: int) -> np.ndarray:
     return (mix64(keys, salt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-def weights_of(sources: list[str], mixture: dict[str, float] | None) -> np.ndarray:
-    """Epochs over each source: its own weight, else that of the source it is below, else 1.
+def weights_of(sources: list[str], tokens: np.ndarray, pack: PackSettings) -> np.ndarray:
+    """Epochs over each source. The entry of `mixture` that counts is its own, else that of the source it is below.
 
-    :raises CorpusError: a name that is no source, or a negative weight.
+    With ``mixture_by=share`` an entry is a share of all tokens: those that make the scarcest of them last one epoch.
+
+    :param tokens: ``(num_sources,)`` training tokens of each.
+    :raises CorpusError: a name that is no source; by share, a source without entry.
     """
-    mixture = mixture or {}
+    mixture = pack.mixture or {}
     known = {*sources, *(source.partition("/")[0] for source in sources)}
-    wrong = sorted(set(mixture) - known) + [name for name, weight in mixture.items() if weight < 0]
+    wrong = sorted(set(mixture) - known)
     if wrong:
         raise CorpusError(
-            f"mixture: {', '.join(f'{name}: {mixture[name]}' for name in wrong)}: not a source of this corpus, or "
-            f"below 0. Sources: {', '.join(sorted(known))}"
+            f"mixture: {', '.join(f'{name}: {mixture[name]}' for name in wrong)}: not a source of this corpus. "
+            f"Sources: {', '.join(sorted(known))}"
         )
-    return np.array([mixture.get(source, mixture.get(source.partition("/")[0], 1.0)) for source in sources])
+    entry = [source if source in mixture else source.partition("/")[0] for source in sources]
+    if pack.mixture_by == "epochs":
+        return np.array([mixture.get(name, 1.0) for name in entry])
+    return _epochs_of_shares(sources, entry, tokens, mixture)
+
+
+def _epochs_of_shares(
+    sources: list[str], entry: list[str], tokens: np.ndarray, mixture: dict[str, float]
+) -> np.ndarray:
+    missing = [source for source, name in zip(sources, entry, strict=True) if name not in mixture]
+    if missing:
+        raise CorpusError(f"mixture_by=share: mixture says nothing of {', '.join(missing)}; 0 leaves a source out")
+    available = {name: sum(n for n, of in zip(tokens.tolist(), entry, strict=True) if of == name) for name in mixture}
+    lasting = [available[name] / share for name, share in mixture.items() if share]
+    total = min(lasting, default=0)
+    return np.array([total * mixture[name] / max(available[name], 1) for name in entry])
+
+
+def _tokens_by_source(examples: Examples, tokens: np.ndarray) -> np.ndarray:
+    return np.bincount(examples.source, weights=tokens, minlength=len(examples.sources))
 
 
 def _exact(examples: Examples) -> np.ndarray:
@@ -110,11 +135,11 @@ def _mark(reason: np.ndarray, where: np.ndarray, value: Reason) -> None:
     reason[where & (reason == ACCEPTED)] = REASONS.index(value)
 
 
-def _copies(examples: Examples, split: np.ndarray, pack: PackSettings) -> np.ndarray:
+def _copies(examples: Examples, split: np.ndarray, source_weights: np.ndarray, seed: int) -> np.ndarray:
     """Times each example is trained on in an epoch: whole epochs, and one more for a fraction chosen by hash."""
-    weights = weights_of(examples.sources, pack.mixture)[examples.source]
+    weights = source_weights[examples.source]
     whole = np.floor(weights)
-    copies = whole + (uniform(examples.keys, pack.seed) < weights - whole)
+    copies = whole + (uniform(examples.keys, seed) < weights - whole)
     return np.where(split == VALIDATION, np.minimum(np.ceil(weights), 1), copies).astype(np.int32)
 
 

@@ -108,11 +108,33 @@ def test_documents_are_cut_whatever_overflow_says():
 
 def test_weights_are_inherited_and_checked():
     sources = ["instruction", "instruction/medical", "pretraining"]
-    assert weights_of(sources, None).tolist() == [1, 1, 1]
-    assert weights_of(sources, {"instruction": 2, "instruction/medical": 0.5}).tolist() == [2, 0.5, 1]
-    assert weights_of(sources, {"instruction": 2}).tolist() == [2, 2, 1]
-    with pytest.raises(CorpusError, match=r"mixture: medical: 3: not a source.*instruction/medical"):
-        weights_of(sources, {"medical": 3})
+    tokens = np.array([600, 400, 500])
+
+    def weights(mixture, by="epochs"):
+        return weights_of(sources, tokens, PackSettings(mixture=mixture, mixture_by=by)).tolist()
+
+    assert weights(None) == [1, 1, 1]
+    assert weights({"instruction": 2, "instruction/medical": 0.5}) == [2, 0.5, 1]
+    assert weights({"instruction": 2}) == [2, 2, 1]
+    with pytest.raises(CorpusError, match=r"mixture: medical: 3.0: not a source.*instruction/medical"):
+        weights({"medical": 3})
+    assert weights({"instruction": 0.5, "pretraining": 0.5}, "share") == [0.5, 0.5, 1]
+    assert weights({"instruction": 9, "pretraining": 1}, "share") == pytest.approx([1, 1, 1000 / 9 / 500])
+    assert weights({"instruction": 1, "instruction/medical": 1, "pretraining": 0}, "share") == pytest.approx(
+        [2 / 3, 1, 0]
+    )
+    with pytest.raises(CorpusError, match="mixture says nothing of pretraining"):
+        weights({"instruction": 1}, "share")
+
+
+def test_shares_of_tokens_come_out_as_stated():
+    examples = examples_of(*[[1, 9]] * 4000, *[[0, 20]] * 1000, pretraining=range(4000, 5000))
+    pack = PackSettings(mixture={"instruction": 0.3, "pretraining": 0.7}, mixture_by="share")
+    verdicts, pieces = judge(examples, EVERYTHING, pack, None)
+    rows = make_rows(examples, verdicts, pieces, TRAIN, pack)
+    tokens = np.bincount(rows.source, weights=rows.length)
+    assert tokens[0] / tokens.sum() == pytest.approx(0.3, abs=0.02)
+    assert tokens[1] == 20_000
 
 
 def test_a_fraction_of_a_source_only_grows_with_its_weight():
