@@ -10,6 +10,7 @@ from typing import Any
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
+from training.gate_table import verdict_rows
 from training.mlflow_sync import connect
 from training.plots import write_plots
 from training.tracking import TrackedRun
@@ -80,28 +81,4 @@ def show_model(version: dict[str, Any], text: str) -> None:
 
 def show_gate(result: dict[str, Any]) -> None:
     """Why the version became the champion or not: the reasons, then a line per slice and check."""
-    table = [{"what": "champion" if result["promoted"] else "challenger", "result": "; ".join(result["reasons"])}]
-    create_table_artifact(table=table + gate_rows(result), key="gate", description="Candidate, champion and base")
-
-
-def gate_rows(result: dict[str, Any]) -> list[dict[str, str]]:
-    """The comparison flattened to what / result, for tables in the UI and in the terminal."""
-    losses = [
-        {
-            "what": f"loss on {row['slice']} ({row['records']} records) against {row['against']}",
-            "result": f"{row['loss']:.4f}, was {row['reference_loss']:.4f}: gain {_interval(row)}",
-        }
-        for row in result["slices"]
-    ]
-    checks = [
-        {
-            "what": f"answers: {row['check']} ({row['prompts']} prompts) against {row['against']}",
-            "result": f"{row['share']:.0%}, was {row['reference_share']:.0%}: {_interval(row)}",
-        }
-        for row in result["checks"]
-    ]
-    return losses + checks
-
-
-def _interval(row: dict[str, Any]) -> str:
-    return f"{row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+    create_table_artifact(table=verdict_rows(result), key="gate", description="Candidate, champion and base")

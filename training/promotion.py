@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from training.gate_table import verdict_markdown
 from training.versions import (
     CHALLENGER,
     CHAMPION,
@@ -33,6 +34,7 @@ def settle(registry: Registry, version: Version, result: dict[str, Any]) -> bool
         reasons = [f"the champion has changed since it was compared with {compared_with}: panda promote {version.uri}"]
     registry.tag(version, {GATE_TAG: PASSED if promoted else FAILED, REASONS_TAG: "; ".join(reasons), **_gain(result)})
     result["promoted"], result["reasons"] = promoted, reasons
+    registry.describe(version, verdict_markdown(result))
     if promoted:
         make_champion(registry, version)
     else:
