@@ -17,17 +17,24 @@ import pyarrow as pa
 from configs.settings import PandaSettings
 from data_prep import store
 from data_prep.corpus import UnitSpec, find_files, plan_units
+from data_prep.engine import Engine, load_engine
+from data_prep.examples import tokenize_columns
 from data_prep.plan import plan_fingerprint, plan_rows
 from data_prep.reader import LEDGER_FILE
-from data_prep.records import RecordsResult, shard_records
+from data_prep.records import RecordsResult, RecordsUnit, read_arrow, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.template import load_template
+from data_prep.template import Template, load_template
 from data_prep.tokenize import TokensResult, tokenize_records, unit_fingerprint
-from data_prep.tokenizer import DEFAULT_VOCAB_SIZE, load_tokenizer, trained_fingerprint
+from data_prep.tokenizer import DEFAULT_VOCAB_SIZE, LoadedTokenizer, load_tokenizer, trained_fingerprint
 
 BYTES_PER_TOKEN = 3.5
 """Of JSON text, where no tokenizer is at hand to count."""
+TEXT_BYTES_PER_TOKEN = 3.0
+"""Of the text alone."""
 USUAL_UTILISATION = 0.98
+SAMPLE_UNITS = 8  # of a source
+SAMPLE_SLICES = 4  # of a unit
+SAMPLE_RECORDS = 64  # in a slice
 SAMPLE_FILES = 16
 SAMPLE_BYTES = 64 << 10
 COMPRESSION = 4.0
@@ -83,17 +90,13 @@ def forecast_data(settings: PandaSettings, tokenizer_dir: Path | None, last: dic
     tokenizer_dir = tokenizer_dir or _trained_tokenizer(settings, records)
     if tokenizer_dir is None:
         forecast.stages.append(Stage("tokens", 0, len(records.units), "the tokenizer is not there yet"))
-        return _estimated(forecast, settings, specs, None, stages=("plan",))
-    return _from_records(forecast, settings, specs, records, tokenizer_dir, last)
+        forecast.tokens = round(records_bytes(records) / TEXT_BYTES_PER_TOKEN)
+        return _with_rows(forecast, settings, ("plan",))
+    return _from_records(forecast, settings, records, tokenizer_dir, last)
 
 
-def _from_records(  # noqa: PLR0913, PLR0917
-    forecast: DataForecast,
-    settings: PandaSettings,
-    specs: list[UnitSpec],
-    records: RecordsResult,
-    tokenizer_dir: Path,
-    last: dict[str, Any],
+def _from_records(
+    forecast: DataForecast, settings: PandaSettings, records: RecordsResult, tokenizer_dir: Path, last: dict[str, Any]
 ) -> DataForecast:
     cache = Path(settings.cache_dir)
     tokenizer = load_tokenizer(tokenizer_dir, cache)
@@ -103,7 +106,8 @@ def _from_records(  # noqa: PLR0913, PLR0917
     why = "" if done == len(found) else _why_changed(last, settings, TOKEN_SETTINGS, "records without tokens yet")
     forecast.stages.append(Stage("tokens", done, len(found), why))
     if done < len(found):
-        return _estimated(forecast, settings, specs, tokenizer_dir, stages=("plan",))
+        forecast.tokens, forecast.target_tokens = _sampled(records, tokenizer, template)
+        return _with_rows(forecast, settings, ("plan",))
     tokens = tokenize_records(records, TokenizeSettings.of(settings), tokenizer_dir, cache)
     return _exact(forecast, settings, tokens, last)
 
@@ -121,17 +125,57 @@ def _exact(forecast: DataForecast, settings: PandaSettings, tokens: TokensResult
     return forecast
 
 
+def _sampled(records: RecordsResult, tokenizer: LoadedTokenizer, template: Template) -> tuple[int, int]:
+    """(tokens, target tokens) of all records, from samples of every source that are tokenized as they would be."""
+    engine = load_engine(tokenizer.core, "reference")
+    tokens = targets = 0.0
+    for source in sorted({unit.source for unit in records.units}):
+        units = [unit for unit in records.units if unit.source == source and unit.valid]
+        for group in (units[start :: len(units[:SAMPLE_UNITS])] for start in range(len(units[:SAMPLE_UNITS]))):
+            sample = _sample(group[0], tokenizer, template, engine)
+            scale = sum(unit.valid for unit in group) / sample[2]
+            tokens, targets = tokens + scale * sample[0], targets + scale * sample[1]
+    return round(tokens), round(targets)
+
+
+def _sample(unit: RecordsUnit, tokenizer: LoadedTokenizer, template: Template, engine: Engine) -> tuple[int, int, int]:
+    """(tokens, target tokens, records) of a few slices of a unit."""
+    table = read_arrow(Path(unit.path) / "records.arrow").select(["roles", "texts"]).combine_chunks()
+    roles, texts = table["roles"].chunk(0), table["texts"].chunk(0)
+    num_tokens = num_targets = num_records = 0
+    for start in range(0, unit.valid, max(SAMPLE_RECORDS, unit.valid // SAMPLE_SLICES)):
+        part = slice(start, start + SAMPLE_RECORDS)
+        made = tokenize_columns(_copied(roles[part]), _copied(texts[part]), tokenizer, template, engine)
+        num_tokens += len(made.shard.ids)
+        num_targets += int(made.shard.spans[1::2].sum())
+        num_records += made.shard.num_examples
+    return num_tokens, num_targets, num_records
+
+
+def _copied(part: pa.ListArray) -> pa.ListArray:
+    """A slice as an array of its own: the tokenizer reads whole buffers."""
+    return pa.concat_arrays([part, part[:0]])
+
+
+def records_bytes(records: RecordsResult) -> int:
+    """Bytes of text in the valid records."""
+    return sum(unit.text_bytes for unit in records.units)
+
+
 def _estimated(
-    forecast: DataForecast,
-    settings: PandaSettings,
-    specs: list[UnitSpec],
-    tokenizer_dir: Path | None,
-    stages: tuple[str, ...] = ("tokens", "plan"),
+    forecast: DataForecast, settings: PandaSettings, specs: list[UnitSpec], tokenizer_dir: Path | None
 ) -> DataForecast:
-    """Rows and tokens from the size of the corpus and the tokens of a sample of it."""
-    forecast.stages += [Stage(name, 0, 1, "comes after the stage before it") for name in stages]
+    """Tokens from the size of the corpus and the tokens of a sample of it, where the records are not there yet."""
     forecast.tokens = round(_text_bytes(specs) * _tokens_per_byte(specs, tokenizer_dir, Path(settings.cache_dir)))
-    forecast.tokens = round(forecast.tokens * (1 - settings.validation_fraction))
+    return _with_rows(forecast, settings, ("tokens", "plan"))
+
+
+def _with_rows(forecast: DataForecast, settings: PandaSettings, stages: tuple[str, ...]) -> DataForecast:
+    """Rows that the estimated tokens fill, and the stages that come later."""
+    kept = 1 - settings.validation_fraction
+    forecast.stages += [Stage(name, 0, 1, "comes after the stage before it") for name in stages]
+    forecast.tokens = round(forecast.tokens * kept)
+    forecast.target_tokens = None if forecast.target_tokens is None else round(forecast.target_tokens * kept)
     forecast.rows = math.ceil(forecast.tokens / (settings.max_seq_length * USUAL_UTILISATION))
     return forecast
 

@@ -39,10 +39,11 @@ def _stages(plan: dict[str, Any]) -> list[tuple[str, str, str]]:
 def _training(plan: dict[str, Any]) -> list[tuple[str, str]]:
     data, course = plan["data"], plan["course"]
     about = "" if data["exact"] else "about "
+    targets = data["target_tokens"]
     rows = [
         ("rows", f"{about}{data['rows']:,}"),
         ("tokens in them", f"{about}{data['tokens']:,}"),
-        ("target tokens", "known once tokens exist" if data["target_tokens"] is None else f"{data['target_tokens']:,}"),
+        ("target tokens", "known once tokens exist" if targets is None else f"{about}{targets:,}"),
         ("padding", f"{about}{100 * course['padding']:.1f} %"),
         ("rows in a step", f"{course['rows_per_step']:,}"),
         ("optimizer steps", f"{about}{course['steps']:,} ({course['epochs']:.2f} epochs)"),

@@ -70,6 +70,17 @@ def test_estimates_come_near_and_numbers_are_exact_afterwards(workplace):
     assert estimated["data"]["tokens"] == pytest.approx(planned.report["tokens"], rel=1), "the right size"
 
 
+def test_estimates_from_a_sample_of_the_records(workplace):
+    prepare_as(settings())
+    chosen = settings(template="alpaca")
+    estimated = make_plan(chosen, None, None)["data"]
+    planned = prepare_as(chosen).report
+    duplicates = planned["dropped"]["duplicate"] / planned["accepted"]
+    assert not estimated["exact"]
+    assert estimated["tokens"] == pytest.approx(planned["tokens"], rel=0.1 + duplicates)
+    assert estimated["target_tokens"] == pytest.approx(planned["target_tokens"], rel=0.1 + duplicates)
+
+
 def test_why_a_stage_is_to_do(workplace):
     prepare_as(settings())
     plan = make_plan(settings(template="alpaca"), None, None)
