@@ -20,6 +20,7 @@ from urllib.parse import unquote, urlparse
 
 from training.mlflow_sync import connect
 from training.model_package import content_hash, link_tree, write_package
+from training.secrets import redact_text
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 KEY_TAG = "panda.key"
 RETRY_SECONDS = (2, 5, 10, 20, 40)
+FINAL_ERRORS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED")
 Result = TypeVar("Result")
 
 
@@ -51,14 +53,15 @@ def register(run_dir: Path, run_id: str, name: str, tags: dict[str, str], uri: s
 def patiently(action: Callable[[], Result]) -> Result:
     """Run an action that can be repeated, again while the server does not answer; the last error is raised."""
     from mlflow.exceptions import MlflowException
+    from requests import RequestException  # an upload through a server raises these as they are
 
     for seconds in RETRY_SECONDS:
         try:
             return action()
-        except MlflowException as error:
-            if error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED"):
+        except (MlflowException, RequestException) as error:
+            if getattr(error, "error_code", None) in FINAL_ERRORS:
                 raise
-            logger.warning("MLflow does not answer (%s); trying again in %s s", error, seconds)
+            logger.warning("MLflow does not answer (%s); trying again in %s s", redact_text(str(error)), seconds)
             time.sleep(seconds)
     return action()
 

@@ -162,7 +162,10 @@ def following(tracked: TrackedRun, interval_seconds: float = SYNC_SECONDS) -> It
 
 
 def _follow(tracked: TrackedRun, done: threading.Event, interval_seconds: float) -> None:
-    reconcile(tracked.run_dir.parent, tracked.uri)
+    try:
+        reconcile(tracked.run_dir.parent, tracked.uri)
+    except (OSError, ValueError, TypeError):  # a record of another version, or a directory that cannot be read
+        logger.warning("earlier runs in %s were not looked after", tracked.run_dir.parent, exc_info=True)
     pause = 0.0
     while not done.wait(pause):
         pause = interval_seconds if tracked.sync() else min(60.0, interval_seconds + 2 * pause)

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -162,6 +163,56 @@ def test_through_a_server_and_served_by_mlflow(output_dir):
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_the_middle_costs_time_only(output_dir, caplog):
+    """The server is killed while the model is uploaded, and comes back after five seconds."""
+    run_dir = output_dir / "run-1"
+    run_dir.mkdir()
+    save_full_model(run_dir / "model")
+    (run_dir / "model" / "large.bin").write_bytes(os.urandom(60_000_000))  # an upload of a while
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        with server(output_dir, port):
+            tracked = tracked_run(run_dir, f"http://127.0.0.1:{port}")
+            registered = pool.submit(register, run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
+            uploads = output_dir / "mlartifacts"
+            while not list(uploads.rglob("models/*")):  # the upload has begun
+                assert not registered.done()
+                time.sleep(0.01)
+        time.sleep(5)
+        with server(output_dir, port):
+            version = registered.result(timeout=120)
+            assert "trying again" in caplog.text
+            assert register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri) == version
+            assert len(versions(tracked.uri, "panda-tiny")) == 1
+            assert len(load_and_generate(version.uri, "hello", 3, tracked.uri)) > 0
+
+
+ALONE = """
+import sys
+import mlflow
+mlflow.set_tracking_uri(sys.argv[1])
+model = mlflow.pyfunc.load_model(sys.argv[2])
+print(repr(model.predict({"prompt": ["hello"]}, params={"max_new_tokens": 8})[0]))
+names = {name.partition(".")[0] for name in sys.modules}
+assert not names & {"training", "data_prep", "flows", "tasks", "configs", "prefect", "deepspeed"}, names
+"""
+
+
+def test_it_loads_without_this_project(run_dir, tmp_path):
+    """In an isolated interpreter elsewhere: nothing of the project can be imported, nothing of it is needed."""
+    model = save_full_model(run_dir / "model")
+    tracked = tracked_run(run_dir)
+    version = register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
+    command = [sys.executable, "-I", "-c", ALONE, tracked.uri, version.uri]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == repr(greedy(model, run_dir / "model", "hello", 8))
+    (requirements,) = (run_dir.parent / "mlartifacts").rglob("requirements.txt")
+    names = {line.partition("==")[0] for line in requirements.read_text().splitlines()}
+    assert names == {"mlflow", "torch", "transformers", "safetensors", "accelerate"}
 
 
 def ask(process: subprocess.Popen, port: int, request: dict, timeout_seconds: float = 120) -> dict:
