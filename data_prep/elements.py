@@ -90,10 +90,16 @@ class Elements:
             yield self.window.take_one(self.window.position, Reason.TRUNCATED_FILE)
 
     def _next_element(self) -> bool:
-        """Pass over separators and the ends of arrays. A second array after the first one is read like it."""
+        """Pass over separators and the ends of arrays.
+
+        An array right behind another is read like it; after `],` the bracket was a stray one and the array goes on.
+        """
         window = self.window
         while True:
-            end = _SEPARATORS.match(window.data, window.position).end()
+            start = window.position
+            end = _SEPARATORS.match(window.data, start).end()
+            if self.form == "array" and self.closed and b"," in window.data[start:end]:
+                self.closed = False
             window.skip(end)
             if end == len(window.data):
                 if not window.fill(self.size):
