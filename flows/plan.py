@@ -22,7 +22,7 @@ from flows.forecast import DataForecast, forecast_data
 from training import compatibility, machine
 from training.past_runs import Speed, newest_config, past_speed
 from training.settings import TrackingSettings, TrainSettings
-from training.source import base_checkpoint, named_delta, resolve_description
+from training.source import base_checkpoint, description
 
 TEXT = "Tell what a run would do, need and take: stages, rows, steps, memory, disk, hours. Nothing is trained."
 GB = 1e9
@@ -71,22 +71,21 @@ def make_plan(settings: PandaSettings, gpu_memory_gb: float | None, tokens_per_s
     checkpoint = base_checkpoint(settings)
     if checkpoint is None and settings.architecture is None:
         raise ConfigError([f"model={settings.model!r}: neither ckpt_path nor architecture says what to start from"])
-    described = settings.delta_base if checkpoint and named_delta(checkpoint) else checkpoint
-    description = resolve_description(described) if described else None
+    described = description(settings)
     last = newest_config(Path(settings.output_dir))
     train = TrainSettings.of(settings)
     target = target_of(train, gpu_memory_gb)
-    data = forecast_data(settings, description, last)
+    data = forecast_data(settings, described, last)
     course = course_of(data, train, target)
     speed = Speed(tokens_per_second, "as given") if tokens_per_second else _past_speed(settings, train)
     return {
         "model": settings.model,
-        "base": {"checkpoint": checkpoint, "here": description is not None or checkpoint is None},
+        "base": {"checkpoint": checkpoint, "here": described is not None or checkpoint is None},
         "target": asdict(target) | {"words": target.words},
         "stages": [asdict(stage) | {"reused": stage.reused} for stage in data.stages],
         "data": _data(data),
         "course": course,
-        **_size(settings, train, target, description),
+        **_size(settings, train, target, described),
         "speed": asdict(speed) if speed else None,
         "hours": course["tokens"] / speed.tokens_per_second / 3600 if speed else None,
     }
@@ -140,14 +139,14 @@ def course_of(data: DataForecast, settings: TrainSettings, target: Target) -> di
     }
 
 
-def _size(settings: PandaSettings, train: TrainSettings, target: Target, description: Path | None) -> dict[str, Any]:
+def _size(settings: PandaSettings, train: TrainSettings, target: Target, described: Path | None) -> dict[str, Any]:
     """Compatibility, memory and disk; memory is unknown for a model whose configuration is out of reach."""
     from training.model_shape import config_from
 
     nothing = {"parameters": None, "trainable": None, "memory": None, "fits": None, "change": None, "disk_bytes": None}
-    if description is None and settings.architecture is None:
+    if described is None and settings.architecture is None:
         return {"problems": compatibility.problems(train, {}, settings.packing), **nothing}
-    config = config_from(description, settings.architecture)
+    config = config_from(described, settings.architecture)
     known = config.to_dict() if base_checkpoint(settings) else None
     problems = compatibility.problems(train, known, settings.packing)
     return {"problems": problems, **_needs(settings, train, target, config, known)}

@@ -22,7 +22,7 @@ from data_prep.plan import PlanResult
 from data_prep.prepare import prepare as prepare_data
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenizer import DEFAULT_VOCAB_SIZE, LoadedTokenizer, load_tokenizer
-from training.source import base_checkpoint, find_checkpoint, resolve_checkpoint
+from training.source import base_checkpoint, description, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,7 @@ _WORLD = Switch("world_size", "Ranks of the run, to tell steps (1).", {"metavar"
 _MODELS = Switch("models", "Tell which registered versions were trained on it instead, and in which steps.")
 _DISCARD = Switch("discard", "Remove damaged directories; the next preparation builds just these again.")
 _FIELDS = {*CorpusSettings.model_fields, *TokenizeSettings.model_fields, *PackSettings.model_fields,
-           "model", "ckpt_path", "cache_dir", "output_dir"}  # fmt: skip
+           "model", "ckpt_path", "delta_base", "cache_dir", "output_dir"}  # fmt: skip
 _COURSE_FIELDS = {"per_gpu_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"}
 
 
@@ -126,7 +126,7 @@ def _prepare(settings: PandaSettings) -> tuple[PlanResult, LoadedTokenizer]:
     checkpoint = base_checkpoint(settings)
     directory = None
     if checkpoint is not None:
-        directory = find_checkpoint(checkpoint) or resolve_checkpoint(checkpoint)
+        directory = description(settings) or resolve_checkpoint(checkpoint)  # the latter says why there is none
     cache_dir = Path(settings.cache_dir)
     groups = CorpusSettings.of(settings), TokenizeSettings.of(settings), PackSettings.of(settings)
     vocab_size = int((settings.architecture or {}).get("vocab_size", 0)) or DEFAULT_VOCAB_SIZE

@@ -57,6 +57,22 @@ def resolve_checkpoint(ckpt_path: str, needs_tokenizer: bool = True) -> Path:
     return folder
 
 
+def description(settings: ModelSettings) -> Path | None:
+    """A directory with config and tokenizer of what training starts from; None from scratch, or out of reach.
+
+    No weights are downloaded for it. A delta without a tokenizer has that of its base.
+    """
+    checkpoint = base_checkpoint(settings)
+    folder = resolve_description(checkpoint) if checkpoint else None
+    if checkpoint and named_delta(checkpoint) and settings.delta_base and not (folder and has_tokenizer(folder)):
+        return resolve_description(settings.delta_base)
+    return folder
+
+
+def has_tokenizer(folder: Path) -> bool:
+    return any((folder / file).is_file() for file in TOKENIZER_FILES)
+
+
 def resolve_description(ckpt_path: str) -> Path | None:
     """A directory with the config and the tokenizer of a checkpoint, but perhaps no weights; None if out of reach."""
     try:
@@ -77,7 +93,7 @@ def missing_part(folder: Path, name: str, needs_tokenizer: bool) -> str | None:
         return "there is no config.json; a checkpoint in Hugging Face format is needed"
     if not any(folder.glob("*.safetensors")):
         return _no_weights(name)
-    if needs_tokenizer and not any((folder / file).is_file() for file in TOKENIZER_FILES):
+    if needs_tokenizer and not has_tokenizer(folder):
         return f"there is no tokenizer (one of {', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there"
     return None
 

@@ -6,7 +6,7 @@ import pytest
 
 from training.errors import CheckpointError
 from training.settings import ModelSettings
-from training.source import base_checkpoint, resolve_checkpoint
+from training.source import base_checkpoint, description, resolve_checkpoint
 
 COMPLETE = ("config.json", "model.safetensors", "tokenizer.json")
 
@@ -71,6 +71,17 @@ def test_incomplete(files, message):
     with pytest.raises(CheckpointError, match=r"ckpt_path='broken': there (is|are)") as caught:
         resolve_checkpoint("broken")
     assert message in str(caught.value)
+
+
+def test_a_delta_without_tokenizer_is_described_by_its_base():
+    base = make("base", COMPLETE[::2])
+    make("tuned-delta", COMPLETE[:2])
+    settings = ModelSettings(ckpt_path="tuned-delta", delta_base="base")
+    assert description(settings) == base
+    Path("tuned-delta/tokenizer.json").touch()
+    assert description(settings) == Path("tuned-delta").absolute()
+    assert description(ModelSettings(ckpt_path="owner/nowhere")) is None
+    assert description(ModelSettings()) is None
 
 
 @pytest.mark.parametrize(
