@@ -17,7 +17,6 @@ import json
 import re
 from collections.abc import Callable
 from functools import lru_cache, partial
-from typing import Any
 
 from jinja2 import TemplateError, nodes
 from jinja2.ext import Extension, LoopControlExtension
@@ -75,7 +74,7 @@ def chat_layout(render: Render, tokenizer: LoadedTokenizer, roles: Roles) -> Lay
     messages = messages_of(roles, [f" \n⟦text{index}⟧\n " for index in range(len(roles))])
     whole = _rendered(render, messages, False, roles)
     slots = [(match.span(), _slot(match)) for match in _MARK.finditer(whole)]
-    if [slot.index for _, slot in slots] != list(range(len(roles))):
+    if [slot.number for _, slot in slots] != list(range(len(roles))):
         raise _refused(roles, "it leaves out, repeats or reorders texts")
     pieces: list[Piece] = []
     ends: list[int] = []
@@ -114,7 +113,7 @@ def _target_end(whole: str, start: int, tokenizer: LoadedTokenizer, roles: Roles
         raise _refused(roles, "the text of an answer is part of its prompt")
     following = _MARK.search(whole, answer.end())
     stop = len(whole) if following is None else following.start()
-    texts = {tokenizer.special_text(token_id): token_id for token_id in tokenizer.stop_ids}
+    texts = {text: token_id for token_id in tokenizer.stop_ids if (text := tokenizer.special_text(token_id))}
     found = re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True)))).search(whole, answer.end(), stop)
     if found is None:
         raise _refused(roles, f"no stop token ({', '.join(texts)}) follows an answer: {whole[answer.end() : stop]!r}")

@@ -9,7 +9,7 @@ Cost: `tokenizers` 1.7 million tokens/s on two cores; fastokens 10-40 times that
 import itertools
 import logging
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -42,7 +42,7 @@ class Encoded:
 class Engine:
     """Encodes lists of texts, special tokens recognised, none added. Make it with `load_engine`."""
 
-    def __init__(self, core: Tokenizer, fast: object | None):
+    def __init__(self, core: Tokenizer, fast: Any):
         self.core = core
         self.fast = fast
 
@@ -65,7 +65,8 @@ def load_engine(core: Tokenizer, setting: Literal["auto", "reference"]) -> Engin
 
 def encode_reference(core: Tokenizer, texts: list[str]) -> Encoded:
     """Ids by `tokenizers`."""
-    parts, lengths = [], []
+    parts: list[np.ndarray] = []
+    lengths: list[int] = []
     for chunk in _chunks(texts):
         encodings = core.encode_batch_fast(chunk, add_special_tokens=False)
         lengths += map(len, encodings)
@@ -92,7 +93,7 @@ def _sample(texts: list[str]) -> list[int]:
     return short or [min(range(len(texts)), key=lambda i: len(texts[i]))]
 
 
-def _load_fast(core: Tokenizer) -> object | None:
+def _load_fast(core: Tokenizer) -> Any:
     try:
         import fastokens
 
@@ -107,7 +108,7 @@ def _load_fast(core: Tokenizer) -> object | None:
     return fast if same else None
 
 
-def _encode_fast(fast: object, texts: list[str]) -> Encoded | None:
+def _encode_fast(fast: Any, texts: list[str]) -> Encoded | None:
     try:
         ids, offsets = fast.encode_batch_flat(texts)
     except (ValueError, RuntimeError) as error:  # e.g. a byte the vocabulary lacks

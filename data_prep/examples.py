@@ -120,6 +120,7 @@ def _runs_by_layout(roles: pa.ListArray, texts: pa.ListArray, tokenizer: LoadedT
     text = texts.values.to_numpy(zero_copy_only=False)
     first_text = texts.offsets.to_numpy().astype(np.int64)
     alone = _records_with_special_text(texts, tokenizer)
+    assert template.layout is not None, "a template of layouts"
     groups = [(template.layout(pattern), pattern, records) for pattern, records in group_by_roles(roles)]
     runs = _empty_runs(len(roles), groups)
     for layout, pattern, records in groups:
@@ -139,10 +140,11 @@ def _runs_by_layout(roles: pa.ListArray, texts: pa.ListArray, tokenizer: LoadedT
 
 
 def _runs_by_record(roles: pa.ListArray, texts: pa.ListArray, tokenizer: LoadedTokenizer, template: Template) -> Runs:
+    assert template.segments is not None, "a template of segments"
     made = []
-    for number, record in enumerate(zip(roles.to_pylist(), texts.to_pylist(), strict=True)):
+    for number, (its_roles, its_texts) in enumerate(zip(roles.to_pylist(), texts.to_pylist(), strict=True)):
         with _naming(number):
-            made.append(template.segments(*record))
+            made.append(template.segments(its_roles, its_texts))
     runs = _empty_runs(len(made), [(layout, (), np.array([i])) for i, (layout, _) in enumerate(made)])
     pattern = re.compile(special_pattern(tokenizer.special_ids) or r"(?!)")
     for record, (layout, slots) in enumerate(made):
@@ -177,13 +179,13 @@ def _texts_of(run: Run, text: np.ndarray, first_text: np.ndarray) -> np.ndarray 
     if not run.parts:
         return ""
     if len(run.parts) == 1 and isinstance(run.parts[0], Slot) and not any(run.parts[0][1:]):
-        return text[first_text + run.parts[0].index]
+        return text[first_text + run.parts[0].number]
     columns = []
     for part in run.parts:
         if isinstance(part, str):
             columns.append([part] * len(first_text))
         else:
-            column = text[first_text + part.index].tolist()
+            column = text[first_text + part.number].tolist()
             columns.append([Slot(0, *part[1:]).of([value]) for value in column] if any(part[1:]) else column)
     return np.array(["".join(parts) for parts in zip(*columns, strict=True)], dtype=object)
 

@@ -41,12 +41,12 @@ class Role(IntEnum):
 class Slot(NamedTuple):
     """A text of the record, with white space stripped where a chat template strips it."""
 
-    index: int
+    number: int
     strip_left: bool = False
     strip_right: bool = False
 
     def of(self, texts: list[str]) -> str:
-        text = texts[self.index]
+        text = texts[self.number]
         text = text.lstrip() if self.strip_left else text
         return text.rstrip() if self.strip_right else text
 

@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
@@ -86,7 +86,7 @@ class Recipe:
     tokenizer_dir: Path
     cache_dir: Path
     template: str  # JSON of the setting, so that a recipe can be a key
-    engine: str
+    engine: Literal["auto", "reference"]
 
 
 @dataclass(frozen=True)

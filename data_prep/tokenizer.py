@@ -51,7 +51,7 @@ class LoadedTokenizer:
 
     def special_text(self, token_id: int) -> str:
         """The text of a token, as a template writes it."""
-        return self.core.id_to_token(token_id)
+        return self.core.id_to_token(token_id) or ""
 
 
 def load_tokenizer(directory: Path, cache_dir: Path | None = None) -> LoadedTokenizer:
@@ -184,9 +184,9 @@ def _token_text(value: Any) -> str | None:
 def _stop_ids(directory: Path, core: Tokenizer, config: dict[str, Any]) -> list[int]:
     """eos first, then the other ids at which generation stops."""
     ids: list[int] = []
-    text = _token_text(config.get("eos_token"))
-    if text is not None and core.token_to_id(text) is not None:
-        ids.append(core.token_to_id(text))
+    eos = core.token_to_id(_token_text(config.get("eos_token")) or "")
+    if eos is not None:
+        ids.append(eos)
     for name in _ID_FILES:
         declared = _json(directory / name).get("eos_token_id")
         ids += declared if isinstance(declared, list) else [] if declared is None else [declared]

@@ -25,6 +25,7 @@ from data_prep.shown import Shown, as_terminal, show_example
 from data_prep.template import Role
 from data_prep.tokenizer import LoadedTokenizer
 
+_EXPLANATIONS = {reason.value: reason.explanation for reason in Reason}
 MAX_FOUND = 20
 MAX_QUARANTINE = 2000  # bytes of a rejected record that are shown
 
@@ -163,7 +164,7 @@ def _story(opened: _Opened, index: int, tokenizer: LoadedTokenizer, course: Cour
     return Story(
         place=place,
         entry={**entry, "hash": entry["hash"].hex() if entry["hash"] else None},
-        explanation="" if entry["reason"] is None else Reason(entry["reason"]).explanation,
+        explanation="" if entry["reason"] is None else _EXPLANATIONS[entry["reason"]],
         texts=_texts(opened.records_dir(entry["shard"]), entry["example"]) if known else [],
         raw=None if known else _raw(opened, index),
         first=_kept(opened, entry) if entry["reason"] == Reason.DUPLICATE else None,
