@@ -12,10 +12,13 @@ from configs.command import configure
 from configs.flags import CONF_PATH, JSON, VERBOSE, Switch
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
+from training.mlflow_sync import connect
+from training.secrets import redact_text
 from training.settings import TrackingSettings
 from training.tracking import tracking_uri
-from training.versions import Registry
+from training.versions import Registry, RegistryError
 
+SHOWN_CHARS = 160
 FIELDS = {"output_dir", "cache_dir", "mlflow_tracking_uri"}
 
 
@@ -48,7 +51,22 @@ def parse_verb(
             raise PandaError(f"usage: {usage} [--flag value ...]")
     line, loaded = configure(usage, text, argv[len(words) :], [*switches, CONF_PATH, JSON, VERBOSE], FIELDS | fields)
     uri = tracking_uri(TrackingSettings.of(loaded.settings), Path(loaded.settings.output_dir))
+    _check_there(uri)
     return Verb(words, line.switches, loaded.settings, Registry(uri))
+
+
+def _check_there(uri: str) -> None:
+    """MLflow would create a missing database, and answers for a missing server with a traceback."""
+    other = "name another with --output_dir or --mlflow_tracking_uri"
+    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+        raise RegistryError(f"there is no registry at {uri} yet: a run makes it; {other}")
+    from mlflow.exceptions import MlflowException
+
+    try:
+        connect(uri).search_registered_models(max_results=1)
+    except MlflowException as error:
+        reason = str(error).splitlines()[0][:SHOWN_CHARS]
+        raise RegistryError(redact_text(f"MLflow at {uri} does not answer ({reason}); start it, or {other}")) from error
 
 
 def _words(argv: list[str]) -> list[str]:

@@ -17,9 +17,7 @@ from training.versions import Registry
 __all__ = ["empty_database", "output_dir"]
 
 REAL = Path(os.environ.get("PANDA_REAL_CORPORA", Path(__file__).parents[2] / "shared" / "data" / "real"))
-pytestmark = pytest.mark.skipif(
-    not REAL.is_dir(), reason="the real corpora are not on this machine (PANDA_REAL_CORPORA)"
-)
+with_real_corpora = pytest.mark.skipif(not REAL.is_dir(), reason="no real corpora here (PANDA_REAL_CORPORA)")
 
 
 @pytest.fixture
@@ -41,6 +39,7 @@ def panda(project, capsys):
     return run
 
 
+@with_real_corpora
 def test_lineage_and_takedown_of_a_chosen_line(project, panda):
     first = add_version(project, "run-1", 3)
     plan = open_plan(read_config(first.run_dir / "config.yaml").plan_dir, "train")
@@ -72,6 +71,7 @@ def test_lineage_and_takedown_of_a_chosen_line(project, panda):
     assert not by_uri[second.version.uri]["trained"] and by_uri[second.version.uri]["certain"]
 
 
+@with_real_corpora
 def test_a_line_is_trained_in_the_steps_that_are_told(project, panda):
     """Of a line of the first step: its steps, the tag with them, and the count in `panda models`."""
     from data_prep.order import rows_of_step
@@ -89,6 +89,7 @@ def test_a_line_is_trained_in_the_steps_that_are_told(project, panda):
     assert panda("models")["versions"] == [listed]
 
 
+@with_real_corpora
 def test_several_records_need_a_decision(project, capsys):
     project.plan()
     places = ["--output_dir", str(project.output_dir), "--cache_dir", str(project.cache_dir)]
@@ -102,3 +103,16 @@ def test_several_records_need_a_decision(project, capsys):
     assert "give FILE:LINE first, or --text TEXT" in capsys.readouterr().err
     assert main(["promote", *places[:4]]) == 2
     assert "usage: panda promote VERSION" in capsys.readouterr().err
+
+
+def test_no_registry_is_said_and_none_is_made(tmp_path, capsys):
+    assert main(["models", "--output_dir", str(tmp_path)]) == 2
+    assert "there is no registry at sqlite:///" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.slow
+def test_a_server_that_is_down_is_said_in_one_line(capsys):
+    assert main(["models", "--mlflow_tracking_uri", "http://me:secret@127.0.0.1:9"]) == 2
+    said = capsys.readouterr().err
+    assert "does not answer" in said and "secret" not in said and "Traceback" not in said

@@ -88,15 +88,16 @@ def _owner_of_files(registry: Registry, model_dir: Path) -> str | None:
     return next((sources[part] for part in model_dir.absolute().parts if part in sources), None)
 
 
-def ancestry(registry: Registry, version: Version) -> Iterator[Version]:
-    """The version, its parent, and so on."""
-    visited = set()
-    while version.uri not in visited:
-        visited.add(version.uri)
+def ancestry(version: Version, versions: list[Version]) -> Iterator[Version]:
+    """The version, its parent, and so on, as far as they are still registered."""
+    by_uri = {one.uri: one for one in versions}
+    while True:
         yield version
-        if PARENT_TAG not in version.tags:
+        by_uri.pop(version.uri, None)
+        parent = by_uri.get(version.tags.get(PARENT_TAG, ""))
+        if parent is None:
             return
-        version = registry.resolve(version.tags[PARENT_TAG])
+        version = parent
 
 
 def corpus_files(plan_dir: Path) -> list[dict[str, Any]]:
@@ -111,15 +112,15 @@ def describe(registry: Registry, version: Version, cache_dir: Path) -> dict[str,
     config = config_of(registry, version)
     plan_dir = plan_of(version, config, cache_dir)
     corpus = registry.json_artifact(version, CORPUS_REPORT)
-    run = registry.client.get_run(version.run_id).data
+    run_tags = registry.client.get_run(version.run_id).data.tags if version.run_id else {}
     return {
         "version": version.uri,
         "aliases": version.aliases,
         "parent": version.tags.get(PARENT_TAG),
-        "ancestors": [one.uri for one in ancestry(registry, version)][1:],
+        "ancestors": [one.uri for one in ancestry(version, registry.versions())][1:],
         "run_id": version.run_id,
-        "run_dir": run.tags.get("panda.run_dir"),
-        "code": {name: run.tags.get(tag) for name, tag in CODE_TAGS.items()},
+        "run_dir": run_tags.get("panda.run_dir"),
+        "code": {name: run_tags.get(tag) for name, tag in CODE_TAGS.items()},
         "base": config.get("paths", {}).get("model_dir"),
         "plan": {"fingerprint": version.tags.get("panda.plan"), "path": str(plan_dir) if plan_dir else None},
         "corpus": {"fingerprint": version.tags.get("panda.corpus"), "files": [_state(file) for file in corpus]},
@@ -202,18 +203,20 @@ def find_text(text: str, cache_dir: Path) -> list[Found]:
 
 def versions_trained_on(registry: Registry, content: str, cache_dir: Path) -> list[Seen]:
     """Every version and what it has to do with the record of this hash; parents are followed."""
-    direct = {version.uri: _direct(registry, version, content, cache_dir) for version in registry.versions()}
-    return [_with_parents(registry, version, direct) for version in registry.versions()]
+    versions = registry.versions()
+    direct = {version.uri: _direct(registry, version, content, cache_dir) for version in versions}
+    return [_with_parents(version, versions, direct) for version in versions]
 
 
-def _with_parents(registry: Registry, version: Version, direct: dict[str, Seen]) -> Seen:
+def _with_parents(version: Version, versions: list[Version], direct: dict[str, Seen]) -> Seen:
     mine = direct[version.uri]
     if mine.trained:
         return mine
-    for parent in list(ancestry(registry, version))[1:]:
+    line = list(ancestry(version, versions))
+    for parent in line[1:]:
         if direct[parent.uri].trained:
             return Seen(**{**asdict(mine), "trained": True, "certain": True, "through": parent.uri})
-    unsure = [one.uri for one in ancestry(registry, version) if not direct[one.uri].certain]
+    unsure = [one.uri for one in line if not direct[one.uri].certain]
     return Seen(**{**asdict(mine), "certain": not unsure, "note": mine.note or _unsure_note(unsure)})
 
 
