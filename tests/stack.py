@@ -59,11 +59,15 @@ class Stack:
         places = {
             "instruction_tuning_data_dir": str(self.folder / "dataset" / "instruction_tuning"),
             "pretraining_data_dir": str(self.folder / "dataset" / "pretraining"),
-            "output_dir": str(self.folder / "outputs"),
+            "output_dir": str(self.outputs(name)),
             "cache_dir": str(self.folder / "cache"),
         }
         path.write_text(yaml.safe_dump({**SETTINGS, **places, **settings}))
         return str(path)
+
+    def outputs(self, name: str) -> Path:
+        """Where the runs of a configuration are."""
+        return self.folder / "outputs" / name
 
     def start(self, conf_path: str, **parameters: Any) -> UUID:
         """`prefect deployment run panda-train/default`; returns the id of the flow run."""
@@ -103,19 +107,19 @@ class Stack:
             found = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id={"any_": [flow_run_id]}))
         return {artifact.key: artifact.data for artifact in found}
 
-    def wait_until_training(self, flow_run_id: UUID, steps: int, timeout: float = 240) -> Path:
+    def wait_until_training(self, flow_run_id: UUID, name: str, steps: int, timeout: float = 240) -> Path:
         """Until so many optimizer steps are done; returns the run directory."""
 
         def trained() -> bool:
             state = self.flow_run(flow_run_id).state
             assert not state.is_final(), f"{state.name}: {state.message}\n{self.logs(flow_run_id)}"
-            return self.processes(flow_run_id) and num_steps(self.newest_run()) >= steps
+            return self.processes(flow_run_id) and num_steps(self.newest_run(name)) >= steps
 
         wait_for(trained, timeout, f"{steps} steps of training")
-        return self.newest_run()
+        return self.newest_run(name)
 
-    def newest_run(self) -> Path | None:
-        runs = sorted((self.folder / "outputs").glob("*/config.yaml"))
+    def newest_run(self, name: str) -> Path | None:
+        runs = sorted(self.outputs(name).glob("*/config.yaml"))
         return runs[-1].parent if runs else None
 
     def processes(self, flow_run_id: UUID) -> list[psutil.Process]:
@@ -169,7 +173,7 @@ def running_stack(folder: Path) -> Iterator[Stack]:
     }
     stack = Stack(folder, env)
     try:
-        outputs = str(folder / "outputs")
+        outputs = str(stack.outputs("short"))
         done = stack.panda("up", "--mlflow_port", str(mlflow_port), "--output_dir", outputs)
         assert done.returncode == 0, done.stdout + done.stderr
         yield stack

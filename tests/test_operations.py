@@ -5,6 +5,7 @@ import re
 import signal
 
 import pytest
+from prefect.client.schemas.actions import DeploymentUpdate
 
 from data_prep.sample import write_sample
 from tests.stack import Stack, flow_run_id, running_stack, wait_for
@@ -103,25 +104,27 @@ class TestRun:
 class TestSchedule:
     def test_scheduled_run_of_an_old_corpus_is_skipped(self, stack, first):
         """Also finds out whether the server schedules at all: with SQLAlchemy 2.1 it silently does not."""
-        conf = stack.config("short", max_steps=6)
-        with stack.client() as client:
-            from datetime import timedelta
-
-            from prefect.client.schemas.schedules import IntervalSchedule
-
-            deployment = client.read_deployment_by_name("panda-train/default")
-            every_minute = IntervalSchedule(interval=timedelta(seconds=20))
-            [schedule] = client.create_deployment_schedules(deployment.id, [(every_minute, True)])
-            client.update_deployment(deployment.id, {"parameters": {"conf_path": conf}})
+        name = "panda-train/default"
+        self.default_parameters(stack, {"conf_path": stack.config("short", max_steps=6)})
+        done = stack.prefect("deployment", "schedule", "create", name, "--interval", "20", "--timezone", "UTC")
+        assert done.returncode == 0, done.stdout + done.stderr
         try:
             wait_for(lambda: self.ended(stack), 240, "a scheduled run")
         finally:
             with stack.client() as client:
-                client.delete_deployment_schedule(deployment.id, schedule.id)
-                client.update_deployment(deployment.id, {"parameters": {}})
+                deployment = client.read_deployment_by_name(name)
+                for schedule in deployment.schedules:
+                    if schedule.slug != "weekly":
+                        client.delete_deployment_schedule(deployment.id, schedule.id)
+            self.default_parameters(stack, {})
         state = self.ended(stack)[0].state
         assert (state.type.value, state.name) == ("COMPLETED", "SkippedNoNewData"), state.message
         assert "models:/panda-panda-tiny/1" in state.message
+
+    def default_parameters(self, stack, parameters):
+        with stack.client() as client:
+            deployment = client.read_deployment_by_name("panda-train/default")
+            client.update_deployment(deployment.id, DeploymentUpdate(parameters=parameters))
 
     def ended(self, stack):
         with stack.client() as client:
@@ -132,7 +135,7 @@ class TestSchedule:
 class TestEnds:
     def test_cancel_leaves_no_process_and_a_checkpoint(self, stack, first):
         run = stack.start(stack.config("cancelled", **LONG), until_stage="train")
-        run_dir = stack.wait_until_training(run, 3)
+        run_dir = stack.wait_until_training(run, "cancelled", 3)
         assert len(stack.processes(run)) >= 3  # engine, supervisor, rank
         stack.prefect("flow-run", "cancel", str(run))
         assert wait_for(lambda: not stack.processes(run), 60, "the end of all processes") < 35
@@ -141,14 +144,14 @@ class TestEnds:
 
     def test_killed_flow_is_crashed_and_the_next_run_resumes(self, stack, first):
         run = stack.start(stack.config("killed", **LONG), until_stage="train")
-        run_dir = stack.wait_until_training(run, 12)
+        run_dir = stack.wait_until_training(run, "killed", 12)
         engine = next(process for process in stack.processes(run) if "prefect.engine" in process.cmdline())
         engine.send_signal(signal.SIGKILL)
         wait_for(lambda: not stack.processes(run), 40, "the end of all processes")
         assert stack.end_of(run, 120).type.value == "CRASHED"
         again = stack.start(stack.config("killed", **LONG), until_stage="train")
-        stack.wait_until_training(again, 1)
-        assert stack.newest_run() == run_dir
+        stack.wait_until_training(again, "killed", 1)
+        assert stack.newest_run("killed") == run_dir
         wait_for(lambda: "was not finished: going on with it" in stack.logs(again), 30, "the log to say so")
         self.kill_the_worker(stack, again)
 
@@ -162,7 +165,7 @@ class TestEnds:
 
     def test_lost_rank_is_retried_from_the_checkpoint(self, stack, first):
         run = stack.start(stack.config("lost", max_steps=400, save_steps=5, num_processes=2), until_stage="train")
-        stack.wait_until_training(run, 8)
+        stack.wait_until_training(run, "lost", 8)
         rank = next(process for process in stack.processes(run) if process.environ().get("RANK") == "1")
         rank.send_signal(signal.SIGKILL)
         state = stack.end_of(run)
