@@ -30,7 +30,7 @@ class Ended(Exception):
     report = ExitReport(ExitReason.completed)
 
     def __init__(self, name: str, message: str, summary: dict[str, Any]):
-        self.name, self.message, self.summary = name, message, summary
+        self.name, self.summary = name, told(summary, name, message)
         super().__init__(message)
 
 
@@ -48,11 +48,14 @@ def failed(error: PandaError) -> State[Any]:
     return Failed(name=NAMES[reason], message=str(error), data=error)
 
 
-def completed(summary: dict[str, Any], name: str | None = None, message: str | None = None) -> State[Any]:
-    """The summary is the result; it says itself how the run ended."""
-    message = message or _message(summary)
-    result = {**summary, "outcome": {"name": name or "Completed", "message": message}}
-    return Completed(name=name, message=message, data=result)
+def told(summary: dict[str, Any], name: str = "Completed", message: str | None = None) -> dict[str, Any]:
+    """The summary, which says itself how the run ended."""
+    return {**summary, "outcome": {"name": name, "message": message or _message(summary)}}
+
+
+def completed(summary: dict[str, Any]) -> State[Any]:
+    """A summary that has been told its outcome is the result of the run."""
+    return Completed(**summary["outcome"], data=summary)
 
 
 def _message(summary: dict[str, Any]) -> str:

@@ -35,7 +35,8 @@ def panda_evaluate(**parameters: Any) -> State[Any]:
     except PandaError as error:
         return outcome.failed(error)
     message = ", ".join(f"{source} {loss:.4f}" for source, loss in losses["after"].items())
-    return outcome.completed({"run_dir": str(run.path), "losses": losses}, "Evaluated", f"held-out loss: {message}")
+    summary = {"run_dir": str(run.path), "losses": losses}
+    return outcome.completed(outcome.told(summary, "Evaluated", f"held-out loss: {message}"))
 
 
 def _trained(run: Path) -> dict[str, Any]:

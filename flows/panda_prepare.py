@@ -38,12 +38,12 @@ def panda_prepare(**parameters: Any) -> State[Any]:
     try:
         prepared = prepare_data(configure(parameters).settings, watch)
     except Ended as end:
-        return outcome.completed(end.summary, end.name, end.message)
+        return outcome.completed(end.summary)
     except PandaError as error:
         return outcome.failed(error)
     report = prepared.plan.report
     message = f"{report['rows']:,} rows, {report['target_tokens']:,} target tokens in {prepared.plan.path}"
-    return outcome.completed({"data": report, "seconds": watch.seconds}, "Prepared", message)
+    return outcome.completed(outcome.told({"data": report, "seconds": watch.seconds}, "Prepared", message))
 
 
 panda_prepare = flow_of_settings(

@@ -48,7 +48,7 @@ def panda_train(**parameters: Any) -> State[Any]:
             return Cancelled(name="SkippedStillRunning", message=late)
         return outcome.completed(run_stages(configure(parameters).settings))
     except Ended as end:
-        return outcome.completed(end.summary, end.name, end.message)
+        return outcome.completed(end.summary)
     except PandaError as error:
         return outcome.failed(error)
 
@@ -67,7 +67,7 @@ def run_stages(settings: PandaSettings) -> dict[str, Any]:
             raise Ended("SkippedNoNewData", skip, {"data": prepared.plan.report, "seconds": watch.seconds})
         run, resume = open_run(settings, prepared)
     try:
-        summary = train_and_register(settings, run, prepared, resume, watch)
+        summary = outcome.told(train_and_register(settings, run, prepared, resume, watch))
     except Ended as end:
         if end.name == "NotApproved":  # decided: no other run is to go on with it
             run_dir.write_summary(run, end.summary)
