@@ -112,7 +112,9 @@ def test_a_version_is_exported_with_its_card(run_dir, tmp_path):
     report = {"records_in": 12, "accepted": 10, "rejected": {"empty_target": 2}, "dropped": {}}
     (run_dir / "report").mkdir()
     (run_dir / "report" / "data.json").write_text(json.dumps(report))
-    (run_dir / "config.yaml").write_text("model: tiny\nlearning_rate: 0.001\ncache_dir: /gone\npaths: {plan_dir: /gone}\n")
+    (run_dir / "config.yaml").write_text(
+        "model: tiny\nlearning_rate: 0.001\ncache_dir: /gone\npaths: {plan_dir: /gone}\n"
+    )
     (run_dir / "gate.json").write_text(json.dumps({"slices": [], "reasons": ["first version"]}))
     tracked = tracked_run(run_dir)
     tags = {"panda.corpus": "c" * 32, "eval_loss.instruction": "1.25"}

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+import uuid
 from pathlib import Path
 
 import psutil
@@ -20,11 +21,13 @@ from training.settings import TrainSettings
 from training.stall import StallWatch
 
 WORKER = "tests.training.ranks"
+MARK = "PANDA_TEST_MARK"
 
 
 @pytest.fixture(autouse=True)
-def nothing_left():
-    """Processes are counted before and after every test."""
+def nothing_left(monkeypatch):
+    """Processes are counted before and after every test; all it starts inherit a mark, wherever they go."""
+    monkeypatch.setenv(MARK, uuid.uuid4().hex)
     me = psutil.Process()
     before = {child.pid for child in me.children(recursive=True)}
     yield
@@ -33,11 +36,13 @@ def nothing_left():
 
 
 def ranks_alive() -> list[int]:
-    """Pids of processes of these tests' workers, or started by them, wherever they hang in the tree now."""
+    """Pids of processes this test has started, or they, wherever they hang in the tree now."""
+    me = os.getpid()
     found = []
     for process in psutil.process_iter():
         try:
-            if "PANDA_OWNED" in process.environ() and process.status() != psutil.STATUS_ZOMBIE:
+            marked = process.environ().get(MARK) == os.environ[MARK]
+            if marked and process.pid != me and process.status() != psutil.STATUS_ZOMBIE:
                 found.append(process.pid)
         except psutil.Error:
             continue
@@ -176,7 +181,7 @@ launch_worker(sys.argv[2], Path(sys.argv[1]), settings, Listener(print, print), 
 def test_nothing_survives_the_parent(tmp_path, behaviour, how):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"behaviour": {0: behaviour, 1: behaviour}}))
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), WORKER], stdout=subprocess.DEVNULL)
-    wait_until(lambda: len(ranks_alive()) >= (7 if behaviour == "spawn_daemons" else 3), 20)
+    wait_until(lambda: len(ranks_alive()) >= (8 if behaviour == "spawn_daemons" else 4), 20)
     time.sleep(0.5)
     parent.send_signal(how)
     parent.wait()
