@@ -28,9 +28,12 @@ def corpus(tmp_path):
 MISTAKES = {
     "misspelt flag": (["--learing_rate", "1"], ["--learing_rate", "did you mean --learning_rate"]),
     "stray word": (["llama-7b"], ["'llama-7b'", "neither a flag nor"]),
-    "several wrong values": (["--learning_rate", "-1", "--max_seq_length", "x"], ["learning_rate='-1'", "max_seq_length='x'"]),
+    "several wrong values": (
+        ["--learning_rate", "-1", "--max_seq_length", "x"],
+        ["learning_rate=-1: must be a number > 0", "max_seq_length=x: must be a whole number >= 8"],
+    ),
     "unknown model": (["--model", "lama-7b"], ["'lama-7b'", "did you mean llama-7b"]),
-    "unknown preset": (["--preset", "lorra"], ["'lorra'", "did you mean lora"]),
+    "unknown preset": (["--preset", "lorra"], ["preset=lorra", "one of lora, qlora, full", "did you mean lora"]),
     "two kinds of warm-up": (["--warmup_steps", "3", "--warmup_proportion", "0.1"], ["contradict"]),
     "no corpus anywhere": (["--model", "llama-7b"], ["no corpus", "--instruction_tuning_data_dir"]),
     "missing corpus": (["--instruction_tuning_data_dir", "nowhere"], ["'nowhere'", "does not exist"]),
