@@ -1,16 +1,16 @@
 """Seconds of an optimizer step: ours against a bare PyTorch loop over the same rows, and target tokens/s against TRL.
 
-In: a checkpoint directory, real instruction records. Out: a table of ratios. Contenders of `bare` take turns,
-step by step in one process; contenders of `trl` are processes that run one after another. CPU seconds are given beside wall seconds,
-because they hardly change when the machine is busy.
+In: a checkpoint directory, real instruction records. Out: a table of ratios. Contenders of `bare` take turns, step by
+step in one process; contenders of `trl` are processes that run one after another. CPU seconds are given beside wall
+seconds, because they hardly change when the machine is busy.
 
     python -m benchmarks.train_step bare --model-dir DIR --real ../shared/data/real
     python -m benchmarks.train_step trl  --model-dir DIR --real ../shared/data/real
 
 `bare` does the same forward, backward, clipping and AdamW update on the same rows, without engine, loader, metrics and
 checkpoints. TRL is measured with its defaults and with the settings that make it fastest here (packing, no gradient
-checkpointing, one packed row a micro-batch); model, float32 and sequence length are the same. A target token is one that
-contributes to the loss.
+checkpointing, one packed row a micro-batch); model, float32 and sequence length are the same. A target token is one
+that contributes to the loss.
 """
 
 import argparse
@@ -30,8 +30,6 @@ import yaml
 from data_prep.prepare import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 
-ACCUMULATION = 4
-
 
 def main() -> None:
     """Command line."""
@@ -40,9 +38,25 @@ def main() -> None:
     parser.add_argument("--model-dir", type=Path, required=True)
     parser.add_argument("--real", type=Path, required=True, help="directory with instruction_tuning/*.json")
     parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
+    parser.add_argument("--layers", type=int, default=0, help="keep only the first layers of the model; 0 = all")
+    parser.add_argument("--zero-stage", type=int, default=2)
+    parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of one row in a step")
     parser.add_argument("--steps", type=int, default=6, help="measured steps, after one that is not")
     given = parser.parse_args()
+    if given.layers:
+        given.model_dir, given.layers = shortened(given.model_dir, given.layers), 0
     CONTENDERS[given.what](given)
+
+
+def shortened(model_dir: Path, layers: int) -> Path:
+    """The same checkpoint with its first layers only: the same kind of work in less time."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    target = Path(tempfile.gettempdir(), "panda-benchmark", f"{model_dir.name}-{layers}-layers")
+    if not (target / "config.json").is_file():
+        AutoModelForCausalLM.from_pretrained(model_dir, num_hidden_layers=layers).save_pretrained(target)
+        AutoTokenizer.from_pretrained(model_dir).save_pretrained(target)
+    return target
 
 
 def bare(given: argparse.Namespace) -> None:
@@ -80,7 +94,7 @@ def write_config(given: argparse.Namespace) -> Path:
     plan = prepare(corpus, TokenizeSettings(), pack, given.model_dir, Path(tempfile.gettempdir(), "panda-benchmark"))
     run_dir = Path(tempfile.mkdtemp(prefix="panda-run-"))
     config = {
-        "zero_stage": 2, "per_gpu_train_batch_size": 1, "gradient_accumulation_steps": ACCUMULATION,
+        "zero_stage": given.zero_stage, "gradient_accumulation_steps": given.accumulation,
         "num_train_epochs": 100, "learning_rate": 1e-5, "max_grad_norm": 1.0, "adam_betas": [0.9, 0.99],
         "paths": {
             "plan_dir": str(plan.path), "model_dir": str(given.model_dir), "tokenizer_dir": str(given.model_dir),
@@ -160,6 +174,7 @@ def against_trl(given: argparse.Namespace) -> None:
     rates = {}
     for name in ("ours-alone", "trl-default", "trl-packed"):
         arguments = [name, "--model-dir", given.model_dir, "--real", given.real, "--length", given.length]
+        arguments += ["--accumulation", given.accumulation, "--zero-stage", given.zero_stage]
         command = [sys.executable, "-m", "benchmarks.train_step", *map(str, arguments), "--steps", str(given.steps)]
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rates[name] = json.loads(output.splitlines()[-1])
@@ -192,7 +207,7 @@ def trl_default(given: argparse.Namespace) -> None:
 def trl_packed(given: argparse.Namespace) -> None:
     """The fastest settings found for it on a CPU."""
     packed = {"packing": True, "gradient_checkpointing": False, "per_device_train_batch_size": 1}
-    run_trl(given, {**packed, "gradient_accumulation_steps": ACCUMULATION})
+    run_trl(given, {**packed, "gradient_accumulation_steps": given.accumulation})
 
 
 def run_trl(given: argparse.Namespace, settings: dict) -> None:

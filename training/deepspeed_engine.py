@@ -72,6 +72,17 @@ def zero_config(settings: TrainSettings, ranks: Ranks, num_trained: int) -> dict
     }
 
 
+def effective(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
+    """On one rank ZeRO shards nothing but still copies weights and gradients every step: stage 0 gives the same.
+
+    Not in bfloat16, where the stages differ in what they keep, nor with offload, which lives in ZeRO.
+    """
+    alone = ranks.world_size == 1 and not (settings.offload_optimizer or settings.offload_parameters)
+    if not alone or uses_bf16(settings, ranks):
+        return settings
+    return settings.model_copy(update={"zero_stage": 0})
+
+
 @dataclass
 class DeepSpeedEngine:
     """See `training.engine.Engine`."""
@@ -88,11 +99,14 @@ class DeepSpeedEngine:
     def build(cls, module: nn.Module, settings: TrainSettings, ranks: Ranks) -> "DeepSpeedEngine":
         """Wrap the model; DeepSpeed moves it to the device and shards it."""
         deepspeed = import_deepspeed()
+        settings = effective(settings, ranks)
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
         base = build_optimizer(module.named_parameters(), settings)
         num_trained = sum(parameter.numel() for _, parameter in trainable(module))
         config = zero_config(settings, ranks, num_trained)
         engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=config)
+        if ranks.world_size == 1 and not settings.zero_stage:
+            engine.enable_backward_allreduce = False  # it would copy all gradients to a buffer and back
         return cls(
             module=module,
             ranks=ranks,

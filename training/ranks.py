@@ -52,7 +52,7 @@ def this_rank() -> Ranks:
     rank = int(os.environ.setdefault("RANK", "0"))
     world_size = int(os.environ.setdefault("WORLD_SIZE", "1"))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
-    os.environ.setdefault("MASTER_PORT", "29500")
+    os.environ.setdefault("MASTER_PORT", "29500" if world_size > 1 else "0")  # alone: any free port
     return Ranks(rank, local_rank, world_size, device)
 
 
