@@ -1,10 +1,14 @@
 """Operations for real: a stack brought up by `panda up`, runs by the very commands of the documentation."""
 
+import json
 import os
 import re
 import signal
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
+from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.schemas.actions import DeploymentUpdate
 
 from data_prep.sample import write_sample
@@ -171,6 +175,50 @@ class TestEnds:
         state = stack.end_of(run)
         assert (state.type.value, state.name) == ("COMPLETED", "Stopped")
         assert "resum" in stack.logs(run).lower()
+
+
+class TestPeople:
+    @pytest.fixture
+    def webhook(self, stack):
+        """(name of a notification block, what was sent to it)."""
+        received: list[dict] = []
+
+        class Receiver(BaseHTTPRequestHandler):
+            def do_POST(self):
+                received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_):
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/"
+        with stack.client():
+            block = CustomWebhookNotificationBlock(
+                name="test", url=url, method="POST", json_data={"subject": "{{subject}}", "body": "{{body}}"}
+            )
+            block.save("test", overwrite=True)
+        yield "custom-webhook/test", received
+        server.shutdown()
+
+    def test_failure_is_told(self, stack, webhook):
+        block, received = webhook
+        stack.end_of(stack.start(stack.config("contradiction"), notify=block, warmup_steps=5, warmup_proportion=0.5))
+        wait_for(lambda: received, 30, "the webhook")
+        assert "UserError" in received[0]["subject"]
+        assert "contradict each other" in received[0]["body"]
+
+    def test_nothing_is_registered_without_approval(self, stack, first):
+        run = stack.start(stack.config("short", max_steps=3), require_approval=True)
+        wait_for(lambda: stack.flow_run(run).state.type.value == "PAUSED", 240, "the question")
+        with stack.client() as client:
+            client.resume_flow_run(run, run_input={"approve": False, "comment": "not today"})
+        state = stack.end_of(run)
+        assert (state.type.value, state.name) == ("COMPLETED", "NotApproved")
+        assert "not today" in state.message
+        assert "model" not in stack.artifacts(run)
 
 
 def test_down_leaves_nothing(stack):
