@@ -166,9 +166,11 @@ def supervised(commands: list[Command], grace_seconds: float) -> Iterator[subpro
         [sys.executable, "-m", "training.supervisor"],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
+        bufsize=0,  # what a dead supervisor did not take must not be tried again by close()
         env={**os.environ, "PYTHONPATH": python_path(), OWNED: token},
         start_new_session=True,
     )
+    assert process.stdin and process.stdout, "both are pipes"
     try:
         spec = {"commands": [command.as_dict() for command in commands], "grace_seconds": grace_seconds}
         say(process, json.dumps(spec))
@@ -193,13 +195,14 @@ def owned(token: str) -> list[int]:
 
 def say(supervisor: subprocess.Popen, line: str) -> None:
     """One line to the supervisor; if it is gone, the loop that reads from it will notice."""
+    assert supervisor.stdin, "a pipe"
     with contextlib.suppress(BrokenPipeError):
-        supervisor.stdin.write(f"{line}\n".encode())
-        supervisor.stdin.flush()
+        os.write(supervisor.stdin.fileno(), f"{line}\n".encode())
 
 
 def read_facts(attempt: Attempt, supervisor: subprocess.Popen) -> bool:
     """Take in what the supervisor has said; False when it has ended. Its lines are far shorter than a pipe's atom."""
+    assert supervisor.stdout, "a pipe"
     try:
         data = os.read(supervisor.stdout.fileno(), 1 << 16)
     except BlockingIOError:

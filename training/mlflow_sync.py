@@ -56,7 +56,7 @@ def connect(uri: str) -> "MlflowClient":
 
 def sync(run_dir: Path, uri: str) -> RunRecord:
     """Send all that is new; raises MLflow's exception when it cannot be reached."""
-    record = run_record.read(run_dir)
+    record = run_record.read_known(run_dir)
     client = connect(uri)
     if record.run_id is None:
         record.run_id = find_run(client, record, uri) or create_run(client, record, uri, run_dir)

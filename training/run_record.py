@@ -86,8 +86,12 @@ class RunRecord:
 
 def read(run_dir: Path) -> RunRecord | None:
     """The record of a run directory, None if it has none."""
-    path = run_dir / FILE_NAME
-    return RunRecord(**json.loads(path.read_text(encoding="utf-8"))) if path.exists() else None
+    return read_known(run_dir) if (run_dir / FILE_NAME).exists() else None
+
+
+def read_known(run_dir: Path) -> RunRecord:
+    """The record of a run directory that has one."""
+    return RunRecord(**json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8")))
 
 
 def write(run_dir: Path, record: RunRecord) -> None:

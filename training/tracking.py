@@ -56,7 +56,7 @@ class TrackedRun:
     @property
     def run_id(self) -> str | None:
         """The id MLflow gave the run."""
-        return run_record.read(self.run_dir).run_id
+        return run_record.read_known(self.run_dir).run_id
 
     def wait_for_run_id(self) -> str:
         """The id, after sending all that is known now; for registration, which cannot go on without MLflow."""
@@ -200,7 +200,7 @@ def close_run(tracked: TrackedRun, status: str) -> bool:
         plots.write_plots(tracked.run_dir)
     except Exception:
         logger.warning("no plots of %s", tracked.run_dir, exc_info=True)
-    record = run_record.read(tracked.run_dir)
+    record = run_record.read_known(tracked.run_dir)
     record.finish(status)
     run_record.write(tracked.run_dir, record)
     return tracked.sync()
@@ -210,7 +210,7 @@ def reconcile(output_dir: Path, uri: str) -> list[Path]:
     """Close the runs of killed processes and send what earlier runs could not; returns the runs that were completed."""
     completed = []
     for path in sorted(output_dir.glob(f"*/{run_record.FILE_NAME}")):
-        record = run_record.read(path.parent)
+        record = run_record.read_known(path.parent)
         if record.is_settled or record.uri != redact_text(uri):
             continue
         if record.status == run_record.RUNNING:
