@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from training.engine import WEIGHT, set_learning_rate, trainable, uses_bf16
+from training.imports import UNUSED, without
 from training.optim import build_optimizer
 from training.ranks import Ranks
 from training.settings import TrainSettings
@@ -36,14 +37,8 @@ def import_deepspeed() -> ModuleType:
     os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
-    absent = "mlflow" not in sys.modules
-    if absent:
-        sys.modules["mlflow"] = None  # type: ignore[assignment]  # its autotuner takes ImportError for an answer
-    try:
+    with without(*UNUSED):
         import deepspeed
-    finally:
-        if absent:
-            del sys.modules["mlflow"]
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
     return deepspeed
 

@@ -17,6 +17,7 @@ from training import compatibility
 from training.config_file import RunConfig, read_config
 from training.errors import CheckpointError
 from training.exit import DataError, emit, run_rank
+from training.imports import UNUSED, without
 
 log = logging.getLogger("training.worker")
 
@@ -69,9 +70,12 @@ def train_run(config: RunConfig, ranks: Any, resume: bool) -> None:
 
 def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
     """Load the model, wrap it in its engine, prove it isolates segments, lay out the course."""
-    from data_prep.reader import open_plan
+    with without(*UNUSED):  # not around what may import the user's code
+        from data_prep.reader import open_plan
+        from training import isolation, metrics, model
+
+        plan = open_plan(config.plan_dir, "train")
     from data_prep.target import load_target
-    from training import isolation, metrics, model
     from training.course import plan_course
     from training.engine import build_engine, compute_dtype, load_dtype
     from training.loop import Run
@@ -80,7 +84,6 @@ def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
     from training.target_loss import TargetLoss, causal_model
 
     settings = config.settings
-    plan = open_plan(config.plan_dir, "train")
     if not plan.num_rows:
         raise DataError(f"{config.plan_dir}: no rows to train on; every record was rejected, dropped or held out")
     course = plan_course(plan, settings, ranks.world_size, progress.rows_per_step or None)
