@@ -114,11 +114,11 @@ def send_facts(client: "MlflowClient", record: RunRecord) -> None:
     from mlflow.entities import Dataset as MlflowDataset
     from mlflow.entities import DatasetInput, InputTag, Param, RunTag
 
-    known = client.get_run(record.run_id).data.params
+    known = client.get_run(record.known_id).data.params
     new = [Param(name, value[:MAX_PARAM_CHARS]) for name, value in record.params.items() if name not in known]
     for first in range(0, len(new), MAX_PARAMS):
-        client.log_batch(record.run_id, params=new[first : first + MAX_PARAMS])
-    client.log_batch(record.run_id, tags=[RunTag(name, value) for name, value in record.tags.items()])
+        client.log_batch(record.known_id, params=new[first : first + MAX_PARAMS])
+    client.log_batch(record.known_id, tags=[RunTag(name, value) for name, value in record.tags.items()])
     inputs = [
         DatasetInput(
             dataset=MlflowDataset(
@@ -132,9 +132,9 @@ def send_facts(client: "MlflowClient", record: RunRecord) -> None:
         )
         for dataset in record.datasets
     ]
-    client.log_inputs(record.run_id, inputs)
+    client.log_inputs(record.known_id, inputs)
     if record.status == run_record.RUNNING:
-        client.update_run(record.run_id, status=run_record.RUNNING)
+        client.update_run(record.known_id, status=run_record.RUNNING)
         record.sent_status = run_record.RUNNING
 
 
@@ -145,11 +145,11 @@ def send_series(client: "MlflowClient", record: RunRecord, path: Path, prefix: s
     for line in lines:
         metrics = list(metrics_of(line, prefix, record.started_ms))
         if len(batch) + len(metrics) > MAX_METRICS:
-            client.log_batch(record.run_id, metrics=batch)
+            client.log_batch(record.known_id, metrics=batch)
             batch = []
         batch += metrics
     if batch:
-        client.log_batch(record.run_id, metrics=batch)
+        client.log_batch(record.known_id, metrics=batch)
     record.sent_offsets[path.name] = offset
 
 
@@ -179,7 +179,7 @@ def send_status(client: "MlflowClient", record: RunRecord, run_dir: Path) -> Non
         return
     send_artifacts(client, record, run_dir)
     if record.sent_status != record.status:
-        client.set_terminated(record.run_id, record.status, record.ended_ms or int(time.time() * 1000))
+        client.set_terminated(record.known_id, record.status, record.ended_ms or int(time.time() * 1000))
         record.sent_status = record.status
 
 
@@ -192,7 +192,7 @@ def send_artifacts(client: "MlflowClient", record: RunRecord, run_dir: Path) -> 
         stamp = f"{path.stat().st_mtime_ns}-{path.stat().st_size}"
         name = str(path.relative_to(run_dir))
         if record.sent_files.get(name) != stamp:
-            log_redacted(client, record.run_id, path, None if path.parent == run_dir else path.parent.name)
+            log_redacted(client, record.known_id, path, None if path.parent == run_dir else path.parent.name)
             record.sent_files[name] = stamp
 
 

@@ -74,11 +74,14 @@ def quiet() -> Iterator[None]:
 def signature() -> Any:
     """Chat messages or prompts in, text out; the parameters of generation with their defaults."""
     from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
     from mlflow.types.schema import Array, Object, Property
 
     message = Object([Property("role", DataType.string), Property("content", DataType.string)])
-    inputs = [ColSpec(Array(message), "messages", required=False), ColSpec("string", "prompt", required=False)]
+    inputs: list[ColSpec | TensorSpec] = [
+        ColSpec(Array(message), "messages", required=False),
+        ColSpec("string", "prompt", required=False),
+    ]
     params = [
         ParamSpec("max_new_tokens", DataType.long, 128),
         ParamSpec("max_tokens", DataType.long, 0),

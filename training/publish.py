@@ -8,6 +8,7 @@ is no longer on this machine.
 import json
 from pathlib import Path
 
+import numpy as np
 import yaml
 
 from training.export import Exported, export
@@ -50,7 +51,9 @@ def held_out_prompts(plan_dir: Path | None) -> list[list[int]]:
 
     plan = open_plan(plan_dir, "validation")
     lengths = plan.row_tokens[:NUM_PROMPTS]
-    batches = [plan.batch([row]).input_ids[0][: min(PROMPT_TOKENS, length)] for row, length in enumerate(lengths)]
+    batches = [
+        plan.batch(np.array([row])).input_ids[0][: min(PROMPT_TOKENS, length)] for row, length in enumerate(lengths)
+    ]
     return [ids.tolist() for ids in batches]
 
 

@@ -69,6 +69,12 @@ class RunRecord:
         self.sent_facts = False
 
     @property
+    def known_id(self) -> str:
+        """MLflow's id of a run that MLflow has."""
+        assert self.run_id is not None, "the run is created before anything is sent about it"
+        return self.run_id
+
+    @property
     def is_owner_alive(self) -> bool:
         """Whether the process of a running record lives; a process of another machine is taken to."""
         if self.owner["host"] != socket.gethostname():

@@ -7,6 +7,7 @@ first only the log-probabilities at the last positions are kept. Cost: one forwa
 import gc
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -44,7 +45,7 @@ def agrees(p: Tensor, q: Tensor) -> Tensor:
 
 def load(model_dir: Path, adapter: Path | None = None) -> nn.Module:
     """A model in float32, with an adapter on it if there is one."""
-    model = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, use_safetensors=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, use_safetensors=True)
     if adapter:
         from peft import PeftModel
 

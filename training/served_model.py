@@ -88,7 +88,7 @@ class ServedModel(PythonModel):
         )
         new = output[0, ids.shape[1] :]
         reason = "stop" if len(new) and int(new[-1]) == self.tokenizer.eos_token_id else "length"
-        return self.tokenizer.decode(new, skip_special_tokens=True), len(new), reason
+        return str(self.tokenizer.decode(new, skip_special_tokens=True)), len(new), reason
 
 
 def load_weights(directory: str) -> Any:
