@@ -143,7 +143,8 @@ def _size(settings: PandaSettings, train: TrainSettings, target: Target, describ
     """Compatibility, memory and disk; memory is unknown for a model whose configuration is out of reach."""
     from training.model_shape import config_from
 
-    nothing = {"parameters": None, "trainable": None, "memory": None, "fits": None, "change": None, "disk_bytes": None}
+    nothing = {"parameters": None, "trainable": None, "memory": None, "fits": None, "change": None, "adapter": None,
+               "disk_bytes": None}  # fmt: skip
     if described is None and settings.architecture is None:
         return {"problems": compatibility.problems(train, {}, settings.packing), **nothing}
     config = config_from(described, settings.architecture)
@@ -171,11 +172,13 @@ def _needs(
     shape = shapes(train)
     needed = memory.estimate(shape, train, ranks)
     other = train.model_copy(update={"gradient_checkpointing": not train.gradient_checkpointing})
-    fits = target.memory_bytes is None or needed.total <= memory.FITS * target.memory_bytes
-    change = None
+    fits = target.memory_bytes is None or needed.total <= ranks.usable(target.memory_bytes)
+    change = adapter = None
     if not fits and target.memory_bytes is not None:
-        found = memory.fitting_change(shapes, train, ranks, target.memory_bytes, known, settings.packing)
-        change = {"settings": found[0], "total": found[1].total, "flags": _flags(found[0])} if found else {}
+        wanted = (ranks, target.memory_bytes, known, settings.packing)
+        change = _described(memory.fitting_change(shapes, train, *wanted), {})
+        lora = {"use_lora": True}
+        adapter = _described(memory.fitting_change(shapes, train.model_copy(update=lora), *wanted), lora)
     saved = shape.trainable if train.use_lora else shape.parameters
     kept = train.keep_last + train.keep_best + 1  # one more while it is written
     return {
@@ -187,8 +190,17 @@ def _needs(
         },
         "fits": fits,
         "change": change,
+        "adapter": None if train.use_lora else adapter,
         "disk_bytes": kept * CHECKPOINT_BYTES * shape.trainable + 4 * saved,
     }  # fmt: skip
+
+
+def _described(found: tuple[dict[str, Any], Any] | None, besides: dict[str, Any]) -> dict[str, Any] | None:
+    """A change that fits, as plain values."""
+    if found is None:
+        return None
+    values = besides | found[0]
+    return {"settings": values, "flags": _flags(values), "total": found[1].total, "host": found[1].host}
 
 
 def _flags(values: dict[str, Any]) -> str:

@@ -1,5 +1,6 @@
 """The plan of a run for a person at a terminal. In: the plan. Out: text on stdout. Cost: none."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from rich.console import Console
@@ -83,13 +84,11 @@ def _verdict(plan: dict[str, Any]) -> list[str]:
     elif plan["fits"]:
         lines.append(f"It fits: {_size(plan['memory']['total'])} of {_size(target['memory_bytes'])}.")
     elif change:
-        lines.append(
-            f"It does not fit. The smallest change that does, with {_size(change['total'])}: {change['flags']}"
-        )
+        lines.append(f"It does not fit. The smallest change that does: {_change(change)}")
     else:
-        lines.append(
-            "It does not fit, and no change of settings makes it: more ranks (--num_processes), or shorter rows."
-        )
+        lines.append("It does not fit, and no change of settings makes it: more --num_processes, or shorter rows.")
+    if plan["adapter"] and plan["adapter"] != change:
+        lines.append(f"Or train an adapter: {_change(plan['adapter'])}")
     if not target["is_gpu"]:
         lines.append("Planned for this machine, which has no GPU; for GPUs: --gpu_memory_gb 80 --num_processes 8")
     return lines
@@ -99,12 +98,19 @@ def _count(number: int) -> str:
     return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"
 
 
+def _change(change: dict[str, Any]) -> str:
+    host = f" and {_size(change['host'])} of CPU memory for each rank" if change["host"] else ""
+    return f"{change['flags']}   ({_size(change['total'])}{host})"
+
+
 def _size(num_bytes: float) -> str:
     gigabytes = num_bytes / GB
+    if gigabytes < 0.1:
+        return f"{num_bytes / 1e6:.0f} MB"
     return f"{gigabytes:.{2 if gigabytes < 10 else 1}f} GB"
 
 
-def _table(title: str, rows: list[tuple[str, ...]]) -> Table:
+def _table(title: str, rows: Sequence[tuple[str, ...]]) -> Table:
     table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
     for row in rows:
         table.add_row(*row)

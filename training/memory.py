@@ -27,11 +27,10 @@ CHUNK_ELEMENTS = 1 << 24  # of logits at a time (training/head_loss.py)
 CHUNK_COPIES = 3  # logits, the exponentials of their normaliser, their gradient
 GPU_CONTEXT_BYTES = 1.0e9  # CUDA, cuBLAS and NCCL, outside of torch's allocator
 GPU_FRAGMENTATION = 0.04
-CPU_PROCESS_BYTES = 0.87e9  # Python with torch, transformers and deepspeed, and what a first step leaves behind
-CPU_FRAGMENTATION = 0.35  # of activations: glibc keeps freed blocks below 32 MiB (measured: 1.05 of 3.77 GB)
-CPU_ADAPTER_FRAGMENTATION = 0.7  # the many small blocks of LoRA
+CPU_PROCESS_BYTES = 0.22e9  # Python with torch, transformers and deepspeed, as far as a step needs it: fitted
 LAYER_TRANSIENT = 0.5  # gradients inside a layer, as a part of what the layer saves
-FITS = 0.95  # of the memory: the rest is for what no one foresees
+FITS = 0.95  # of a GPU's memory: the rest is for what no one foresees
+FITS_CPU = 0.6  # glibc keeps up to half as much again (2.5 GB allocated, 3.8 GB resident)
 
 
 @dataclass(frozen=True)
@@ -45,6 +44,10 @@ class Machine:
     @property
     def element_bytes(self) -> int:
         return 2 if self.bf16 else 4
+
+    def usable(self, memory_bytes: float) -> float:
+        """How much of a rank's memory a plan may fill."""
+        return memory_bytes * (FITS if self.is_gpu else FITS_CPU)
 
 
 @dataclass(frozen=True)
@@ -103,8 +106,7 @@ def estimate(shape: ModelShape, settings: TrainSettings, machine: Machine) -> Me
     if machine.is_gpu:
         parts["engine"] += GPU_CONTEXT_BYTES + GPU_FRAGMENTATION * Memory(**parts).total
     else:
-        kept = CPU_ADAPTER_FRAGMENTATION if settings.use_lora else CPU_FRAGMENTATION
-        parts["engine"] += CPU_PROCESS_BYTES + kept * parts["activations"]
+        parts["engine"] += CPU_PROCESS_BYTES
     return Memory(**parts, host=_host(shape, settings, machine))
 
 
@@ -122,7 +124,7 @@ def fitting_change(  # noqa: PLR0913, PLR0917
         if compatibility.problems(changed, model_config, packing):
             continue
         needed = estimate(shapes(changed), changed, machine)
-        if needed.total <= FITS * memory_bytes:
+        if needed.total <= machine.usable(memory_bytes):
             return {name: value for name, value in values.items() if value != getattr(settings, name)}, needed
     return None
 
@@ -174,7 +176,7 @@ def _zero12(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dic
     share = trainable / machine.num_ranks
     on_rank = 0 if settings.offload_optimizer else 1
     gradients = trainable * element if settings.zero_stage == 1 else share * element * on_rank
-    bucket = min(trainable, BUCKET_ELEMENTS)
+    bucket = min(trainable, BUCKET_ELEMENTS) if machine.is_gpu else 0  # on a CPU its pages replace freed gradients
     return {
         "weights": _frozen_bytes(shape, machine) + trainable * element,
         "gradients": gradients,
@@ -190,7 +192,7 @@ def _zero3(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dict
     weights = (_frozen_bytes(shape, machine) + shape.trainable * element) / machine.num_ranks
     on_rank = 0 if settings.offload_optimizer else 1
     bucket = min(shape.trainable, BUCKET_ELEMENTS)
-    copies = 1 if machine.is_gpu else 3  # gloo scatters from copies
+    copies = 1 if machine.is_gpu else 2  # gloo scatters from copies
     return {
         "weights": 0 if settings.offload_parameters else weights,
         "gradients": share * element * on_rank,
