@@ -35,7 +35,7 @@ def main() -> None:
     total, stages = runs[len(runs) // 2]
     where = "server up" if options.server else "temporary server"
     print(
-        f"{where}: {total:.1f} s for the command, {stages:.1f} s of it in cached stages: {total - stages:.1f} s overhead"
+        f"{where}: {total:.1f} s for the command, {stages:.1f} s of it in cached stages: {total - stages:.1f} s beyond"
     )
 
 
