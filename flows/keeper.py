@@ -20,7 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.server import answers
+from flows.server import answers, python_path
 from flows.services import Service, start, stop, stop_engines
 
 POLL_SECONDS = 1.0
@@ -116,6 +116,7 @@ def spawn(state_dir: Path, services: list[Service]) -> None:
     with open(state_dir / "keeper.log", "ab") as log:
         subprocess.Popen(
             [sys.executable, "-m", "flows.keeper", str(state_dir)],
+            env={**os.environ, "PYTHONPATH": python_path()},
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,

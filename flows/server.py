@@ -54,7 +54,7 @@ def connected() -> Iterator[Callable[[], None]]:
     with tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
             [sys.executable, "-m", "flows.server", str(port)],
-            env={**os.environ, **TEMPORARY},
+            env={**os.environ, **TEMPORARY, "PYTHONPATH": python_path()},
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C is for us: the server has to see the run end
@@ -74,6 +74,11 @@ def wait_for_server(process: subprocess.Popen, url: str, log: TextIO) -> None:
             log.seek(0)
             raise ServerError(f"the Prefect server at {url} did not start:\n{log.read()[-LOG_CHARACTERS:]}")
         time.sleep(0.1)
+
+
+def python_path() -> str:
+    """PYTHONPATH for children that run our modules, wherever we are started from, installed or not."""
+    return os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
 
 
 def answers(url: str) -> bool:

@@ -18,6 +18,8 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from flows.server import python_path
+
 POOL = "panda"
 OWNER = "PANDA_STACK"  # in the environment of everything a service starts: state directory and service
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
@@ -77,7 +79,7 @@ def start(service: Service, log: Path) -> subprocess.Popen:
     with open(log, "ab") as output:
         return subprocess.Popen(
             service.argv,
-            env={**os.environ, **service.env, OWNER: owner},
+            env={**os.environ, "PYTHONPATH": python_path(), **service.env, OWNER: owner},
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
