@@ -20,8 +20,9 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from flows.server import answers, python_path
+from flows.server import answers
 from flows.services import Service, start, stop, stop_engines
+from training.commands import python_path
 
 POLL_SECONDS = 1.0
 RUN_GRACE_SECONDS = 28.0  # cancelled ranks have stop_deadline_seconds (25) to write a checkpoint

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TextIO
 
 from data_prep.errors import PandaError
+from training.commands import python_path
 
 DEFAULT_URL = "http://127.0.0.1:4200/api"
 START_SECONDS = 120
@@ -74,11 +75,6 @@ def wait_for_server(process: subprocess.Popen, url: str, log: TextIO) -> None:
             log.seek(0)
             raise ServerError(f"the Prefect server at {url} did not start:\n{log.read()[-LOG_CHARACTERS:]}")
         time.sleep(0.1)
-
-
-def python_path() -> str:
-    """PYTHONPATH for children that run our modules, wherever we are started from, installed or not."""
-    return os.pathsep.join(filter(None, [str(Path(__file__).parent.parent), os.environ.get("PYTHONPATH")]))
 
 
 def answers(url: str) -> bool:

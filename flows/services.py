@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
-from flows.server import python_path
+from training.commands import python_path
 
 POOL = "panda"
 OWNER = "PANDA_STACK"  # in the environment of everything a service starts: state directory and service
