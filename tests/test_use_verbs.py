@@ -1,5 +1,6 @@
 """`panda export`, `chat`, `serve` as real commands on a registry with full weights and an adapter."""
 
+import contextlib
 import json
 import os
 import signal
@@ -89,7 +90,8 @@ def test_serve_answers_openai_clients(outputs):
         )  # fmt: skip
         answer = json.loads(urllib.request.urlopen(call, timeout=60).read())
     finally:
-        os.killpg(process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] == 4
 
