@@ -29,7 +29,7 @@ from tasks.artifacts import show_links
 from tasks.gate import gate
 from tasks.register import model_name, register_model
 from tasks.sample_prompt import sample_prompt
-from tasks.train import evaluate, train
+from tasks.train import evaluate, evaluated_before, train, trained_before
 from training import tracking
 from training.lineage import parent_of
 from training.settings import TrackingSettings, TrainSettings
@@ -96,11 +96,17 @@ def train_and_register(
     known = facts(settings, prepared.corpus, prepared.plan)
     with tracking.open_run(TrackingSettings.of(settings), run.path, known) as tracked:
         with watch("train"):
-            trained = train(run.path, TrainSettings.of(settings), resume)
+            if starts_by(settings, "train"):
+                trained = train(run.path, TrainSettings.of(settings), resume)
+            else:
+                trained = trained_before(run.path)
         summary |= {"mlflow_run_id": tracked.run_id, "training": trained, "seconds": watch.seconds}
         until(settings, "train", summary)
         with watch("evaluate"):
-            losses = evaluate(run.path, TrainSettings.of(settings), trained)
+            if starts_by(settings, "evaluate"):
+                losses = evaluate(run.path, TrainSettings.of(settings), trained)
+            else:
+                losses = evaluated_before(run.path, trained)
         summary |= {"losses": losses}
         until(settings, "evaluate", summary)
         approval.ask(settings, str(run.path), losses)
@@ -115,6 +121,12 @@ def train_and_register(
         become = "is the champion now" if verdict["promoted"] else "stays challenger"
         tell(settings.notify, f"{version['name']} version {version['version']} {become}", "\n".join(verdict["reasons"]))
     return {**summary, "gate": verdict}
+
+
+def starts_by(settings: PandaSettings, stage: str) -> bool:
+    """Whether `from_stage` asks for this stage or an earlier one; without it, everything runs."""
+    start = settings.from_stage
+    return start not in AFTER_DATA or AFTER_DATA.index(start) <= AFTER_DATA.index(stage)
 
 
 def register(settings: PandaSettings, tracked: TrackedRun, prepared: Prepared, tags: dict[str, str]) -> dict[str, Any]:

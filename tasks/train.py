@@ -57,10 +57,26 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any
 def evaluate(run_dir: Path, settings: TrainSettings, trained: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Held-out loss by moment and source, ``{"before": {"all": 8.3}, "after": {...}}``; after = what lies on disk."""
     _require_completed("evaluation", launch.evaluate(run_dir, settings, logger.info), run_dir)
-    after = json.loads((run_dir / "evaluation.json").read_text(encoding="utf-8"))
-    losses = {"before": _losses(trained["eval_before"]), "after": _losses(after)}
+    losses = evaluated_before(run_dir, trained)
     show_evaluation(losses)
     return losses
+
+
+def trained_before(run_dir: Path) -> dict[str, Any]:
+    """What training said in an earlier execution of this run."""
+    path = run_dir / "train.json"
+    if not path.exists():
+        raise PandaError(f"{run_dir} has not been trained to its end (no train.json): start at the stage train")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def evaluated_before(run_dir: Path, trained: dict[str, Any]) -> dict[str, dict[str, float]]:
+    """The losses of an earlier execution of this run."""
+    path = run_dir / "evaluation.json"
+    if not path.exists():
+        raise PandaError(f"{run_dir} has not been evaluated (no evaluation.json): start at the stage evaluate")
+    after = json.loads(path.read_text(encoding="utf-8"))
+    return {"before": _losses(trained["eval_before"]), "after": _losses(after)}
 
 
 def _require_completed(what: str, report: ExitReport, run_dir: Path) -> None:

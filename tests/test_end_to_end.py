@@ -107,6 +107,16 @@ def test_the_first_losses_are_reproduced_bit_by_bit(first, folder):
 
 
 @pytest.mark.distributed
+def test_from_stage_repeats_only_what_follows(first, folder):
+    run_dir = Path(first["run_dir"])
+    logs = {path.name: path.stat().st_mtime_ns for path in (run_dir / "logs").iterdir() if path.name != "compare.log"}
+    again, _ = train(folder, "--run_name", run_dir.name, "--from_stage", "register", "--max_steps", "12", *SMALL)
+    assert again["model"]["version"] == first["model"]["version"]
+    assert again["losses"] == first["losses"]
+    assert logs == {name: (run_dir / "logs" / name).stat().st_mtime_ns for name in logs}
+
+
+@pytest.mark.distributed
 def test_lora_on_a_checkpoint(first, folder):
     summary, _ = train(
         folder, "--ckpt_path", f"{first['run_dir']}/model", "--use_lora", "--lora_r", "4",
