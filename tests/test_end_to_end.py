@@ -84,6 +84,7 @@ class TestFirstRun:
 
 
 @pytest.mark.distributed
+@pytest.mark.usefixtures("use_prefect_server")
 def test_second_run_reuses_prepared_data_and_adds_a_version(first, folder):
     second, _ = train(folder, "--model", "panda-tiny", "--max_steps", "2", *SMALL)
     assert all(second["data"]["reused"].values())
@@ -107,6 +108,7 @@ def test_the_first_losses_are_reproduced_bit_by_bit(first, folder):
 
 
 @pytest.mark.distributed
+@pytest.mark.usefixtures("use_prefect_server")
 def test_from_stage_repeats_only_what_follows(first, folder):
     run_dir = Path(first["run_dir"])
     logs = {path.name: path.stat().st_mtime_ns for path in (run_dir / "logs").iterdir() if path.name != "compare.log"}
@@ -117,6 +119,7 @@ def test_from_stage_repeats_only_what_follows(first, folder):
 
 
 @pytest.mark.distributed
+@pytest.mark.usefixtures("use_prefect_server")
 def test_lora_on_a_checkpoint(first, folder):
     summary, _ = train(
         folder, "--ckpt_path", f"{first['run_dir']}/model", "--use_lora", "--lora_r", "4",
@@ -131,6 +134,7 @@ def test_lora_on_a_checkpoint(first, folder):
 
 @pytest.mark.slow
 @pytest.mark.distributed
+@pytest.mark.usefixtures("use_prefect_server")
 @pytest.mark.skipif(not REAL.is_dir(), reason="the real corpora are not on this machine (PANDA_REAL_CORPORA)")
 def test_real_corpora(tmp_path):
     summary, _ = train(

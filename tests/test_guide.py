@@ -125,6 +125,7 @@ def test_a_command_that_trains_nothing(shown, workplace):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("use_prefect_server")
 @pytest.mark.parametrize("shown", [one for one in ALL if one.trains], ids=lambda one: one.command)
 def test_a_command_that_trains(shown, workplace):
     result = stand_ins.run(workplace, [*shown.words, *stand_ins.SHORT])
