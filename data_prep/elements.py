@@ -48,9 +48,16 @@ _decode_elements = msgspec.json.Decoder(list[msgspec.Raw]).decode
 _ERROR_PLACE = re.compile(r"\(byte (\d+)\)")
 
 
+def _after_separators(data: bytes, position: int) -> int:
+    """Where the separators (perhaps none) at a position end."""
+    match = _SEPARATORS.match(data, position)
+    assert match is not None, "the pattern matches the empty string too"
+    return match.end()
+
+
 def find_opening(head: bytes) -> bytes:
     """How an element of an array begins after another, separator included (see `Piece`); empty if that is not seen."""
-    first = _SEPARATORS.match(head, head.find(b"[") + 1).end()
+    first = _after_separators(head, head.find(b"[") + 1)
     for start in (first, *(match.end() for match in islice(_RESUME.finditer(head, first), 64))):
         end, complete = scan(head, start)
         if complete and (match := _OPENING.match(head, end)):
@@ -97,7 +104,7 @@ class Elements:
         window = self.window
         while True:
             start = window.position
-            end = _SEPARATORS.match(window.data, start).end()
+            end = _after_separators(window.data, start)
             if self.form == "array" and self.closed and b"," in window.data[start:end]:
                 self.closed = False
             window.skip(end)
@@ -161,7 +168,7 @@ class Elements:
         """The elements up to ``end``; or None and the place of the error, if the parser names one."""
         window = self.window
         try:
-            records = _decode_elements(b"[%b]" % memoryview(window.data)[window.position : end])
+            records = _decode_elements(b"".join((b"[", memoryview(window.data)[window.position : end], b"]")))
         except (msgspec.DecodeError, RecursionError) as error:
             place = _ERROR_PLACE.search(str(error))
             return None, place and window.position + int(place.group(1)) - 1
@@ -235,7 +242,7 @@ class Elements:
         if not self.opening or (data[start : start + 1] == b"[" and bracket == b"{"):
             return None
         found = data.find(self.opening, start + 1)
-        return None if found < 0 else _SEPARATORS.match(data, found).end()
+        return None if found < 0 else _after_separators(data, found)
 
 
 def _is_record(data: bytes) -> bool:
@@ -250,13 +257,14 @@ def _is_record(data: bytes) -> bool:
 
 def _locate(data: bytes, position: int, end: int, records: list, lengths: np.ndarray) -> np.ndarray:
     """Where the parsed elements begin: all at once if all separators are equal, as a program writes them."""
-    first = _SEPARATORS.match(data, position).end()
-    separator = _SEPARATORS.match(data, first + int(lengths[0])).group()
+    first = _after_separators(data, position)
+    after_first = first + int(lengths[0])
+    separator = data[after_first : _after_separators(data, after_first)]
     starts = first + np.concatenate(([0], np.cumsum(lengths[:-1] + len(separator))))
     if len(records) == 1 or _separated_by(data, separator, starts, lengths, end):
         return starts
     for index, record in enumerate(records):
-        first = _SEPARATORS.match(data, first).end()
+        first = _after_separators(data, first)
         starts[index] = first
         first += len(record)
     return starts
@@ -276,8 +284,9 @@ def scan(data: bytes, start: int) -> tuple[int, bool]:
     """The end of the value at ``start`` and True; or where it breaks (the end of data if it may go on) and False."""
     if data[start : start + 1] not in (b"{", b"["):
         match = _SCALAR.match(data, start)
-        complete = match is not None and _AFTER_SCALAR.match(data, match.end()) is not None
-        return (match.end(), True) if complete else (start, False)
+        if match is None or _AFTER_SCALAR.match(data, match.end()) is None:
+            return start, False
+        return match.end(), True
     stack: list[int] = []
     for match in _TOKEN.finditer(data, start):
         if not _fits(data, match, stack):

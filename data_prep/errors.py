@@ -1,4 +1,7 @@
-"""Errors a user can cause and mend. Each message names the thing, the value, the limit and the fix, without a traceback."""
+"""Errors a user can cause and mend.
+
+Each message names the thing, the value, the limit and the fix, without a traceback.
+"""
 
 import difflib
 from collections.abc import Iterable

@@ -120,7 +120,7 @@ def normalise(row: Row | list, kind: str) -> Normal:
     """
     if kind == "pretraining":
         return _document(row)
-    if type(row) is list:
+    if isinstance(row, list):
         return _turns(row)
     if row.conversations is not None or row.messages is not None:
         roles, texts = _chat(row)
@@ -174,7 +174,7 @@ def _unknown(value: Any) -> Row | list:
 
 
 def _document(row: Row | list) -> Normal:
-    if type(row) is list:
+    if isinstance(row, list):
         raise Rejected(Reason.UNKNOWN_SHAPE, "a list of turns in the pretraining directory")
     if row.content is not None:
         content = _target(row.content, "content")
@@ -209,7 +209,7 @@ def _alternative(instructions: list, output: str) -> str:
 
 
 def _turns(turns: list) -> Normal:
-    texts = []
+    texts: list[str] = []
     for turn in turns:
         if type(turn) is not dict:
             raise Rejected(Reason.WRONG_TYPE, f"a turn is {_type_name(turn)}, not an object")

@@ -6,7 +6,6 @@ Cost: about 0.3 s for the first pool of a program (a clean server process that h
 
 import multiprocessing
 import os
-import re
 import resource
 import signal
 import threading
@@ -27,7 +26,8 @@ def peak_rss_bytes() -> int:
         status = Path("/proc/self/status").read_text()
     except OSError:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return int(re.search(r"VmHWM:\s*(\d+)", status).group(1)) * 1024
+    peak_kib = next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM:"))
+    return int(peak_kib) * 1024
 
 
 def _die_with_parent() -> None:
@@ -36,5 +36,7 @@ def _die_with_parent() -> None:
 
 
 def _kill_after_parent() -> None:
-    multiprocessing.parent_process().join()
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only workers watch"
+    parent.join()
     os.kill(os.getpid(), signal.SIGKILL)

@@ -195,6 +195,7 @@ def _write_manifest(directory: Path, body: dict[str, Any]) -> None:
 def _rename(directory: Path, path: Path) -> Built:
     """Rename into place, under the lock of the root so that nobody swaps out what another has just put there."""
     with _open_directory(path.parent) as root:
+        assert root is not None, "the root holds the directory that is being published"
         fcntl.flock(root, fcntl.LOCK_EX)
         if theirs := find(path):
             return theirs

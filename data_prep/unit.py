@@ -63,8 +63,9 @@ def find_unit(root: Path, fp: str) -> list[store.Built] | None:
     first = store.find(root / fp)
     if first is None:
         return None
-    others = [store.find(root / series_fingerprint(fp, number)) for number in range(1, first.manifest["directories"])]
-    return None if None in others else [first, *others]
+    wanted = range(1, first.manifest["directories"])
+    others = [built for number in wanted if (built := store.find(root / series_fingerprint(fp, number)))]
+    return [first, *others] if len(others) == len(wanted) else None
 
 
 def series_fingerprint(fp: str, number: int) -> str:

@@ -33,7 +33,7 @@ def ask(settings: PandaSettings, run_dir: str, losses: dict[str, dict[str, float
     form = Approval.with_initial_data(
         description=f"Held-out loss {before} -> {after}. Register the model of `{run_dir}`?", approve=True
     )
-    timeout = settings.approval_timeout_hours * 3600
+    timeout = round(settings.approval_timeout_hours * 3600)
     try:
         answer = pause_flow_run(wait_for_input=form, timeout=timeout, poll_interval=POLL_SECONDS)
     except FlowPauseTimeout:

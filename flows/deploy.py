@@ -65,7 +65,9 @@ def crash_silent_runs() -> AutomationCore:
         ),
         actions=[
             ChangeFlowRunState(
+                name=None,
                 state=StateType.CRASHED,
+                force=False,
                 message=f"No heartbeat for {seconds} s: the flow's process, its worker or its machine is gone. "
                 "The next run with resume goes on from the last checkpoint.",
             )

@@ -70,7 +70,7 @@ def call_flow(parameters: dict[str, Any]) -> dict[str, Any]:
         wait_for_server()
         with everything_sent():
             state = panda_train(**parameters, return_state=True)
-            result = state.result(raise_on_failure=False)
+            result: Any = state.result(raise_on_failure=False)
     if state.is_completed():
         return result
     if isinstance(result, PandaError):

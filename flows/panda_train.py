@@ -92,7 +92,8 @@ def train_and_register(
     settings: PandaSettings, run: RunDir, prepared: Prepared, resume: bool, watch: Stopwatch
 ) -> dict[str, Any]:
     """The stages that need a run directory, in one MLflow run."""
-    summary = {"run_dir": str(run.path), "prefect_flow_run_id": str(flow_run.id), "data": prepared.plan.report}
+    summary: dict[str, Any] = {"run_dir": str(run.path), "prefect_flow_run_id": str(flow_run.id)}
+    summary |= {"data": prepared.plan.report}
     known = facts(settings, prepared.corpus, prepared.plan)
     with tracking.open_run(TrackingSettings.of(settings), run.path, known) as tracked:
         with watch("train"):
@@ -131,7 +132,7 @@ def starts_by(settings: PandaSettings, stage: str) -> bool:
 
 def register(settings: PandaSettings, tracked: TrackedRun, prepared: Prepared, tags: dict[str, str]) -> dict[str, Any]:
     """The register stage, with a prompt of the held-out records to try the model on."""
-    parent = parent_of(Registry(tracked.uri), prepared.model_dir and str(prepared.model_dir))
+    parent = parent_of(Registry(tracked.uri), str(prepared.model_dir) if prepared.model_dir else None)
     tags |= {PARENT_TAG: parent} if parent else {}
     prompt = sample_prompt(Path(prepared.plan.path), prepared.tokenizer_dir, Path(settings.cache_dir))
     return register_model(tracked, model_name(settings.registered_model_name, settings.model), tags, prompt)

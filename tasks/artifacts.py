@@ -51,7 +51,7 @@ def show_links(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> N
     """From here to MLflow; MLflow's run has the way back as the tag prefect.flow_run_url."""
     address = os.environ.get(MLFLOW_UI) or (tracked.uri if tracked.uri.startswith("http") else "")
     model = f"{version['name']} version {version['version']}"
-    if address:
+    if address and tracked.run_id:
         model = f"[{model}]({address}/#/models/{version['name']}/versions/{version['version']})"
         experiment = connect(tracked.uri).get_run(tracked.run_id).info.experiment_id
         run = f"[{tracked.run_id}]({address}/#/experiments/{experiment}/runs/{tracked.run_id})"

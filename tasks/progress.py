@@ -6,6 +6,7 @@ progress artifact every `UI_SECONDS`, both with rate and time left. Cost: an upd
 
 import logging
 import time
+from typing import Any
 
 from prefect.artifacts import create_progress_artifact, update_progress_artifact
 
@@ -22,7 +23,7 @@ class StageProgress:
         self.key = key
         self.started = self.logged = self.shown = time.monotonic()
         self.first_done: int | None = None  # where the rate is counted from: the first call, not the start-up before it
-        self.artifact = None
+        self.artifact: Any = None
 
     def __call__(self, stage: str, done: int, total: int, unit: str, note: str = "") -> None:
         now = time.monotonic()

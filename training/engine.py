@@ -24,7 +24,11 @@ class Engine(Protocol):
 
     module: nn.Module  # `TargetLoss`; call `forward`, never this
     ranks: Ranks
-    averaging: float  # gradients come out divided by this
+
+    @property
+    def averaging(self) -> float:
+        """Gradients come out divided by this."""
+        ...
 
     def forward(self, *arguments, **options) -> Tensor:
         """Call `TargetLoss`, gathering weights as needed. All ranks together."""

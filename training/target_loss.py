@@ -12,7 +12,7 @@ logits of a vocabulary of 128k never exist at once (`head_loss.py`).
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import numpy as np
@@ -39,9 +39,8 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device (inputs only; counts and rows stay)."""
-        tensors = (self.input_ids, self.position_ids, self.predictors, self.targets, self.sources)
-        moved = [tensor.to(device, non_blocking=True) for tensor in tensors]
-        return MicroBatch(self.rows, *moved, self.num_tokens)
+        names = ("input_ids", "position_ids", "predictors", "targets", "sources")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
 
 
 def micro_batch(batch: Batch, rows: Iterable[int]) -> MicroBatch:

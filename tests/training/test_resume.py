@@ -37,7 +37,7 @@ KINDS = {
     "8bit": {"bit_training": True, "zero_stage": 0},
 }
 FLOAT32 = [name for name in KINDS if name not in ("bf16", "bf16-zero3", "8bit")]
-OTHER_ENGINES = {("zero2", "fsdp"), ("fsdp", "zero3"), ("zero3", "zero0")}
+OTHER_ENGINES = (("zero2", "fsdp"), ("fsdp", "zero3"), ("zero3", "zero0"))
 
 
 @pytest.fixture(scope="module")
