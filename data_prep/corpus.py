@@ -22,7 +22,7 @@ from typing import Any
 
 from data_prep import store
 from data_prep.elements import find_opening
-from data_prep.errors import CorpusError
+from data_prep.errors import CorpusError, NoCorpusError
 from data_prep.read import BOM, HEAD_BYTES, SUFFIXES, find_form
 from data_prep.settings import CorpusSettings
 from data_prep.source import WINDOW_BYTES, Piece
@@ -70,7 +70,8 @@ class UnitSpec:
 def find_files(corpus: CorpusSettings) -> list[InputFile]:
     """Every input file in the stable order.
 
-    :raises CorpusError: a directory that was asked for is missing or empty, or there is no file at all.
+    :raises CorpusError: a directory that was asked for is missing or empty.
+    :raises NoCorpusError: none was asked for, and there is no file in the default ones.
     """
     files: list[InputFile] = []
     problems = []
@@ -83,8 +84,10 @@ def find_files(corpus: CorpusSettings) -> list[InputFile]:
         if not found:
             problems.append((setting, directory))
     wanted = [(name, path) for name, path in problems if path != CorpusSettings.model_fields[name].default]
-    if wanted or not files:
-        raise CorpusError(_nothing_to_read(wanted or problems))
+    if wanted:
+        raise CorpusError(_nothing_to_read(wanted))
+    if not files:
+        raise NoCorpusError(_nothing_to_read(problems))
     return files
 
 

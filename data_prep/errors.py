@@ -15,6 +15,10 @@ class CorpusError(PandaError):
     """The corpus cannot be used: missing, empty, or too much of it is rejected."""
 
 
+class NoCorpusError(CorpusError):
+    """There is no corpus, and none was asked for: the default directories are absent, or switched off."""
+
+
 class TokenizerError(PandaError):
     """The tokenizer is missing, or cannot express what training needs (for example it has no eos token)."""
 

@@ -18,6 +18,7 @@ from configs.settings import PandaSettings
 from data_prep import store
 from data_prep.corpus import UnitSpec, find_files, plan_units
 from data_prep.engine import Engine, load_engine
+from data_prep.errors import NoCorpusError
 from data_prep.examples import tokenize_columns
 from data_prep.plan import plan_fingerprint, plan_rows
 from data_prep.reader import LEDGER_FILE
@@ -76,11 +77,16 @@ class DataForecast:
 def forecast_data(settings: PandaSettings, tokenizer_dir: Path | None, last: dict[str, Any]) -> DataForecast:
     """Look at every stage in turn; the first one with something to do makes the rest an estimate.
 
+    Without a corpus there are no rows: what a model needs can be asked before there is data.
+
     :param tokenizer_dir: of the base model; None = one is trained on the corpus, or the base model is not here yet.
     :param last: the configuration of the last run.
     """
     corpus, cache = CorpusSettings.of(settings), Path(settings.cache_dir)
-    specs = plan_units(find_files(corpus), corpus, settings.prepare_workers or 1)
+    try:
+        specs = plan_units(find_files(corpus), corpus, settings.prepare_workers or 1)
+    except NoCorpusError:
+        return DataForecast(stages=[Stage("records", 0, 1, "no corpus yet")])
     forecast = DataForecast(corpus_bytes=sum(spec.size for spec in specs))
     missing = [spec for spec in specs if store.find(cache / "records" / spec.fingerprint) is None]
     forecast.stages.append(Stage("records", len(specs) - len(missing), len(specs), _why_records(missing, specs, last)))

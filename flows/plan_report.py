@@ -34,14 +34,21 @@ def _stages(plan: dict[str, Any]) -> list[tuple[str, str, str]]:
     base = plan["base"]
     if base["checkpoint"]:
         rows.insert(1, ("base model", "here" if base["here"] else "to download", base["checkpoint"]))
-    return [*rows, ("train", "to do", f"{plan['course']['steps']:,} steps")]
+    return [*rows, ("train", "to do", f"{plan['course']['steps']:,} steps" if plan["data"]["corpus_bytes"] else "")]
 
 
 def _training(plan: dict[str, Any]) -> list[tuple[str, str]]:
-    data, course = plan["data"], plan["course"]
+    rows = _rows_and_steps(plan["data"], plan["course"]) if plan["data"]["corpus_bytes"] else []
+    if plan["parameters"]:
+        rows.append(("parameters", f"{_count(plan['parameters'])}, {_count(plan['trainable'])} of them trained"))
+        rows.append(("disk for checkpoints and model", _size(plan["disk_bytes"])))
+    return [*rows, ("duration", _duration(plan))]
+
+
+def _rows_and_steps(data: dict[str, Any], course: dict[str, Any]) -> list[tuple[str, str]]:
     about = "" if data["exact"] else "about "
     targets = data["target_tokens"]
-    rows = [
+    return [
         ("rows", f"{about}{data['rows']:,}"),
         ("tokens in them", f"{about}{data['tokens']:,}"),
         ("target tokens", "known once tokens exist" if targets is None else f"{about}{targets:,}"),
@@ -50,14 +57,15 @@ def _training(plan: dict[str, Any]) -> list[tuple[str, str]]:
         ("optimizer steps", f"{about}{course['steps']:,} ({course['epochs']:.2f} epochs)"),
         ("tokens trained on", f"{about}{course['tokens']:,}"),
     ]
-    if plan["parameters"]:
-        rows.append(("parameters", f"{_count(plan['parameters'])}, {_count(plan['trainable'])} of them trained"))
-        rows.append(("disk for checkpoints and model", _size(plan["disk_bytes"])))
+
+
+def _duration(plan: dict[str, Any]) -> str:
     speed = plan["speed"]
-    hours = (
-        f"{plan['hours']:.2f} h at {speed['tokens_per_second']:,.0f} tokens/s ({speed['source']})" if speed else None
-    )
-    return [*rows, ("duration", hours or "unknown: no earlier run; give --tokens_per_second")]
+    if not plan["data"]["corpus_bytes"]:
+        return "unknown: no corpus; give --instruction_tuning_data_dir or --pretraining_data_dir"
+    if not speed:
+        return "unknown: no earlier run; give --tokens_per_second"
+    return f"{plan['hours']:.2f} h at {speed['tokens_per_second']:,.0f} tokens/s ({speed['source']})"
 
 
 def _memory(plan: dict[str, Any], settings: PandaSettings) -> list[tuple[str, str, str]]:

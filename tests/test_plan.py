@@ -54,6 +54,16 @@ def test_before_anything_exists(workplace):
     assert not (workplace / "cache").exists(), "a plan without data writes nothing"
 
 
+def test_what_a_model_needs_can_be_asked_before_there_is_a_corpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["plan", "--model", "llama-7b", "--gpu_memory_gb", "80", "--num_processes", "8"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "no corpus yet" in printed and "It fits" in printed and "rows" not in printed.replace("rows in", "")
+    assert main([*words, "--pretraining_data_dir", "missing"]) == 2
+    assert "missing does not exist" in capsys.readouterr().err
+
+
 def test_estimates_come_near_and_numbers_are_exact_afterwards(workplace):
     chosen = settings()
     estimated = make_plan(chosen, None, None)

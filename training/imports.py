@@ -1,11 +1,13 @@
-"""Importing large libraries without what they pull in and training never uses.
+"""Importing large libraries without what they pull in and training never uses, and without what they say in vain.
 
 In: names of packages. Out: a block in which they count as not installed. deepspeed's autotuner imports mlflow (1.2 s),
 transformers' detection losses scipy (0.4 s), pyarrow's conversions pandas (0.3 s). After the block they can be
 imported again.
 """
 
+import logging
 import sys
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,3 +24,14 @@ def without(*names: str) -> Iterator[None]:
     finally:
         for name in hidden:
             del sys.modules[name]
+
+
+def silence_vain_warnings() -> None:
+    """Ignore what libraries say of each other and no user can mend.
+
+    peft and deepspeed call functions that transformers and torch have deprecated; bitsandbytes misses a CPU kernel that
+    `training.model.keep_differentiable` would forbid.
+    """
+    for name in ("is_gradient_checkpointing", "torch.distributed.all_gather_into_tensor"):
+        warnings.filterwarnings("ignore", message=f"`{name}` is deprecated", category=FutureWarning)
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)

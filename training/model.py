@@ -22,9 +22,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 from data_prep.target import load_target
 from training import segment_attention
 from training.errors import ModelError
+from training.imports import silence_vain_warnings
 from training.settings import TrainSettings
 from training.target_loss import causal_model
 
+silence_vain_warnings()
 log = logging.getLogger(__name__)
 
 TOKENIZER_FILES = (
