@@ -5,11 +5,9 @@ and progress on stderr. Everything heavy is imported by the verb that needs it, 
 """
 
 import importlib
-import json
 import logging
 import sys
 from collections.abc import Callable
-from typing import Any
 
 from configs.command import configure
 from configs.flags import (
@@ -104,11 +102,6 @@ def read_arguments(
 ) -> CommandLine:
     """Parse argv for one command; `settings` limits the flags to those the command uses."""
     return parse(build_parser(prog, text, switches, settings), argv)
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object as the last line of stdout."""
-    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
 
 
 def _train(argv: list[str]) -> int:

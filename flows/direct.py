@@ -17,7 +17,7 @@ from configs.flags import CommandLine
 from configs.load import Loaded, dump
 from data_prep.errors import PandaError
 from flows import preflight
-from flows.cli import print_json
+from flows.json_line import print_json
 from flows.server import connected
 
 logger = logging.getLogger(__name__)

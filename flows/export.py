@@ -13,7 +13,7 @@ from pathlib import Path
 
 from configs.flags import Switch
 from data_prep.errors import PandaError
-from flows.cli import print_json
+from flows.json_line import print_json
 from flows.registry_cli import Verb, parse_verb
 from training.export import to_gguf
 from training.model_package import base_of

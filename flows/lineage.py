@@ -16,7 +16,7 @@ from rich.table import Table
 from configs.flags import Switch
 from data_prep import tombstones
 from data_prep.errors import PandaError
-from flows.cli import print_json
+from flows.json_line import print_json
 from flows.registry_cli import Verb, parse_verb
 from training.lineage import Found, Seen, describe, find_record, find_text, versions_trained_on
 from training.versions import TAKEDOWN_TAG

@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from configs.flags import Switch
-from flows.cli import print_json
+from flows.json_line import print_json
 from flows.registry_cli import Verb, parse_verb
 from training import promotion
 from training.versions import GAIN_TAG, GATE_TAG, PARENT_TAG, REASONS_TAG, Version

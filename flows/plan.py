@@ -19,6 +19,7 @@ from configs.flags import CONF_PATH, JSON, PLAN_SWITCHES, VERBOSE, CommandLine, 
 from configs.load import Loaded
 from configs.settings import PandaSettings
 from flows.forecast import DataForecast, forecast_data
+from flows.json_line import print_json
 from training import compatibility, machine
 from training.past_runs import Speed, newest_config, past_speed
 from training.settings import TrackingSettings, TrainSettings
@@ -56,8 +57,6 @@ def run(line: CommandLine, loaded: Loaded) -> int:
     """Make the plan of a configuration and show it."""
     plan = make_plan(loaded.settings, line.switches.gpu_memory_gb, line.switches.tokens_per_second)
     if line.switches.json:
-        from flows.cli import print_json
-
         print_json(plan)
     else:
         from flows.plan_report import show

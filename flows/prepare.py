@@ -22,6 +22,7 @@ from data_prep.plan import PlanResult
 from data_prep.prepare import prepare as prepare_data
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenizer import DEFAULT_VOCAB_SIZE, LoadedTokenizer, load_tokenizer
+from flows.json_line import print_json
 from training.source import base_checkpoint, description, resolve_checkpoint
 
 logger = logging.getLogger(__name__)
@@ -51,7 +52,7 @@ def prepare(argv: list[str]) -> int:
         directory.mkdir(parents=True, exist_ok=True)
         (directory / "prepare.json").write_text(json.dumps(result.report, indent=1, ensure_ascii=False))
     if line.switches.json:
-        _print_json(result.report)
+        print_json(result.report)
     else:
         _print_report(result.report)
     return 0
@@ -70,7 +71,7 @@ def inspect(argv: list[str]) -> int:
         if path:
             Path(path).write_text(render(inspection), encoding="utf-8")
     if line.switches.json:
-        _print_json(dataclasses.asdict(inspection))
+        print_json(dataclasses.asdict(inspection))
     else:
         print_inspection(inspection, Console())
     return 0
@@ -98,7 +99,7 @@ def why(argv: list[str]) -> int:
     else:
         stories = stories_with(Path(result.path), line.switches.text, tokenizer, course)
     if line.switches.json:
-        _print_json({"stories": [dataclasses.asdict(story) for story in stories]})
+        print_json({"stories": [dataclasses.asdict(story) for story in stories]})
     else:
         Console().print(*map(story_text, stories), sep="\n\n")
     return 0
@@ -112,7 +113,7 @@ def verify(argv: list[str]) -> int:
     line, loaded = configure("panda verify", text, argv, switches, {"cache_dir"})
     verified = verify_cache(Path(loaded.settings.cache_dir), line.switches.discard)
     if line.switches.json:
-        _print_json(dataclasses.asdict(verified))
+        print_json(dataclasses.asdict(verified))
     else:
         for path, names in verified.damaged.items():
             print(f"damaged: {path}: {', '.join(names)}{' (removed)' if verified.discarded else ''}")
@@ -170,10 +171,6 @@ def _print_report(report: dict[str, Any]) -> None:
 
 def _number(value: Any) -> str:
     return f"{value:,}" if isinstance(value, (int, float)) and not isinstance(value, bool) else str(value)
-
-
-def _print_json(value: dict[str, Any]) -> None:
-    print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
 
 
 def _print_config(loaded: Any) -> int:

@@ -18,7 +18,7 @@ from data_prep.errors import PandaError
 from data_prep.prepare import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenizer import DEFAULT_VOCAB_SIZE
-from flows.cli import print_json
+from flows.json_line import print_json
 from flows.registry_cli import Verb, parse_verb
 from training.delta import model_directory
 from training.lineage import config_of, describe, plan_of

@@ -52,17 +52,6 @@ class Engine(Protocol):
         """(name, whole weight on the CPU) of every tensor that is saved with a model. All ranks together."""
 
 
-def build_engine(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> Engine:
-    """The engine that the settings ask for, around a `TargetLoss`."""
-    if settings.strategy == "fsdp":
-        from training.fsdp_engine import FsdpEngine
-
-        return FsdpEngine.build(model, settings, ranks)
-    from training.deepspeed_engine import DeepSpeedEngine
-
-    return DeepSpeedEngine.build(model, settings, ranks)
-
-
 def model_name(name: str) -> str:
     """Name of a parameter inside the model, from its name inside `TargetLoss`."""
     return name.removeprefix("model.")

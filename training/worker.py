@@ -77,7 +77,8 @@ def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
         plan = open_plan(config.plan_dir, "train")
     from data_prep.target import load_target
     from training.course import plan_course
-    from training.engine import build_engine, compute_dtype, load_dtype
+    from training.engine import compute_dtype, load_dtype
+    from training.engines import build_engine
     from training.loop import Run
     from training.schedule import schedule
     from training.stop import Stop
