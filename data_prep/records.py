@@ -30,8 +30,6 @@ import os
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 import numpy as np
@@ -42,7 +40,7 @@ from pydantic import BaseModel, ConfigDict
 from data_prep import store
 from data_prep.corpus import InputFile, UnitSpec, find_files, join, plan_units
 from data_prep.errors import CorpusError, StoreError
-from data_prep.process import peak_rss_bytes, worker_pool
+from data_prep.process import FanOut, on_processes, peak_rss_bytes
 from data_prep.settings import CorpusSettings
 from data_prep.unit import build_unit, find_unit
 
@@ -96,9 +94,12 @@ class RecordsResult(BaseModel):
     peak_rss_bytes: int
 
 
-def shard_records(corpus: CorpusSettings, cache_dir: Path, progress: Progress | None = None) -> RecordsResult:
+def shard_records(
+    corpus: CorpusSettings, cache_dir: Path, progress: Progress | None = None, fan_out: FanOut | None = None
+) -> RecordsResult:
     """Read and validate the whole corpus; units that are there already cost the hashing of their files.
 
+    :param fan_out: where units are made; None = here, in ``prepare_workers`` processes when that is worth it.
     :raises CorpusError: nothing to read, no usable record, or more than ``max_rejected_fraction`` rejected.
     """
     started = time.perf_counter()
@@ -106,7 +107,7 @@ def shard_records(corpus: CorpusSettings, cache_dir: Path, progress: Progress | 
     num_workers = corpus.prepare_workers or len(os.sched_getaffinity(0))
     files = find_files(corpus)
     specs = plan_units(files, corpus, num_workers)
-    made = _Units(root, num_workers, progress)
+    made = _Units(root, num_workers, progress, fan_out)
     specs = _joined_where_cut_wrongly(specs, made)
     units = _with_positions(specs, made)
     result = _result(units, made, files, time.perf_counter() - started)
@@ -139,10 +140,11 @@ def read_arrow(path: Path) -> pa.Table:
 class _Units:
     """The units that exist so far, by fingerprint, and how to make those that do not."""
 
-    def __init__(self, root: Path, num_workers: int, progress: Progress | None):
+    def __init__(self, root: Path, num_workers: int, progress: Progress | None, fan_out: FanOut | None):
         self.root = root
         self.num_workers = num_workers
         self.progress = progress
+        self.fan_out = fan_out
         self.built: dict[str, list[store.Built]] = {}
         self.peak_rss_bytes = peak_rss_bytes()
         self._reported = 0.0
@@ -167,23 +169,14 @@ class _Units:
 
     def _build(self, missing: dict[str, UnitSpec]) -> Iterator[tuple[str, tuple[list[store.Built], int]]]:
         num_workers = min(self.num_workers, len(missing))
-        if num_workers < 2 or sum(spec.size for spec in missing.values()) < MIN_BYTES_FOR_PROCESSES:
+        small = num_workers < 2 or sum(spec.size for spec in missing.values()) < MIN_BYTES_FOR_PROCESSES
+        if small and not self.fan_out:
             for fp, spec in missing.items():
                 yield fp, build_unit(self.root, spec)
             return
         largest_first = sorted(missing, key=lambda fp: -missing[fp].size)
-        with worker_pool(num_workers) as pool:
-            futures = {pool.submit(build_unit, self.root, missing[fp]): fp for fp in largest_first}
-            try:
-                for future in as_completed(futures):
-                    yield futures[future], future.result()
-            except BrokenProcessPool as error:
-                raise CorpusError(
-                    "A process that reads records was killed (out of memory?). What is finished is kept; go on with "
-                    f"--prepare_workers {num_workers // 2}"
-                ) from error
-            finally:
-                pool.shutdown(cancel_futures=True)
+        fan_out = self.fan_out or on_processes(num_workers)
+        yield from fan_out(build_unit, {fp: (self.root, missing[fp]) for fp in largest_first})
 
     def _report(self, done: int, total: int) -> None:
         now = time.monotonic()

@@ -10,13 +10,12 @@ this process, others by one process a core.
 
 import json
 import os
+import socket
 import time
 from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +26,7 @@ from data_prep import store
 from data_prep.engine import Engine, load_engine
 from data_prep.errors import StoreError, TokenizerError
 from data_prep.examples import RefusedRecord, tokenize_columns
-from data_prep.process import peak_rss_bytes, worker_pool
+from data_prep.process import FanOut, on_processes, peak_rss_bytes
 from data_prep.proof import prove
 from data_prep.records import Progress, RecordsResult, RecordsUnit, ledger_table, read_arrow
 from data_prep.settings import TokenizeSettings
@@ -41,6 +40,9 @@ MIN_BYTES_FOR_PROCESSES = (
 )  # below this the fast engine is done before a second process has loaded the tokenizer
 MIN_BYTES_FOR_PROCESSES_REFERENCE = 4 << 20
 PROGRESS_SECONDS = 0.5
+
+Builder = Callable[[dict[str, RecordsUnit]], Iterator[tuple[str, tuple[store.Built, int]]]]
+"""Builds the units that are missing, by fingerprint; yields each, with the peak memory of its process."""
 
 
 class TokensUnit(BaseModel):
@@ -109,9 +111,11 @@ def tokenize_records(  # noqa: PLR0913, PLR0917
     cache_dir: Path,
     prepare_workers: int = 0,
     progress: Progress | None = None,
+    fan_out: FanOut | None = None,
 ) -> TokensResult:
     """Tokenize every unit of records that is not there yet.
 
+    :param fan_out: where units are made; None = here, in ``prepare_workers`` processes when that is worth it.
     :raises TokenizerError: the tokenizer or the template cannot be used.
     :raises StoreError: an example failed the proof.
     """
@@ -120,7 +124,9 @@ def tokenize_records(  # noqa: PLR0913, PLR0917
     tools = load_tools(Recipe(Path(tokenizer_dir), Path(cache_dir), template_json, tokenize.tokenizer_engine))
     tokenizer, template = tools.tokenizer, tools.template
     fps = [unit_fingerprint(unit, tokenizer, template) for unit in records.units]
-    made, peak_rss = _make(records.units, fps, tools, prepare_workers, progress)
+    num_workers = prepare_workers or len(os.sched_getaffinity(0))
+    build = partial(_build, tools=tools, num_workers=num_workers, fan_out=fan_out)
+    made, peak_rss = _make(records.units, fps, tools.recipe.cache_dir / STAGE, build, progress)
     units = [_unit(unit, fp, made[fp]) for unit, fp in zip(records.units, fps, strict=True)]
     _check(units)
     reused = sum(unit.reused for unit in units)
@@ -156,12 +162,24 @@ def load_tools(recipe: Recipe) -> Tools:
     return Tools(recipe, tokenizer, load_template(json.loads(recipe.template), tokenizer))
 
 
-_load_tools_once = lru_cache(maxsize=1)(load_tools)  # for worker processes, which serve one call and end with it
+_load_tools_once = lru_cache(maxsize=1)(load_tools)  # for worker processes
 
 
 def _build_in_worker(unit: RecordsUnit, fp: str, recipe: Recipe) -> tuple[store.Built, int]:
     os.environ["RAYON_NUM_THREADS"] = "1"  # read when an engine starts its threads: the processes are the parallelism
+    if not _gives(fp, unit, _load_tools_once(recipe)):  # the worker of a cluster outlives the files it has read
+        _load_tools_once.cache_clear()
+        if not _gives(fp, unit, _load_tools_once(recipe)):
+            where = (
+                f"{recipe.tokenizer_dir} or the template differ on {socket.gethostname()} from what this run began with"
+            )
+            raise TokenizerError(f"{where}: start the workers of the cluster again, with the same files and code")
     return build_unit(unit, fp, _load_tools_once(recipe))
+
+
+def _gives(fp: str, unit: RecordsUnit, tools: Tools) -> bool:
+    """Whether these tools make the ids that this fingerprint stands for."""
+    return unit_fingerprint(unit, tools.tokenizer, tools.template) == fp
 
 
 def build_unit(unit: RecordsUnit, fp: str, tools: Tools) -> tuple[store.Built, int]:
@@ -203,10 +221,9 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.ListArray:
 
 
 def _make(
-    units: list[RecordsUnit], fps: list[str], tools: Tools, prepare_workers: int, progress: Progress | None
+    units: list[RecordsUnit], fps: list[str], root: Path, build: Builder, progress: Progress | None
 ) -> tuple[dict[str, store.Built], int]:
     """Find or build every unit; the same content twice is built once."""
-    root = tools.recipe.cache_dir / STAGE
     wanted = dict(zip(fps, units, strict=True))
     found = {fp: store.find(root / fp) for fp in wanted}
     made = {fp: built for fp, built in found.items() if built}
@@ -215,7 +232,7 @@ def _make(
     done = total - sum(unit.text_bytes for unit in missing.values())
     peak_rss = peak_rss_bytes()
     reported = 0.0
-    for fp, (built, rss) in _build(missing, tools, prepare_workers or len(os.sched_getaffinity(0))):
+    for fp, (built, rss) in build(missing):
         made[fp] = built
         peak_rss = max(peak_rss, rss)
         done += missing[fp].text_bytes
@@ -226,27 +243,18 @@ def _make(
 
 
 def _build(
-    missing: dict[str, RecordsUnit], tools: Tools, num_workers: int
+    missing: dict[str, RecordsUnit], tools: Tools, num_workers: int, fan_out: FanOut | None
 ) -> Iterator[tuple[str, tuple[store.Built, int]]]:
     num_workers = min(num_workers, len(missing))
     enough = MIN_BYTES_FOR_PROCESSES if tools.recipe.engine == "auto" else MIN_BYTES_FOR_PROCESSES_REFERENCE
-    if num_workers < 2 or sum(unit.text_bytes for unit in missing.values()) < enough:
+    small = num_workers < 2 or sum(unit.text_bytes for unit in missing.values()) < enough
+    if small and not fan_out:
         for fp, unit in missing.items():
             yield fp, build_unit(unit, fp, tools)
         return
     largest_first = sorted(missing, key=lambda fp: -missing[fp].text_bytes)
-    with worker_pool(num_workers) as pool:
-        futures = {pool.submit(_build_in_worker, missing[fp], fp, tools.recipe): fp for fp in largest_first}
-        try:
-            for future in as_completed(futures):
-                yield futures[future], future.result()
-        except BrokenProcessPool as error:
-            raise StoreError(
-                "A process that tokenizes was killed (out of memory?). What is finished is kept; go on with "
-                f"--prepare_workers {num_workers // 2}"
-            ) from error
-        finally:
-            pool.shutdown(cancel_futures=True)
+    fan_out = fan_out or on_processes(num_workers)
+    yield from fan_out(_build_in_worker, {fp: (missing[fp], fp, tools.recipe) for fp in largest_first})
 
 
 def _unit(unit: RecordsUnit, fp: str, built: store.Built) -> TokensUnit:

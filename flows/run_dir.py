@@ -22,7 +22,7 @@ from training.exit import ExitReason
 
 logger = logging.getLogger(__name__)
 
-NOT_THE_WORK = {"run_name", "resume", "paths", *UnattendedSettings.model_fields}
+NOT_THE_WORK = {"run_name", "resume", "paths", "prepare_workers", "prepare_cluster", *UnattendedSettings.model_fields}
 """What may differ between a run and the one it goes on with."""
 
 

@@ -10,6 +10,7 @@ from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenize import TokensResult, tokenize_records
 from data_prep.tokenizer import load_tokenizer, train_tokenizer
 from tasks.artifacts import show_prepared, show_report
+from tasks.cluster import on_cluster
 from tasks.progress import StageProgress
 from tasks.stage import stage
 from training.delta import model_directory
@@ -22,7 +23,12 @@ EXAMPLES_SHOWN = 2  # of each source
 @stage("validate and shard", reused=lambda result: None if result.built else f"{result.records:,} records")
 def shard(settings: PandaSettings) -> RecordsResult:
     """JSON corpora -> Arrow shards of valid records, and a ledger line for every record."""
-    return shard_records(CorpusSettings.of(settings), Path(settings.cache_dir), StageProgress("records"))
+    return shard_records(
+        CorpusSettings.of(settings),
+        Path(settings.cache_dir),
+        StageProgress("records"),
+        on_cluster(settings.prepare_cluster),
+    )
 
 
 @stage("base model")
@@ -48,6 +54,7 @@ def tokenize(settings: PandaSettings, records: RecordsResult, tokenizer_dir: Pat
         Path(settings.cache_dir),
         settings.prepare_workers,
         StageProgress("tokens"),
+        on_cluster(settings.prepare_cluster),
     )
 
 
