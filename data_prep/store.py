@@ -3,8 +3,9 @@
 In: a fingerprint and a function that writes files. Out: ``root/<fingerprint>/`` with those files and ``manifest.json``,
 there completely or not at all, whatever is killed and however many builders run at once.
 
-    root/.building-<fingerprint>-<random>/   while it is written; its builder holds an flock on the directory itself,
-                                             so the next builder sees which of these belong to dead processes
+    root/.building-<fingerprint>-<host>-<random>/   while it is written; its builder holds an flock on the directory
+                                             itself, so the next builder on this host sees which of these belong to dead
+                                             processes (on network file systems such locks are seen on one host only)
     root/<fingerprint>/manifest.json         {"format_version", "files": {name: {"bytes", "xxh3"}}, ..., "xxh3"}
 
 ``xxh3`` of a file is the xxh3_128 of its bytes; ``xxh3`` of the manifest is that of all its other fields.
@@ -18,8 +19,10 @@ import logging
 import os
 import secrets
 import shutil
+import socket
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +37,7 @@ FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 BUILDING = ".building-"
 HASH_CHUNK_BYTES = 4 << 20
+STALE_SECONDS = 24 * 3600  # another host's temporary directory that nobody has written to for so long
 
 
 @dataclass(frozen=True)
@@ -80,7 +84,7 @@ def building(root: Path, fp: str) -> Iterator[Path]:
     root.mkdir(parents=True, exist_ok=True)
     remove_stale(root)
     while True:
-        path = root / f"{BUILDING}{fp}-{secrets.token_hex(4)}"
+        path = _temporary(root, fp)
         path.mkdir()
         with _open_directory(path) as descriptor:
             # Between mkdir and flock another process may have taken it for stale: then it is gone, and we try again.
@@ -136,7 +140,7 @@ def verify(path: Path) -> list[str]:
 
 def discard(path: Path) -> None:
     """Remove a directory from the store; the next preparation builds it again."""
-    removed = path.parent / f"{BUILDING}{path.name}-{secrets.token_hex(4)}"
+    removed = _temporary(path.parent, path.name)
     try:
         path.rename(removed)  # at once, so that nobody opens half of it
     except FileNotFoundError:
@@ -151,10 +155,24 @@ def directories(root: Path) -> list[Path]:
 
 def remove_stale(root: Path) -> None:
     """Remove the temporary directories whose builder died: nobody holds their lock any more."""
-    for path in root.glob(f"{BUILDING}*"):
+    for path in filter(_may_be_stale, root.glob(f"{BUILDING}*")):
         with _open_directory(path) as descriptor:
             if descriptor is not None and _try_lock(descriptor):
                 shutil.rmtree(path, ignore_errors=True)
+
+
+def _temporary(root: Path, fp: str) -> Path:
+    """A new name for a directory on its way into the store, or out of it."""
+    return root / f"{BUILDING}{fp}-{socket.gethostname()}-{secrets.token_hex(4)}"
+
+
+def _may_be_stale(path: Path) -> bool:
+    """Of this host, or long untouched: whether a builder on another host lives, its lock cannot tell."""
+    if f"-{socket.gethostname()}-" in path.name:
+        return True
+    with suppress(FileNotFoundError):
+        return time.time() - path.stat().st_mtime > STALE_SECONDS
+    return False
 
 
 @contextmanager

@@ -142,3 +142,14 @@ def test_what_a_killed_builder_left_is_removed_and_a_living_one_is_not_touched(t
         for process in (killed, living):
             process.kill()
             process.wait()
+
+
+def test_what_another_host_builds_is_left_alone_for_a_day(tmp_path):
+    """On a network file system its lock is not seen here."""
+    theirs = tmp_path / f"{store.BUILDING}f00-another-host-0a1b2c3d"
+    theirs.mkdir()
+    store.build(tmp_path, "f01", write_hello)
+    assert theirs.exists()
+    os.utime(theirs, (0, 0))
+    store.build(tmp_path, "f02", write_hello)
+    assert not theirs.exists()
