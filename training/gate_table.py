@@ -30,5 +30,5 @@ def _slice(row: dict[str, Any]) -> dict[str, str]:
 def _check(row: dict[str, Any]) -> dict[str, str]:
     return {
         "what": f"{CHECKS[row['check']]} ({row['prompts']} prompts) against {row['against']}",
-        "result": f"{row['share']:.0%}, was {row['reference_share']:.0%}: {interval_of(row)}",
+        "result": f"{row['share']:.0%}, was {row['reference_share']:.0%}: {row['better']} better, {row['worse']} worse",
     }

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from training.export import Exported
+from training.gate import interval_of
 
 SHOWN = ("learning_rate", "lr_scheduler", "optimizer", "num_train_epochs", "max_steps", "per_gpu_train_batch_size",
          "gradient_accumulation_steps", "max_seq_length", "template", "seed", "use_lora", "lora_r", "lora_alpha",
@@ -90,12 +91,7 @@ def _evaluation(facts: CardFacts) -> str:
     losses = [[n.partition(".")[2], value] for n, value in facts.tags.items() if n.startswith("eval_loss.")]
     parts = [_table(["held-out source", "loss per target token"], losses)]
     rows = [
-        [
-            row["against"],
-            row["slice"],
-            f"{row['records']:,}",
-            f"{row['gain']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]",
-        ]
+        [row["against"], row["slice"], f"{row['records']:,}", str(interval_of(row))]
         for row in facts.gate.get("slices", [])
     ]
     interval = f"gain in nats per target token [{facts.gate.get('confidence', 0.95):.0%} interval]"

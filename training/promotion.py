@@ -8,6 +8,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+from training.gate import interval_of
 from training.gate_table import verdict_markdown
 from training.versions import (
     CHALLENGER,
@@ -44,7 +45,7 @@ def settle(registry: Registry, version: Version, result: dict[str, Any]) -> bool
 
 def _gain(result: dict[str, Any]) -> dict[str, str]:
     rows = [row for row in result.get("slices", []) if row["slice"] == "all"]
-    return {GAIN_TAG: f"{rows[0]['gain']:+.4f} [{rows[0]['low']:+.4f}, {rows[0]['high']:+.4f}]"} if rows else {}
+    return {GAIN_TAG: str(interval_of(rows[0]))} if rows else {}
 
 
 def make_champion(registry: Registry, version: Version) -> Version | None:

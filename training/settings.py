@@ -185,7 +185,7 @@ class GateSettings(Settings):
         0.0,
         ge=0,
         description="The `champion` alias moves only when the held-out loss per target token has fallen by more than "
-        "this with 95 % confidence (lower bound of a paired bootstrap).",
+        "this with 95 % confidence (lower bound of a studentised paired bootstrap, 30 records or more).",
     )
     max_slice_regression: float = Field(
         0.02,

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from training.answers import is_runaway
-from training.gate import Scores, bootstrap, judge, nothing_asked
+from training.gate import MIN_RECORDS, Scores, interval, judge, nothing_asked, sign_test
 from training.heldout import language_of
 from training.settings import GateSettings
 
@@ -38,7 +38,7 @@ def test_a_certain_gain_is_promoted():
 
 
 def test_without_pairing_the_same_gain_would_be_lost_in_the_noise():
-    spread = bootstrap(noise(1.0, 3) - noise(1.0, 4), np.ones(NUM))
+    spread = interval(noise(1.0, 3) - noise(1.0, 4), np.ones(NUM))
     assert spread.high - spread.low > 0.3
 
 
@@ -69,6 +69,45 @@ def test_a_slice_of_few_records_is_shown_but_not_judged():
     others = {"champion": ("m", scores(2.0))}
     result = judge(SETTINGS, {"rare/other": np.arange(5)}, scores(losses), others)
     assert result.promoted and [row["slice"] for row in result.slices] == ["all", "rare/other"]
+
+
+def test_few_records_promote_nothing_and_the_reason_says_so():
+    def judged(num: int):
+        candidate, champion = (Scores(np.full(num, loss), TOKENS[:num], GOOD) for loss in (1.0, 2.0))
+        return judge(SETTINGS, {}, candidate, {"champion": ("m", champion)})
+
+    few = judged(MIN_RECORDS - 1)
+    assert not few.promoted and few.reasons[0].startswith("only 29 held-out records can be compared and 30 are needed")
+    assert judged(MIN_RECORDS).promoted
+    assert judged(5).slices[0]["low"] is None  # no interval is made up
+
+
+def test_the_interval_is_that_of_the_books():
+    """Near the t-interval for bell-shaped differences, and longer at the side of a long tail."""
+    generator = np.random.default_rng(7)
+    bell = generator.normal(0.1, 1.0, 100)
+    found = interval(bell, np.ones(100))
+    half = 1.984 * bell.std(ddof=1) / 10
+    assert found.gain == pytest.approx(bell.mean())
+    assert (found.low, found.high) == pytest.approx((found.gain - half, found.gain + half), abs=0.03)
+    tail = interval(-generator.lognormal(0, 1, 50), np.ones(50))
+    assert tail.gain - tail.low > 1.3 * (tail.high - tail.gain)
+    scaled = interval(3 * bell, np.full(100, 3.0))  # three times the tokens, the same loss per token
+    assert (scaled.low, scaled.high) == pytest.approx((found.low, found.high))
+
+
+def test_equal_differences_leave_nothing_open():
+    exact = interval(np.full(20, 2.0), np.full(20, 4.0))
+    assert (exact.gain, exact.low, exact.high) == pytest.approx((0.5, 0.5, 0.5))
+    one = interval(np.eye(20)[0], np.ones(20))  # all but one are equal: many draws have no error
+    assert one.low <= 0 < one.high < 1e6
+
+
+@pytest.mark.parametrize(
+    ("better", "worse", "chance"), [(0, 0, 1.0), (0, 6, 1 / 64), (1, 3, 5 / 16), (4, 4, 163 / 256)]
+)
+def test_sign_test(better, worse, chance):
+    assert sign_test(better, worse) == pytest.approx(chance)
 
 
 def test_answers_that_certainly_go_bad_forbid_the_promotion():
