@@ -65,10 +65,14 @@ def mlflow_server(port: int, output_dir: Path) -> Service:
 def worker(mlflow_address: str) -> Service:
     """A process worker of our pool; it starts every flow run as a process group of its own.
 
-    Runs learn from it where people look at MLflow, for the links in their artifacts.
+    Runs learn from it where people look at MLflow, for the links in their artifacts, and that they are to write there
+    when its database is not the one beside them.
     """
     argv = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
-    return Service("worker", [*argv, "--install-policy", "never"], {"PANDA_MLFLOW_UI": mlflow_address})
+    env = {"PANDA_MLFLOW_UI": mlflow_address}
+    if "MLFLOW_BACKEND_STORE_URI" in os.environ:
+        env["MLFLOW_TRACKING_URI"] = mlflow_address
+    return Service("worker", [*argv, "--install-policy", "never"], env)
 
 
 def start(service: Service, log: Path) -> subprocess.Popen:

@@ -170,7 +170,9 @@ class TrackingSettings(Settings):
     """Tracking and registry"""
 
     mlflow_tracking_uri: str | None = Field(
-        None, description="MLflow server or database; None = sqlite in the output directory, created when missing."
+        None,
+        description="MLflow server or database; None = what the environment variable MLFLOW_TRACKING_URI says, "
+        "else sqlite in the output directory, created when missing.",
     )
     experiment_name: str = Field("panda-train", description="MLflow experiment of the run.")
     registered_model_name: str | None = Field(

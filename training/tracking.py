@@ -10,6 +10,7 @@ import contextlib
 import importlib.metadata
 import json
 import logging
+import os
 import subprocess
 import sys
 import threading
@@ -72,8 +73,9 @@ class TrackedRun:
 
 
 def tracking_uri(settings: TrackingSettings, output_dir: Path) -> str:
-    """The URI as set, or an SQLite file in the output directory."""
-    return settings.mlflow_tracking_uri or f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
+    """The URI as set, that of MLflow's own environment variable, or an SQLite file in the output directory."""
+    ours = f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
+    return settings.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or ours
 
 
 @contextlib.contextmanager

@@ -184,3 +184,11 @@ def test_secrets_are_hidden():
     assert redact(values) == {
         "hf_token": "***", "uri": "http://me:***@host/x", "max_tokens": 5, "token": None, "deep": [{"api_key": "***"}]
     }  # fmt: skip
+
+
+def test_mlflows_own_variable_is_heard_where_nothing_is_set(monkeypatch, tmp_path):
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:5000")
+    assert tracking.tracking_uri(TrackingSettings(), tmp_path) == "http://127.0.0.1:5000"
+    assert tracking.tracking_uri(TrackingSettings(mlflow_tracking_uri="sqlite:///x.db"), tmp_path) == "sqlite:///x.db"
+    monkeypatch.delenv("MLFLOW_TRACKING_URI")
+    assert tracking.tracking_uri(TrackingSettings(), tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
