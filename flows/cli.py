@@ -26,6 +26,7 @@ from data_prep.errors import PandaError
 
 TRAIN_TEXT = "Turn JSON corpora and a base model into a registered, evaluated model: one Prefect flow, in this process."
 TRAIN_SWITCHES = [CONF_PATH, PRINT_CONFIG, DRY_RUN, JSON, VERBOSE, *PLAN_SWITCHES]
+STATES_OF_PREFECT = ("Task run failed with state", "Finished in state")
 
 VERBS: dict[str, tuple[str, str]] = {
     "up": ("stack:up", "start Prefect server, MLflow server and worker in the background"),
@@ -93,8 +94,10 @@ def _log_to_stderr(verbose: bool) -> None:
 
 
 def _is_for_people(record: logging.LogRecord) -> bool:
-    """Prefect's own lines say in other words what the stages say."""
-    return record.levelno > logging.INFO or not record.name.startswith("prefect")
+    """Prefect's own lines say in other words what the stages say, and its states what the last line says."""
+    if not record.name.startswith("prefect"):
+        return True
+    return record.levelno > logging.INFO and not record.getMessage().startswith(STATES_OF_PREFECT)
 
 
 def read_arguments(

@@ -10,6 +10,7 @@ import logging
 import os
 import shutil
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -27,6 +28,7 @@ SERIES = {"metrics.jsonl": "", "evaluations.jsonl": "eval/", "system.jsonl": ""}
 ARTIFACTS = (
     "config.yaml", "metrics.jsonl", "evaluations.jsonl", "evaluation.json", "gate.json", "train.json", "summary.json",
 )  # fmt: skip
+URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 TOKEN_TAG = "panda.run_token"
 MAX_METRICS = 1000  # MLflow's limits of a batch
 MAX_PARAMS = 100
@@ -39,6 +41,7 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default waits for minutes; what failed is sent again later anyway
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
+_pointing = threading.Lock()
 
 
 def connect(uri: str) -> "MlflowClient":
@@ -47,11 +50,29 @@ def connect(uri: str) -> "MlflowClient":
         os.environ.setdefault(name, value)
     for name in ("db.utils", "model_registry.abstract_store"):  # "Creating initial tables", "Waiting up to 300 seconds"
         logging.getLogger(f"mlflow.store.{name}").setLevel(logging.WARNING)
-    from mlflow.tracking import MlflowClient, set_registry_uri, set_tracking_uri
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each retry; the outage is told once, by us
+    from mlflow.tracking import MlflowClient
 
-    set_tracking_uri(uri)  # MLflow resolves `models:/` through its global settings, whatever the client says
-    set_registry_uri(uri)
+    point_mlflow_at(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def point_mlflow_at(uri: str) -> None:
+    """Set MLflow's global URIs, through which it resolves `models:/` whatever the client says.
+
+    It also writes them into the environment, for children. There a password would be seen by every rank, and the next
+    run of this process would take it for what a person has set: the environment is left as it was.
+    """
+    from mlflow.tracking import set_registry_uri, set_tracking_uri
+
+    with _pointing:
+        before = {name: os.environ.pop(name, None) for name in URI_VARIABLES}
+        set_tracking_uri(uri)
+        set_registry_uri(uri)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def sync(run_dir: Path, uri: str) -> RunRecord:

@@ -13,6 +13,7 @@ import logging
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -179,10 +180,10 @@ def try_sync(run_dir: Path, uri: str) -> bool:
         with _sending:
             mlflow_sync.sync(run_dir, uri)
     except Exception as error:
-        first_line = (str(error).splitlines() or [type(error).__name__])[0]
+        words = textwrap.shorten(str(error) or type(error).__name__, 160)
         logger.warning(
             "MLflow at %s has not taken the news of %s (%s); they are kept there and sent later",
-            redact_text(uri), run_dir, redact_text(first_line),
+            redact_text(uri), run_dir, redact_text(words),
         )  # fmt: skip
         return False
     return True
