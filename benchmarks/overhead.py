@@ -1,9 +1,9 @@
 """What orchestration costs: seconds of a run in which every data stage is cached, beyond those stages.
 
-That is the time from the command to the first stage, and from the last one to the prompt.
-
-In: a configuration whose data are prepared (--conf_path). Out: a table on stdout; with --server the runs report to a
-Prefect server that is up (PREFECT_API_URL), without it each starts its temporary one. Run it on a quiet machine:
+In: a configuration whose data are prepared (--conf_path). Out: a line on stdout: seconds from the command to the first
+stage, of the whole command, of its stages, and of processor time (its own and that of the server it starts), medians.
+With --server the runs report to a Prefect server that is up (PREFECT_API_URL), without it each starts its temporary
+one. Run it on a quiet machine:
 
     python -m benchmarks.overhead --conf_path configs/demo.yaml
 """
@@ -11,6 +11,8 @@ Prefect server that is up (PREFECT_API_URL), without it each starts its temporar
 import argparse
 import json
 import os
+import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -19,6 +21,7 @@ from pathlib import Path
 from flows.server import answers, api_url
 
 ROOT = Path(__file__).parent.parent
+FIRST_STAGE = "validate and shard begins"  # said with --verbose
 NOBODY = "http://127.0.0.1:9/api"  # the discard port: no server there
 
 
@@ -31,20 +34,34 @@ def main() -> None:
     options = parser.parse_args()
     if options.server and not answers(api_url()):
         sys.exit(f"no Prefect server at {api_url()}")
-    runs = sorted(prepare_only(options) for _ in range(options.repeat))
-    total, stages = runs[len(runs) // 2]
+    runs = [prepare_only(options) for _ in range(options.repeat)]
+    first, total, stages, processor = (statistics.median(column) for column in zip(*runs, strict=True))
     where = "server up" if options.server else "temporary server"
     print(
-        f"{where}: {total:.1f} s for the command, {stages:.1f} s of it in cached stages: {total - stages:.1f} s beyond"
+        f"{where}: {first:.1f} s to the first stage; {total:.1f} s for the command, {stages:.1f} s of it in cached "
+        f"stages: {total - stages:.1f} s beyond; {processor:.1f} s of processor time; load {os.getloadavg()[0]:.1f}"
     )
 
 
-def prepare_only(options: argparse.Namespace) -> tuple[float, float]:
-    """(Wall-clock seconds of `train.py --until_stage plan`, seconds of its stages)."""
-    started = time.monotonic()
-    done = subprocess.run(command(options), env=environment(options), capture_output=True, text=True, check=True)
+def prepare_only(options: argparse.Namespace) -> tuple[float, float, float, float]:
+    """Seconds of `train.py --until_stage plan`: to its first stage, all, of its stages, of processor time."""
+    started, processor = time.monotonic(), processor_seconds()
+    first = 0.0
+    with subprocess.Popen(
+        command(options), env=environment(options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        for line in process.stderr:
+            if not first and FIRST_STAGE in line:
+                first = time.monotonic() - started
+        summary = json.loads(process.stdout.read().splitlines()[-1])
     seconds = time.monotonic() - started
-    return seconds, sum(json.loads(done.stdout.splitlines()[-1])["seconds"].values())
+    return first, seconds, sum(summary["seconds"].values()), processor_seconds() - processor
+
+
+def processor_seconds() -> float:
+    """Of all children so far, and theirs."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 def command(options: argparse.Namespace) -> list[str]:

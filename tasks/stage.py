@@ -7,6 +7,7 @@ whether its work is there, and Prefect's cache does not.
 """
 
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,8 @@ from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from data_prep.errors import PandaError
+
+logger = logging.getLogger(__name__)
 
 
 def stage(
@@ -29,6 +32,7 @@ def stage(
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(function)
         def run(*args: Any, **kwargs: Any) -> Any:
+            logger.debug("%s begins", name)
             try:
                 result = function(*args, **kwargs)
             except PandaError as error:
