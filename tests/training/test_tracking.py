@@ -1,6 +1,7 @@
 """Tracking against real MLflow databases and a real server: true statuses, nothing lost in an outage, no secrets."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -177,6 +178,21 @@ def test_an_outage_loses_nothing_and_stops_nothing(run_dir, caplog, monkeypatch)
         assert history(client, tracked.run_id, "loss") == [(step, 1 / step) for step in range(1, 13)]
         assert {"metrics.jsonl", "report"} <= {file.path for file in client.list_artifacts(tracked.run_id)}
         assert tracking.reconcile(run_dir.parent, tracked.uri) == []
+
+
+def test_two_registries_in_one_process_and_nothing_in_the_environment(run_dir, tmp_path, monkeypatch):
+    """MLflow would write the URI, with its password, into the environment of the ranks and of the next run."""
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    other = tmp_path / "others" / "run-1"
+    other.mkdir(parents=True)
+    for directory in (run_dir, other):
+        with open_run(SETTINGS, directory, FACTS) as tracked:
+            assert tracked.wait_for_run_id() and tracked.uri == f"sqlite:///{directory.parent}/mlflow.db"
+    assert not {"MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI"} & os.environ.keys()
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "postgresql://me:hunter2@db/mlflow")
+    assert tracking.tracking_uri(SETTINGS, other.parent) == "postgresql://me:hunter2@db/mlflow"
+    connect(f"sqlite:///{run_dir.parent}/mlflow.db")
+    assert os.environ["MLFLOW_TRACKING_URI"] == "postgresql://me:hunter2@db/mlflow"
 
 
 def test_secrets_are_hidden():
