@@ -10,7 +10,7 @@ from typing import Any
 
 from prefect.artifacts import create_image_artifact, create_markdown_artifact, create_table_artifact
 
-from training.gate_table import verdict_rows
+from training.gate_table import verdict_markdown
 from training.mlflow_sync import connect
 from training.plots import write_plots
 from training.tracking import TrackedRun
@@ -81,4 +81,4 @@ def show_model(version: dict[str, Any], text: str) -> None:
 
 def show_gate(result: dict[str, Any]) -> None:
     """Why the version became the champion or not: the reasons, then a line per slice and check."""
-    create_table_artifact(table=verdict_rows(result), key="gate", description="Candidate, champion and base")
+    create_markdown_artifact(markdown=verdict_markdown(result), key="gate", description="Candidate, champion and base")

@@ -1,34 +1,38 @@
-"""The result of the gate as a table for people: the verdict with its reasons, then a line per slice and check.
+"""The result of the gate for people: the verdict with its reasons, then a line per slice and per check of the answers.
 
-In: what RUN/gate.json holds. Out: rows of what / result, or Markdown (the description of the version in MLflow).
+In: what RUN/gate.json holds. Out: Markdown, for the description of the version in MLflow and the artifact in Prefect.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 from training.gate import CHECKS, interval_of
 
 
-def verdict_rows(result: dict[str, Any]) -> list[dict[str, str]]:
-    """Rows for a table."""
-    verdict = {"what": "champion" if result["promoted"] else "challenger", "result": "; ".join(result["reasons"])}
-    return [verdict, *map(_slice, result["slices"]), *map(_check, result["checks"])]
-
-
 def verdict_markdown(result: dict[str, Any]) -> str:
-    """The same as a Markdown table."""
-    cells = [f"| {row['what']} | {row['result'].replace('|', ' ')} |" for row in verdict_rows(result)]
-    return "\n".join(["| gate | result |", "| --- | --- |", *cells])
+    """Verdict, reasons, and a table each for losses and answers where there are any."""
+    parts = [f"**{'champion' if result['promoted'] else 'challenger'}**"]
+    parts.append("\n".join(f"- {reason}" for reason in result["reasons"]))
+    if result["slices"]:
+        heads = ("held-out loss on", "records", "against", "loss", "its loss", "gain [95 %]")
+        parts.append(_table(heads, map(_slice, result["slices"])))
+    if result["checks"]:
+        heads = ("answers", "prompts", "against", "share", "its share", "better, worse")
+        parts.append(_table(heads, map(_check, result["checks"])))
+    return "\n\n".join(parts)
 
 
-def _slice(row: dict[str, Any]) -> dict[str, str]:
-    return {
-        "what": f"loss on {row['slice']} ({row['records']} records) against {row['against']}",
-        "result": f"{row['loss']:.4f}, was {row['reference_loss']:.4f}: gain {interval_of(row)}",
-    }
+def _slice(row: dict[str, Any]) -> Iterable[str]:
+    losses = (f"{row['loss']:.4f}", f"{row['reference_loss']:.4f}")
+    return row["slice"], str(row["records"]), row["against"], *losses, str(interval_of(row))
 
 
-def _check(row: dict[str, Any]) -> dict[str, str]:
-    return {
-        "what": f"{CHECKS[row['check']]} ({row['prompts']} prompts) against {row['against']}",
-        "result": f"{row['share']:.0%}, was {row['reference_share']:.0%}: {row['better']} better, {row['worse']} worse",
-    }
+def _check(row: dict[str, Any]) -> Iterable[str]:
+    shares = (f"{row['share']:.0%}", f"{row['reference_share']:.0%}")
+    name = CHECKS[row["check"]].removeprefix("answers ")
+    return name, str(row["prompts"]), row["against"], *shares, f"{row['better']}, {row['worse']}"
+
+
+def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [heads, ["---"] * 6, *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', ' ') for cell in line)} |" for line in lines)
