@@ -78,6 +78,8 @@ def test_it_loads_with_only_what_its_requirements_name(kind, run_dir, tmp_path):
     (file,) = (run_dir.parent / "mlartifacts").rglob("requirements.txt")
     requirements = file.read_text().splitlines()
     assert all(re.fullmatch(r"[a-z]+==[\d.]+", line) for line in requirements), requirements
+    few = {"mlflow", "torch", "transformers", "safetensors", "accelerate", *(["peft"] if kind == "adapter" else [])}
+    assert {line.partition("==")[0] for line in requirements} == few
     names = named_by(requirements)
     absent = [*ABSENT, *(["peft"] if kind == "full" else [])]
     python = environment_of(names, tmp_path / "clean")
