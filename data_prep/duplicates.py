@@ -29,6 +29,12 @@ def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
     return result
 
 
+def is_among(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Which rows of ``(n, 16) uint8`` are rows of ``(m, 16)`` too: ``(n,) bool``."""
+    whole = np.dtype((np.void, 16))
+    return np.isin(np.ascontiguousarray(hashes).view(whole).ravel(), np.ascontiguousarray(others).view(whole).ravel())
+
+
 def near_duplicates(texts: Iterable[str], threshold: float) -> np.ndarray:
     """(n,) bool, True where a kept earlier text has an estimated Jaccard similarity of at least ``threshold``.
 

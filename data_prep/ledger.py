@@ -35,6 +35,7 @@ class Reason(StrEnum):
     TOO_LONG = "too_long", "longer than max_seq_length, and overflow says to drop such records"
     NOT_SAMPLED = "not_sampled", "the mixture weight of its source leaves it out"
     TAKEN_DOWN = "taken_down", "it has a tombstone (`panda takedown`)"
+    NOT_REPLAYED = "not_replayed", "an earlier model was trained on it, and replay_share leaves it out"
 
 
 REJECTED = frozenset(

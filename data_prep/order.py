@@ -73,3 +73,8 @@ def position_of(num_rows: int, rows_per_step: int, seed: int, epoch: int, rows: 
     inverse = np.empty(num_rows, dtype=np.int64)
     inverse[_permutation(num_rows, seed, epoch)] = np.arange(num_rows)
     return inverse[rows] // rows_per_step
+
+
+def uniform(keys: np.ndarray, salt: int) -> np.ndarray:
+    """A number in [0, 1) per content key: ``(n,) float64``."""
+    return (mix64(keys, salt) >> np.uint64(11)).astype(np.float64) * 2.0**-53

@@ -16,7 +16,7 @@ In: `TokensResult` and the settings. Out: ``<cache_dir>/plans/<fingerprint>/`` a
     manifest.json   max_seq_length, pad_id, sources, shards (paths relative to the plan), report
 
 The fingerprint covers the ordered units (content, source, place of files), the tombstones and the settings of packing,
-duplicates, split and mixture. Cost: planning 1,000,000 examples takes under a second, the ledger another.
+duplicates, replay, split and mixture. Cost: planning 1,000,000 examples takes under a second, the ledger another.
 """
 
 import os
@@ -92,6 +92,7 @@ def plan_rows(tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings, 
 
 def plan_fingerprint(tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings) -> str:
     """What a plan depends on. A moved file changes it: the ledger says where each record is."""
+    share = corpus.replay_share
     near = corpus.near_duplicate_threshold if corpus.deduplicate == "near" else None
     return store.fingerprint(
         stage=STAGE,
@@ -101,6 +102,7 @@ def plan_fingerprint(tokens: TokensResult, corpus: CorpusSettings, pack: PackSet
         duplicates=[corpus.deduplicate, near],
         validation_fraction=corpus.validation_fraction,
         tombstones=taken_down(corpus),
+        **({"replay": [Path(corpus.replay_of).name, share]} if corpus.replay_of and share < 1 else {}),
     )
 
 
@@ -236,6 +238,7 @@ def make_report(
     counts = {REASONS[i]: int(n) for i, n in enumerate(np.bincount(verdicts.reason[verdicts.reason >= 0])) if n}
     rejected = Counter(tokens.records.rejected) + Counter({r.value: n for r, n in counts.items() if r in REJECTED})
     accepted = verdicts.reason == ACCEPTED
+    not_replayed = verdicts.reason == REASONS.index(Reason.NOT_REPLAYED)
     return {
         "records_in": tokens.records.records,
         "accepted": int(accepted.sum()),
@@ -244,6 +247,7 @@ def make_report(
         "cut_tokens": int(verdicts.cut.sum()),
         "tokens": int(train.tokens.sum(dtype=np.int64)),
         "target_tokens": int(train.target_tokens.sum(dtype=np.int64)),
+        "not_replayed_target_tokens": int(examples.targets[not_replayed].sum(dtype=np.int64)),
         "rows": train.num_rows,
         "utilisation": _utilisation(train, pack.max_seq_length),
         "max_seq_length": pack.max_seq_length,

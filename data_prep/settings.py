@@ -91,6 +91,18 @@ class CorpusSettings(Settings):
         "./tombstones.jsonl",
         description="File of the content hashes of records that `panda takedown` took down: they are dropped.",
     )
+    replay_share: float = Field(
+        1.0,
+        ge=0,
+        le=1,
+        description="Share of the records that the champion was trained on that is trained on again when training goes "
+        "on from it (`init_from=champion`), chosen by content hash; new records all are.",
+    )
+    replay_of: str | None = Field(
+        None,
+        description="Directory of the plan that `replay_share` takes for what was trained on before; "
+        "None = that of the champion.",
+    )
     prepare_workers: int = Field(
         0, ge=0, description="Processes that read and tokenize; 0 = one per core. Changes no byte of the output."
     )

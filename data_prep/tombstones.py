@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 
+from data_prep.duplicates import is_among
 from data_prep.errors import PandaError
 
 HASH_DIGITS = 32
@@ -59,6 +60,4 @@ def matching(hashes: np.ndarray, tombstones: list[str]) -> np.ndarray:
     """Which of the records ``(n, 16) uint8`` were taken down: ``(n,) bool``."""
     if not tombstones:
         return np.zeros(len(hashes), dtype=bool)
-    whole = np.dtype((np.void, 16))
-    wanted = np.array([np.frombuffer(bytes.fromhex(one), dtype=np.uint8) for one in tombstones])
-    return np.isin(np.ascontiguousarray(hashes).view(whole).ravel(), wanted.view(whole).ravel())
+    return is_among(hashes, np.array([np.frombuffer(bytes.fromhex(one), dtype=np.uint8) for one in tombstones]))

@@ -1,9 +1,9 @@
 """What becomes of each example: dropped with a reason, held out, or trained on, how often and in which pieces.
 
 In: `Examples` and the settings. Out: `Verdicts`, arrays over the examples, and the `Pieces` that must go into rows. In
-this order: no target -> taken down -> duplicate -> split -> overflow -> mixture. Every decision is a function of the
-content hash, so a record keeps its split when the corpus grows, equal records are never on both sides, and a raised
-weight only adds.
+this order: no target -> taken down -> duplicate -> split -> replay -> overflow -> mixture. Every decision is a function
+of the content hash, so a record keeps its split when the corpus grows, equal records are never on both sides, and a
+raised weight only adds.
 Cost: 1 us an example (sorting hashes); near duplicates 0.2 ms.
 """
 
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from data_prep import tombstones
+from data_prep import replay, tombstones
 from data_prep.errors import CorpusError
 from data_prep.ledger import Reason
-from data_prep.order import mix64
+from data_prep.order import uniform
 from data_prep.pack import split_evenly
 from data_prep.plan_input import Examples
 from data_prep.settings import CorpusSettings, PackSettings
@@ -65,6 +65,7 @@ def judge(
     if corpus.deduplicate == "near":
         _mark(reason, near_duplicates(), Reason.NEAR_DUPLICATE)
     split = (uniform(examples.keys, _SPLIT_KEY) < corpus.validation_fraction).astype(np.int8)
+    _mark(reason, (split == TRAIN) & replay.left_out(examples.hashes, examples.keys, corpus), Reason.NOT_REPLAYED)
     pieces, too_long, cut = _pieces(examples, reason == ACCEPTED, pack)
     _mark(reason, too_long, Reason.TOO_LONG)
     tokens = np.where((reason == ACCEPTED) & (split == TRAIN), examples.lengths - cut, 0)
@@ -79,11 +80,6 @@ def judge(
 def taken_down(corpus: CorpusSettings) -> list[str]:
     """Content hashes that have a tombstone."""
     return tombstones.read(Path(corpus.tombstones)) if corpus.tombstones else []
-
-
-def uniform(keys: np.ndarray, salt: int) -> np.ndarray:
-    """A number in [0, 1) per content key: ``(n,) float64``."""
-    return (mix64(keys, salt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def weights_of(sources: list[str], tokens: np.ndarray, pack: PackSettings) -> np.ndarray:

@@ -1,6 +1,7 @@
 """What MLflow is told about a run before it trains. In: settings and results of the data stages. Out: `Facts`."""
 
 from pathlib import Path
+from typing import Any
 
 from prefect.runtime import flow_run
 
@@ -25,7 +26,7 @@ def facts(settings: PandaSettings, corpus: str, plan: PlanResult) -> Facts:
     ]
     tags = {
         CORPUS_TAG: corpus,
-        TARGET_TOKENS_TAG: str(plan.report["target_tokens"]),
+        TARGET_TOKENS_TAG: str(target_tokens_of_corpus(plan.report)),
         "panda.plan": plan.fingerprint,
         "panda.config": config_hash(settings),
         "prefect.flow_run_id": str(flow_run.id or ""),
@@ -33,6 +34,11 @@ def facts(settings: PandaSettings, corpus: str, plan: PlanResult) -> Facts:
     }
     reports = {"data": plan.report, "corpus": corpus_files(Path(plan.path))}
     return Facts(settings.model_dump(mode="json"), datasets, reports, tags)
+
+
+def target_tokens_of_corpus(report: dict[str, Any]) -> int:
+    """With those of the old records that replay left out, so that it grows with the corpus."""
+    return report["target_tokens"] + report.get("not_replayed_target_tokens", 0)
 
 
 def config_hash(settings: PandaSettings) -> str:

@@ -15,6 +15,7 @@ from prefect.states import Cancelled
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
 from flows import approval, outcome, policy, run_dir
+from flows.champion import with_replay
 from flows.configure import configure
 from flows.data_stages import Prepared, prepare_data, prepared_before, until
 from flows.facts import facts, version_tags
@@ -60,6 +61,7 @@ def run_stages(settings: PandaSettings) -> dict[str, Any]:
         run = run_dir.create(settings.model_copy(update={"resume": True}))
         prepared, resume = prepared_before(run), True
     else:
+        settings = with_replay(settings)
         prepared = prepare_data(settings, watch)
         until(settings, "plan", {"data": prepared.plan.report, "seconds": watch.seconds})
         skip = policy.nothing_new(settings, prepared)

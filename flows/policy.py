@@ -10,7 +10,7 @@ from prefect.runtime import flow_run
 from configs.settings import PandaSettings
 from flows.champion import registry_of
 from flows.data_stages import Prepared
-from flows.facts import CORPUS_TAG, TARGET_TOKENS_TAG
+from flows.facts import CORPUS_TAG, TARGET_TOKENS_TAG, target_tokens_of_corpus
 from tasks.register import model_name
 from training.versions import Version
 
@@ -46,7 +46,7 @@ def nothing_new(settings: PandaSettings, prepared: Prepared) -> str | None:
         return None
     if newest.tags[CORPUS_TAG] == prepared.corpus:
         return f"the corpus is the one that {newest.uri} was made of"
-    return _too_few(settings.min_new_target_tokens, prepared.plan.report["target_tokens"], newest)
+    return _too_few(settings.min_new_target_tokens, target_tokens_of_corpus(prepared.plan.report), newest)
 
 
 def _too_few(wanted: int, target_tokens: int, newest: Version) -> str | None:

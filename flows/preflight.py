@@ -25,6 +25,11 @@ def check(settings: PandaSettings, chosen: set[str]) -> None:
     problems = [*_corpus_problems(settings, chosen), *_output_problems(settings), *_training_problems(settings)]
     if base_checkpoint(settings) is None and settings.architecture is None:
         problems.append(f"model={settings.model!r}: neither a checkpoint (ckpt_path) nor an architecture to start from")
+    if settings.replay_share < 1 and not settings.replay_of and settings.init_from != "champion":
+        problems.append(
+            f"replay_share={settings.replay_share}: the base model has not seen the old records; "
+            "use init_from=champion, or name the plan of a training with replay_of"
+        )
     if problems:
         raise ConfigError(problems)
 
