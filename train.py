@@ -2,7 +2,15 @@
 
 import sys
 
-from flows.cli import train_main
-
 if __name__ == "__main__":
-    sys.exit(train_main(sys.argv[1:]))
+    try:
+        from flows.cli import train_main
+
+        sys.exit(train_main(sys.argv[1:]))
+    except ModuleNotFoundError as error:
+        if "--verbose" in sys.argv:
+            raise
+        sys.exit(
+            f"error: {error} in {sys.executable}: what panda-train needs is in .venv; "
+            "run `make install` once, then `source .venv/bin/activate`"
+        )

@@ -11,7 +11,7 @@ from configs.errors import ConfigError
 from configs.settings import PandaSettings
 from training import compatibility
 from training.settings import TrainSettings
-from training.source import DELTA_MARKER, base_checkpoint, find_checkpoint, named_delta, without_base
+from training.source import DELTA_MARKER, base_checkpoint, find_checkpoint, known_problem, named_delta, without_base
 
 SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
 
@@ -35,12 +35,14 @@ def check(settings: PandaSettings, chosen: set[str]) -> None:
 
 
 def _training_problems(settings: PandaSettings) -> list[str]:
-    """Settings that do not work together, and a delta without its base."""
+    """A checkpoint that is not whole, settings that do not work together, a delta without its base."""
     checkpoint = base_checkpoint(settings)
     folder = find_checkpoint(checkpoint) if checkpoint else None
     config = folder / "config.json" if folder else None
     known = json.loads(config.read_text(encoding="utf-8")) if config and config.is_file() else {}
     problems = compatibility.problems(TrainSettings.of(settings), known if checkpoint else None, settings.packing)
+    if checkpoint and (wrong := known_problem(checkpoint, needs_tokenizer=not named_delta(checkpoint))):
+        problems.append(wrong)
     if (
         checkpoint
         and named_delta(checkpoint)

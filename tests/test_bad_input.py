@@ -22,6 +22,8 @@ def corpus(tmp_path):
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "a.json").write_text('[{"input": "a", "target": "b"}]')
     (tmp_path / "empty").mkdir()
+    (tmp_path / "half").mkdir()
+    (tmp_path / "half" / "config.json").write_text("{}")
     return tmp_path
 
 
@@ -39,6 +41,11 @@ MISTAKES = {
     "missing corpus": (["--instruction_tuning_data_dir", "nowhere"], ["'nowhere'", "does not exist"]),
     "empty corpus": (["--instruction_tuning_data_dir", "empty"], ["'empty'", "is empty"]),
     "missing file of settings": (["--conf_path", "none.yaml"], ["none.yaml"]),
+    "no such checkpoint": (
+        ["--ckpt_path", "/no/where", "--pretraining_data_dir", "nix"],
+        ["2 problems", "'nix'", "no directory /no/where; not a hub id"],
+    ),
+    "half a checkpoint": (["--ckpt_path", "half", "--instruction_tuning_data_dir", "data"], ["no .safetensors"]),
     "output below a file": (
         ["--instruction_tuning_data_dir", "data", "--output_dir", "data/a.json/out"], ["output_dir", "not writable"]
     ),

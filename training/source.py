@@ -51,10 +51,17 @@ def without_base(checkpoint: str) -> str:
 def resolve_checkpoint(ckpt_path: str, needs_tokenizer: bool = True) -> Path:
     """The local directory of a checkpoint, complete enough to start from; a hub id is downloaded first."""
     folder = find_checkpoint(ckpt_path) or _download(ckpt_path)
-    problem = missing_part(folder, ckpt_path, needs_tokenizer)
-    if problem:
-        raise CheckpointError(f"ckpt_path={ckpt_path!r}: {problem} (looked in {folder})")
+    if problem := missing_part(folder, ckpt_path, needs_tokenizer):
+        raise CheckpointError(problem)
     return folder
+
+
+def known_problem(ckpt_path: str, needs_tokenizer: bool = True) -> str | None:
+    """What is wrong with a checkpoint as far as this machine can tell without the hub; None when nothing is."""
+    folder = find_checkpoint(ckpt_path)
+    if folder is None:
+        return None if HUB_ID.match(ckpt_path) else _neither(ckpt_path)
+    return missing_part(folder, ckpt_path, needs_tokenizer)
 
 
 def description(settings: ModelSettings) -> Path | None:
@@ -90,12 +97,14 @@ def find_checkpoint(ckpt_path: str) -> Path | None:
 def missing_part(folder: Path, name: str, needs_tokenizer: bool) -> str | None:
     """What the directory of the checkpoint `name` lacks, with the remedy; None when it has all."""
     if not (folder / "config.json").is_file():
-        return "there is no config.json; a checkpoint in Hugging Face format is needed"
-    if not any(folder.glob("*.safetensors")):
-        return _no_weights(name)
-    if needs_tokenizer and not has_tokenizer(folder):
-        return f"there is no tokenizer (one of {', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there"
-    return None
+        lacks = "there is no config.json; a checkpoint in Hugging Face format is needed"
+    elif not any(folder.glob("*.safetensors")):
+        lacks = _no_weights(name)
+    elif needs_tokenizer and not has_tokenizer(folder):
+        lacks = f"there is no tokenizer (one of {', '.join(TOKENIZER_FILES)}); copy the model's tokenizer files there"
+    else:
+        return None
+    return f"ckpt_path={name!r}: {lacks} (looked in {folder})"
 
 
 def _no_weights(name: str) -> str:
@@ -110,7 +119,7 @@ def _no_weights(name: str) -> str:
 def _download(ckpt_path: str, patterns: list[str] | None = None) -> Path:
     """The directory of a hub id in Hugging Face's cache; only what is missing there is downloaded."""
     if not HUB_ID.match(ckpt_path):
-        raise CheckpointError(f"{_looked_at(ckpt_path)}; not a hub id (owner/name) either")
+        raise CheckpointError(_neither(ckpt_path))
     from huggingface_hub import errors, snapshot_download
 
     try:
@@ -133,6 +142,10 @@ def _download(ckpt_path: str, patterns: list[str] | None = None) -> Path:
     raise CheckpointError(f"{_looked_at(ckpt_path)}; as a hub id: {reason}")
 
 
+def _neither(ckpt_path: str) -> str:
+    return f"{_looked_at(ckpt_path)}; not a hub id (owner/name) either"
+
+
 def _looked_at(ckpt_path: str) -> str:
-    places = Path(ckpt_path).absolute(), (PRETRAINED / ckpt_path).absolute()
-    return f"ckpt_path={ckpt_path!r}: no directory {places[0]}, none {places[1]}"
+    places = dict.fromkeys(str(path.absolute()) for path in (Path(ckpt_path), PRETRAINED / ckpt_path))
+    return f"ckpt_path={ckpt_path!r}: no directory {', none '.join(places)}"
