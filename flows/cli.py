@@ -44,6 +44,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "export": ("export:export", "write a version as a plain model directory, adapter merged"),
     "chat": ("export:chat", "talk to a version in the terminal"),
     "serve": ("export:serve", "serve a version to OpenAI clients"),
+    "benchmark": ("benchmark:main", "ask a version tasks of lm-eval, scores to MLflow"),
     "reproduce": ("reproduce:main", "train the first steps of a version again; the losses must agree"),
     "takedown": ("lineage:takedown", "take a record down, and tag the versions that saw it"),
     "completion": ("completion:main", 'print a shell completion script: eval "$(panda completion)"'),

@@ -63,6 +63,7 @@ def as_dict(version: Version) -> dict[str, Any]:
         "gain": version.tags.get(GAIN_TAG),
         "reasons": version.tags.get(REASONS_TAG),
         "eval_loss": version.tags.get("eval_loss.all"),
+        "benchmarks": version.benchmarks,
         "corpus": version.tags.get("panda.corpus"),
         "plan": version.tags.get("panda.plan"),
         "parent": version.tags.get(PARENT_TAG),

@@ -13,6 +13,7 @@ import yaml
 
 from training.export import Exported
 from training.gate import interval_of
+from training.versions import BENCHMARK_TAG
 
 SHOWN = ("learning_rate", "lr_scheduler", "optimizer", "num_train_epochs", "max_steps", "per_gpu_train_batch_size",
          "gradient_accumulation_steps", "max_seq_length", "template", "seed", "use_lora", "lora_r", "lora_alpha",
@@ -96,6 +97,8 @@ def _evaluation(facts: CardFacts) -> str:
     ]
     interval = f"gain in nats per target token [{facts.gate.get('confidence', 0.95):.0%} interval]"
     parts.append(_table(["against", "slice", "records", interval], rows))
+    scores = [[n.removeprefix(BENCHMARK_TAG), value] for n, value in facts.tags.items() if n.startswith(BENCHMARK_TAG)]
+    parts.append(_table(["benchmark (lm-eval)", "score"], scores))
     reasons = facts.gate.get("reasons", [])
     parts.append("\n".join(f"- {reason}" for reason in reasons))
     return "\n\n".join(part for part in parts if part)

@@ -28,6 +28,7 @@ GAIN_TAG = "panda.gate.gain"
 REPLACED_TAG = "panda.replaced_champion"  # the version that was champion before this one
 PARENT_TAG = "panda.parent"
 TAKEDOWN_TAG = "panda.takedown."  # + content hash
+BENCHMARK_TAG = "panda.benchmark."  # + task of lm-eval
 MAX_TAG_CHARS = 4500  # MLflow takes 5,000 bytes and more, depending on its database
 REFERENCE = re.compile(r"^(?:models:/)?(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[\w-]+))?$")
 
@@ -56,6 +57,12 @@ class Version:
     def taken_down(self) -> list[str]:
         """Content hashes of records this version has seen and that were taken down since."""
         return sorted(tag.removeprefix(TAKEDOWN_TAG) for tag in self.tags if tag.startswith(TAKEDOWN_TAG))
+
+    @property
+    def benchmarks(self) -> dict[str, str]:
+        """Task -> what this version scored."""
+        found = (tag for tag in sorted(self.tags) if tag.startswith(BENCHMARK_TAG))
+        return {tag.removeprefix(BENCHMARK_TAG): self.tags[tag] for tag in found}
 
 
 class Registry:
