@@ -33,6 +33,7 @@ from tasks.sample_prompt import sample_prompt
 from tasks.train import evaluate, evaluated_before, train, trained_before
 from training import tracking
 from training.lineage import parent_of
+from training.registry import patiently
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking import TrackedRun
 from training.versions import PARENT_TAG, Registry
@@ -134,7 +135,8 @@ def starts_by(settings: PandaSettings, stage: str) -> bool:
 
 def register(settings: PandaSettings, tracked: TrackedRun, prepared: Prepared, tags: dict[str, str]) -> dict[str, Any]:
     """The register stage, with a prompt of the held-out records to try the model on."""
-    parent = parent_of(Registry(tracked.uri), str(prepared.model_dir) if prepared.model_dir else None)
+    start = str(prepared.model_dir) if prepared.model_dir else None
+    parent = patiently(lambda: parent_of(Registry(tracked.uri), start))
     tags |= {PARENT_TAG: parent} if parent else {}
     prompt = sample_prompt(Path(prepared.plan.path), prepared.tokenizer_dir, Path(settings.cache_dir))
     return register_model(tracked, model_name(settings.registered_model_name, settings.model), tags, prompt)

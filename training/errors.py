@@ -13,3 +13,7 @@ class ModelError(PandaError):
 
 class CompatibilityError(PandaError):
     """Settings that contradict each other or that no engine can run."""
+
+
+class MlflowAway(PandaError):
+    """MLflow does not answer: what it is needed for can be done later, so trying again helps."""

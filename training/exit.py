@@ -23,6 +23,7 @@ from enum import StrEnum
 from typing import NoReturn
 
 from data_prep.errors import CorpusError, PandaError, StoreError
+from training.errors import MlflowAway
 
 PREFIX = "PANDA "
 OWNED = "PANDA_OWNED"  # set by the launcher: this process may not outlive its parent
@@ -98,7 +99,7 @@ def reason_of_error(error: BaseException) -> ExitReason:
     if isinstance(error, CorpusError | StoreError | DataError):
         return ExitReason.data
     if isinstance(error, PandaError):
-        return ExitReason.user_error
+        return ExitReason.infrastructure if isinstance(error, MlflowAway) else ExitReason.user_error
     if _is_out_of_memory(error):
         return ExitReason.out_of_memory
     return ExitReason.lost_rank if _is_lost_peer(error) else ExitReason.infrastructure

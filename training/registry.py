@@ -9,8 +9,10 @@ weights and one upload; on one file system hard links instead of the upload.
 import hashlib
 import logging
 import os
+import re
 import shutil
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlparse
 
+from training.errors import MlflowAway
 from training.mlflow_sync import connect
 from training.model_package import content_hash, link_tree, write_package
 from training.secrets import redact_text
@@ -26,11 +29,16 @@ if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
     from mlflow.tracking import MlflowClient
 
+    from training.tracking import TrackedRun
+
 logger = logging.getLogger(__name__)
 
 KEY_TAG = "panda.key"
 RETRY_SECONDS = (2, 5, 10, 20, 40)
+SHOWN_CHARS = 200
+SAMPLE_TOKENS = 48
 FINAL_ERRORS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED")
+NOT_IN_NAMES = re.compile(r"""[/:.%"']""")  # of a logged model; versions of models have dots: llama-3.1-8b
 Result = TypeVar("Result")
 
 
@@ -43,6 +51,20 @@ class ModelVersion:
     uri: str
 
 
+def register_run(tracked: "TrackedRun", name: str, tags: dict[str, str], prompt: str) -> tuple[ModelVersion, str]:
+    """The version for RUN/model, and what it writes after `prompt` when it is loaded back.
+
+    :raises MlflowAway: MLflow did not answer; the message says how to go on.
+    """
+    try:
+        run_id = patiently(tracked.wait_for_run_id)
+        version = register(tracked.run_dir, run_id, name, tags, tracked.uri)
+        return version, load_and_generate(version.uri, prompt, SAMPLE_TOKENS, tracked.uri)
+    except MlflowAway as error:
+        model_dir, run_name = tracked.run_dir / "model", tracked.run_dir.name
+        raise MlflowAway(f"{model_dir} is complete but not registered: {error} --run_name {run_name}") from error
+
+
 def register(run_dir: Path, run_id: str, name: str, tags: dict[str, str], uri: str) -> ModelVersion:
     """The version of `name` for RUN/model of this run: created, or the one that is there already."""
     model_dir = run_dir / "model"
@@ -51,19 +73,26 @@ def register(run_dir: Path, run_id: str, name: str, tags: dict[str, str], uri: s
 
 
 def patiently(action: Callable[[], Result]) -> Result:
-    """Run an action that can be repeated, again while the server does not answer; the last error is raised."""
+    """Run an action that can be repeated, again while MLflow does not answer.
+
+    :raises MlflowAway: it did not for longer than a minute.
+    """
     from mlflow.exceptions import MlflowException
     from requests import RequestException  # an upload through a server raises these as they are
+    from sqlalchemy.exc import SQLAlchemyError  # a database that cannot be reached
 
-    for seconds in RETRY_SECONDS:
+    for seconds in (*RETRY_SECONDS, None):
         try:
             return action()
-        except (MlflowException, RequestException) as error:
+        except (MlflowException, RequestException, SQLAlchemyError, MlflowAway) as error:
+            said = redact_text(textwrap.shorten(str(error), SHOWN_CHARS))
             if getattr(error, "error_code", None) in FINAL_ERRORS:
                 raise
-            logger.warning("MLflow does not answer (%s); trying again in %s s", redact_text(str(error)), seconds)
+            if seconds is None:
+                raise MlflowAway(f"MLflow does not answer ({said}); when it is back, go on with --resume") from error
+            logger.warning("MLflow does not answer (%s); trying again in %s s", said, seconds)
             time.sleep(seconds)
-    return action()
+    raise AssertionError("the last try returns or raises")
 
 
 def _register(client: "MlflowClient", model_dir: Path, run_id: str, name: str, tags: dict[str, str]) -> ModelVersion:
@@ -107,7 +136,11 @@ def log_model(client: "MlflowClient", model_dir: Path, run_id: str, tags: dict[s
     """A READY logged model with the files of RUN/model."""
     run = client.get_run(run_id)
     logged = client.create_logged_model(
-        run.info.experiment_id, name=run.info.run_name, source_run_id=run_id, tags=tags, model_type="panda"
+        run.info.experiment_id,
+        name=NOT_IN_NAMES.sub("-", run.info.run_name),
+        source_run_id=run_id,
+        tags=tags,
+        model_type="panda",
     )
     with tempfile.TemporaryDirectory(prefix=".package-", dir=model_dir.parent) as directory:
         package = Path(directory) / "package"
@@ -139,7 +172,7 @@ def ensure_registered_model(client: "MlflowClient", name: str) -> None:
 
 def load_and_generate(model_uri: str, prompt: str, max_new_tokens: int, uri: str) -> str:
     """Text the registered model writes after `prompt`, loaded back through `mlflow.pyfunc`."""
-    model = load_served(model_uri, uri)
+    model = patiently(lambda: load_served(model_uri, uri))
     return model.predict({"prompt": [prompt]}, params={"max_new_tokens": max_new_tokens})[0]
 
 

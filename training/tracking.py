@@ -20,8 +20,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from data_prep.errors import PandaError
 from training import mlflow_sync, plots, run_record, system_metrics
+from training.errors import MlflowAway
 from training.exit import ExitReason
 from training.machine import machine_kind
 from training.run_record import Dataset, RunRecord
@@ -44,10 +44,6 @@ class Facts:
     tags: dict[str, str] = field(default_factory=dict)
 
 
-class TrackingError(PandaError):
-    """MLflow is needed now and does not answer."""
-
-
 @dataclass(frozen=True)
 class TrackedRun:
     """An open run. `run_id` is None as long as MLflow could not be reached."""
@@ -63,9 +59,7 @@ class TrackedRun:
     def wait_for_run_id(self) -> str:
         """The id, after sending all that is known now; for registration, which cannot go on without MLflow."""
         if not self.sync() or self.run_id is None:
-            raise TrackingError(
-                f"MLflow at {redact_text(self.uri)} does not answer; start it, then go on with --resume"
-            )
+            raise MlflowAway(f"no run could be opened at {redact_text(self.uri)}")
         return self.run_id
 
     def sync(self) -> bool:

@@ -19,9 +19,11 @@ from mlflow.tracking import MlflowClient
 from tests.training.mlflow_fixtures import server
 from tests.training.tiny_models import save_adapter, save_full_model
 from training import registry
+from training.errors import MlflowAway
+from training.exit import ExitReason, reason_of_error
 from training.machine import free_port
 from training.mlflow_sync import connect
-from training.registry import load_and_generate, load_served, register
+from training.registry import load_and_generate, load_served, register, register_run
 from training.settings import TrackingSettings
 from training.tracking import Facts, TrackedRun, open_run
 
@@ -245,6 +247,26 @@ def test_a_server_that_dies_in_the_middle_costs_time_only(output_dir, caplog):
             assert register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri) == version
             assert len(versions(tracked.uri, "panda-tiny")) == 1
             assert len(load_and_generate(version.uri, "hello", 3, tracked.uri)) > 0
+
+
+@pytest.mark.slow
+def test_a_run_that_mlflow_never_answered_is_registered_when_it_is_back(run_dir, monkeypatch, caplog):
+    """Down for the whole run and longer than registration waits: the reason says how to go on, and that works."""
+    save_full_model(run_dir / "model")
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(registry, "RETRY_SECONDS", (0, 0))
+    settings = TrackingSettings(mlflow_tracking_uri=f"http://me:hunter2@127.0.0.1:{port}")
+    with pytest.raises(MlflowAway) as failed, open_run(settings, run_dir, Facts({"model": "tiny"})) as tracked:
+        register_run(tracked, "panda-tiny", TAGS, "hello")
+    said = f"{run_dir / 'model'} is complete but not registered: MLflow does not answer"
+    assert str(failed.value).startswith(said) and str(failed.value).endswith("--resume --run_name run-1")
+    assert reason_of_error(failed.value) is ExitReason.infrastructure  # the next unattended run goes on with it
+    assert "trying again" in caplog.text and "hunter2" not in caplog.text + str(failed.value)
+    with server(run_dir.parent, port), open_run(settings, run_dir, Facts({"model": "tiny"})) as tracked:
+        version, text = register_run(tracked, "panda-tiny", TAGS, "hello")
+        assert version.uri == "models:/panda-tiny/1" and text
+    assert connect(f"sqlite:///{run_dir.parent}/mlflow.db").get_run(tracked.run_id).info.status == "FINISHED"
 
 
 def ask(process: subprocess.Popen, port: int, request: dict, timeout_seconds: float = 120) -> dict:
