@@ -21,9 +21,10 @@ NOUNS = {int: "a whole number", float: "a number", bool: "true or false", dict: 
 
 
 def allowed(name: str) -> str:
-    """The values field `name` takes."""
+    """The values field `name` takes; for text that must look a certain way, an example."""
     info = PandaSettings.model_fields[name]
-    return _words(info.annotation, info.metadata)
+    words = _words(info.annotation, info.metadata)
+    return f"{words} such as {info.examples[0]}" if info.examples else words
 
 
 def kind_of(name: str) -> Any:

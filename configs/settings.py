@@ -32,11 +32,15 @@ class RunSettings(Settings):
     prepare_cluster: str | None = Field(
         None,
         pattern=r"^\w+://.+$",
-        description="Address of a Dask scheduler, tcp://host:8786, whose workers read and tokenize the corpus; "
+        examples=["tcp://host:8786"],
+        description="Address of a Dask scheduler, whose workers read and tokenize the corpus; "
         "None = processes of this machine (`prepare_workers`). Changes no byte of the output.",
     )
     run_name: str | None = Field(
-        None, pattern=r"^[\w.-]+$", description="Name of the run and its directory; None = date, time and model."
+        None,
+        pattern=r"^\w[\w.-]*$",
+        examples=["week-48"],
+        description="Name of the run and its directory; None = date, time and model.",
     )
     resume: bool = Field(
         False, description="Go on with the run `run_name` (the newest run when not given) from its newest checkpoint."
@@ -72,8 +76,8 @@ class UnattendedSettings(Settings):
     notify: str | None = Field(
         None,
         pattern=r"^[\w-]+/[\w-]+$",
-        description="Prefect notification block that is told of failures and new versions, type/name, "
-        "for example slack-webhook/team.",
+        examples=["slack-webhook/team"],
+        description="Prefect notification block that is told of failures and new versions, type/name.",
     )
 
 

@@ -19,5 +19,5 @@ def register_model(tracked: TrackedRun, name: str, tags: dict[str, str], prompt:
 
 
 def model_name(configured: str | None, model: str) -> str:
-    """The registered model's name: as set, else ``panda-<last part of the model's name>``."""
-    return configured or f"panda-{Path(model).name}"
+    """The registered model's name: as set, else ``panda-<last part of the model's name>``; MLflow takes no colon."""
+    return configured or f"panda-{Path(model).name.replace(':', '-')}"

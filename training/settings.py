@@ -174,9 +174,14 @@ class TrackingSettings(Settings):
         description="MLflow server or database; None = what the environment variable MLFLOW_TRACKING_URI says, "
         "else sqlite in the output directory, created when missing.",
     )
-    experiment_name: str = Field("panda-train", description="MLflow experiment of the run.")
+    experiment_name: str = Field(
+        "panda-train", min_length=1, examples=["panda-train"], description="MLflow experiment of the run."
+    )
     registered_model_name: str | None = Field(
-        None, description="Registered model that gets the new version; None = panda-<model>."
+        None,
+        pattern=r"^\w[\w .-]*$",
+        examples=["panda-llama-7b"],
+        description="Registered model that gets the new version; None = panda-<model>.",
     )
 
 
