@@ -61,10 +61,11 @@ def _check_there(uri: str) -> None:
     if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
         raise RegistryError(f"there is no registry at {uri} yet: a run makes it; {other}")
     from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
     try:
         connect(uri).search_registered_models(max_results=1)
-    except MlflowException as error:
+    except (MlflowException, SQLAlchemyError) as error:
         reason = str(error).splitlines()[0][:SHOWN_CHARS]
         raise RegistryError(redact_text(f"MLflow at {uri} does not answer ({reason}); start it, or {other}")) from error
 

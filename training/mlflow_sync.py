@@ -28,6 +28,7 @@ SERIES = {"metrics.jsonl": "", "evaluations.jsonl": "eval/", "system.jsonl": ""}
 ARTIFACTS = (
     "config.yaml", "metrics.jsonl", "evaluations.jsonl", "evaluation.json", "gate.json", "train.json", "summary.json",
 )  # fmt: skip
+ARTIFACTS_DIR = "mlartifacts"
 URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 TOKEN_TAG = "panda.run_token"
 MAX_METRICS = 1000  # MLflow's limits of a batch
@@ -41,20 +42,47 @@ ENVIRONMENT = {
     "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default waits for minutes; what failed is sent again later anyway
     "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
 }
+CHATTER = {
+    "mlflow.store.model_registry.abstract_store": logging.WARNING,  # "Waiting up to 300 seconds"
+    "mlflow.store.db.utils": logging.CRITICAL,  # "Creating initial tables"; tracebacks of what it raises as well
+    "urllib3.connectionpool": logging.ERROR,  # each retry; the outage is told once, by us
+}
 _pointing = threading.Lock()
+_reached: set[str] = set()  # databases that have answered this process
 
 
 def connect(uri: str) -> "MlflowClient":
     """A client of this server or database, which is created when missing."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    for name in ("db.utils", "model_registry.abstract_store"):  # "Creating initial tables", "Waiting up to 300 seconds"
-        logging.getLogger(f"mlflow.store.{name}").setLevel(logging.WARNING)
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each retry; the outage is told once, by us
+    for name, level in CHATTER.items():
+        logging.getLogger(name).setLevel(level)
     from mlflow.tracking import MlflowClient
 
+    if is_remote_database(uri) and uri not in _reached:
+        check_answers(uri)
+        _reached.add(uri)
     point_mlflow_at(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def is_remote_database(uri: str) -> bool:
+    """PostgreSQL and the like, named directly: ``postgresql+psycopg://user@host/mlflow``."""
+    return "://" in uri and not uri.startswith(("http://", "https://", "file:", "sqlite:"))
+
+
+def check_answers(uri: str) -> None:
+    """Connect once; MLflow itself would try for 100 seconds before it says that a database cannot be reached.
+
+    :raises sqlalchemy.exc.SQLAlchemyError: it cannot.
+    """
+    from sqlalchemy import create_engine
+
+    engine = create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
 
 
 def point_mlflow_at(uri: str) -> None:
@@ -80,7 +108,7 @@ def sync(run_dir: Path, uri: str) -> RunRecord:
     record = run_record.read_known(run_dir)
     client = connect(uri)
     if record.run_id is None:
-        record.run_id = find_run(client, record, uri) or create_run(client, record, uri, run_dir)
+        record.run_id = find_run(client, record, uri, run_dir) or create_run(client, record, uri, run_dir)
         run_record.write(run_dir, record)
     if not record.sent_facts:
         send_facts(client, record)
@@ -94,20 +122,20 @@ def sync(run_dir: Path, uri: str) -> RunRecord:
     return record
 
 
-def find_run(client: "MlflowClient", record: RunRecord, uri: str) -> str | None:
+def find_run(client: "MlflowClient", record: RunRecord, uri: str, run_dir: Path) -> str | None:
     """The run of an earlier try whose answer was lost; found by our token."""
-    runs = client.search_runs([experiment_id(client, record, uri)], f"tags.`{TOKEN_TAG}` = '{record.token}'")
+    runs = client.search_runs([experiment_id(client, record, uri, run_dir)], f"tags.`{TOKEN_TAG}` = '{record.token}'")
     return runs[0].info.run_id if runs else None
 
 
 def create_run(client: "MlflowClient", record: RunRecord, uri: str, run_dir: Path) -> str:
     """A new run, marked with our token."""
     tags = {TOKEN_TAG: record.token, "panda.run_dir": str(run_dir)}
-    created = client.create_run(experiment_id(client, record, uri), record.started_ms, tags, record.run_name)
+    created = client.create_run(experiment_id(client, record, uri, run_dir), record.started_ms, tags, record.run_name)
     return created.info.run_id
 
 
-def experiment_id(client: "MlflowClient", record: RunRecord, uri: str) -> str:
+def experiment_id(client: "MlflowClient", record: RunRecord, uri: str, run_dir: Path) -> str:
     """The experiment, created when missing; a database of ours keeps artifacts beside itself."""
     from mlflow.exceptions import MlflowException
 
@@ -115,7 +143,7 @@ def experiment_id(client: "MlflowClient", record: RunRecord, uri: str) -> str:
     if found:
         return found.experiment_id
     try:
-        return client.create_experiment(record.experiment, artifact_location=artifact_location(uri))
+        return client.create_experiment(record.experiment, artifact_location=artifact_location(uri, run_dir.parent))
     except MlflowException:  # another process was faster
         found = client.get_experiment_by_name(record.experiment)
         if not found:
@@ -123,11 +151,11 @@ def experiment_id(client: "MlflowClient", record: RunRecord, uri: str) -> str:
         return found.experiment_id
 
 
-def artifact_location(uri: str) -> str | None:
-    """`<dir>/mlartifacts` beside an SQLite file, the server's own choice otherwise."""
-    if not uri.startswith("sqlite:///"):
-        return None
-    return (Path(uri.removeprefix("sqlite:///")).absolute().parent / "mlartifacts").as_uri()
+def artifact_location(uri: str, output_dir: Path) -> str | None:
+    """`mlartifacts` beside an SQLite file, in the output directory for another database; a server has its own place."""
+    if uri.startswith("sqlite:///"):
+        return (Path(uri.removeprefix("sqlite:///")).absolute().parent / ARTIFACTS_DIR).as_uri()
+    return (output_dir.absolute() / ARTIFACTS_DIR).as_uri() if is_remote_database(uri) else None
 
 
 def send_facts(client: "MlflowClient", record: RunRecord) -> None:
