@@ -5,10 +5,12 @@ import os
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -69,10 +71,10 @@ class Stack:
         """Where the runs of a configuration are."""
         return self.folder / "outputs" / name
 
-    def start(self, conf_path: str, **parameters: Any) -> UUID:
-        """`prefect deployment run panda-train/default`; returns the id of the flow run."""
+    def start(self, conf_path: str, deployment: str = "panda-train/default", **parameters: Any) -> UUID:
+        """`prefect deployment run`; returns the id of the flow run."""
         given = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
-        done = self.prefect("deployment", "run", "panda-train/default", f"--param=conf_path={conf_path}", *given)
+        done = self.prefect("deployment", "run", deployment, f"--param=conf_path={conf_path}", *given)
         assert done.returncode == 0, done.stdout + done.stderr
         return flow_run_id(done.stdout)
 
@@ -106,6 +108,58 @@ class Stack:
         with self.client() as client:
             found = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id={"any_": [flow_run_id]}))
         return {artifact.key: artifact.data for artifact in found}
+
+    def wait_for_state(self, flow_run_id: UUID, name: str, timeout: float = 240) -> None:
+        """Until the run is in the state of this name."""
+        wait_for(lambda: self.flow_run(flow_run_id).state.name == name, timeout, f"the state {name}")
+
+    @contextmanager
+    def schedule(self, *how: str) -> Iterator[None]:
+        """A schedule of panda-train/default, made by the command of the documentation and removed again."""
+        name = "panda-train/default"
+        done = self.prefect("deployment", "schedule", "create", name, *how, "--timezone", "UTC")
+        assert done.returncode == 0, done.stdout + done.stderr
+        try:
+            yield
+        finally:
+            with self.client() as client:
+                deployment = client.read_deployment_by_name(name)
+                for schedule in deployment.schedules:
+                    if schedule.slug != "weekly":
+                        client.delete_deployment_schedule(deployment.id, schedule.id)
+
+    def scheduled_runs(self) -> list[Any]:
+        """Those whose time has come."""
+        with self.client() as client:
+            runs = client.read_flow_runs()
+        return [run for run in runs if "auto-scheduled" in run.tags and run.state.name != "Scheduled"]
+
+    @contextmanager
+    def webhook(self) -> Iterator[tuple[str, list[dict[str, str]]]]:
+        """(Name of a notification block, what was sent to it)."""
+        received: list[dict[str, str]] = []
+
+        class Receiver(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with self.client():
+            from prefect.blocks.notifications import CustomWebhookNotificationBlock
+
+            url = f"http://127.0.0.1:{server.server_address[1]}/"
+            block = CustomWebhookNotificationBlock(
+                name="test", url=url, method="POST", json_data={"subject": "{{subject}}", "body": "{{body}}"}
+            )
+            block.save("test", overwrite=True)
+        yield "custom-webhook/test", received
+        server.shutdown()
 
     def wait_until_training(self, flow_run_id: UUID, name: str, steps: int, timeout: float = 240) -> Path:
         """Until so many optimizer steps are done; returns the run directory."""

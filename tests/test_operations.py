@@ -1,14 +1,10 @@
 """Operations for real: a stack brought up by `panda up`, runs by the very commands of the documentation."""
 
-import json
 import os
 import re
 import signal
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from prefect.blocks.notifications import CustomWebhookNotificationBlock
 from prefect.client.schemas.actions import DeploymentUpdate
 
 from data_prep.sample import write_sample
@@ -108,18 +104,11 @@ class TestRun:
 class TestSchedule:
     def test_scheduled_run_of_an_old_corpus_is_skipped(self, stack, first):
         """Also finds out whether the server schedules at all: with SQLAlchemy 2.1 it silently does not."""
-        name = "panda-train/default"
         self.default_parameters(stack, {"conf_path": stack.config("short", max_steps=6)})
-        done = stack.prefect("deployment", "schedule", "create", name, "--interval", "20", "--timezone", "UTC")
-        assert done.returncode == 0, done.stdout + done.stderr
         try:
-            wait_for(lambda: self.ended(stack), 240, "a scheduled run")
+            with stack.schedule("--interval", "20"):
+                wait_for(lambda: self.ended(stack), 240, "a scheduled run")
         finally:
-            with stack.client() as client:
-                deployment = client.read_deployment_by_name(name)
-                for schedule in deployment.schedules:
-                    if schedule.slug != "weekly":
-                        client.delete_deployment_schedule(deployment.id, schedule.id)
             self.default_parameters(stack, {})
         state = self.ended(stack)[0].state
         assert (state.type.value, state.name) == ("COMPLETED", "SkippedNoNewData"), state.message
@@ -131,9 +120,7 @@ class TestSchedule:
             client.update_deployment(deployment.id, DeploymentUpdate(parameters=parameters))
 
     def ended(self, stack):
-        with stack.client() as client:
-            runs = client.read_flow_runs()
-        return [run for run in runs if "auto-scheduled" in run.tags and run.state.is_final()]
+        return [run for run in stack.scheduled_runs() if run.state.is_final()]
 
 
 class TestEnds:
@@ -178,41 +165,17 @@ class TestEnds:
 
 
 class TestPeople:
-    @pytest.fixture
-    def webhook(self, stack):
-        """(name of a notification block, what was sent to it)."""
-        received: list[dict] = []
-
-        class Receiver(BaseHTTPRequestHandler):
-            def do_POST(self):
-                received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_):
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_address[1]}/"
-        with stack.client():
-            block = CustomWebhookNotificationBlock(
-                name="test", url=url, method="POST", json_data={"subject": "{{subject}}", "body": "{{body}}"}
-            )
-            block.save("test", overwrite=True)
-        yield "custom-webhook/test", received
-        server.shutdown()
-
-    def test_failure_is_told(self, stack, webhook):
-        block, received = webhook
-        stack.end_of(stack.start(stack.config("contradiction"), notify=block, warmup_steps=5, warmup_proportion=0.5))
-        wait_for(lambda: received, 30, "the webhook")
+    def test_failure_is_told(self, stack):
+        wrong = {"warmup_steps": 5, "warmup_proportion": 0.5}
+        with stack.webhook() as (block, received):
+            stack.end_of(stack.start(stack.config("contradiction"), notify=block, **wrong))
+            wait_for(lambda: received, 30, "the webhook")
         assert "UserError" in received[0]["subject"]
         assert "contradict each other" in received[0]["body"]
 
     def test_nothing_is_registered_without_approval(self, stack, first):
         run = stack.start(stack.config("short", max_steps=3), require_approval=True)
-        wait_for(lambda: stack.flow_run(run).state.type.value == "PAUSED", 240, "the question")
+        stack.wait_for_state(run, "Paused")
         with stack.client() as client:
             client.resume_flow_run(run, run_input={"approve": False, "comment": "not today"})
         state = stack.end_of(run)
