@@ -53,7 +53,7 @@ def test_a_better_version_becomes_champion_a_worse_one_does_not_and_back(project
     stored = registry.json_artifact(worse.version, "gate.json")
     assert stored["reasons"] == worse.verdict["reasons"]
     shown = registry.client.get_model_version(NAME, "3").description
-    assert "| challenger | not better than the champion" in shown and "against champion" in shown
+    assert shown.startswith("**challenger**\n\n- not better than the champion") and "| all | " in shown
 
     assert registry.champion(NAME).version == 2
     with pytest.raises(RegistryError, match="has not passed the gate: not better than"):
