@@ -8,6 +8,7 @@ from data_prep.errors import PandaError
 from tasks.register import model_name
 from training.errors import CheckpointError
 from training.lineage import config_of, plan_of
+from training.registry import patiently
 from training.settings import TrackingSettings
 from training.tracking import tracking_uri
 from training.versions import Registry
@@ -28,7 +29,8 @@ def with_replay(settings: PandaSettings) -> PandaSettings:
     if settings.replay_share == 1 or settings.replay_of:
         return settings
     registry = registry_of(settings)
-    champion = registry.champion(model_name(settings.registered_model_name, settings.model))
+    name = model_name(settings.registered_model_name, settings.model)
+    champion = patiently(lambda: registry.champion(name))
     if champion is None:
         return settings
     plan = plan_of(champion, config_of(registry, champion), Path(settings.cache_dir))
@@ -46,11 +48,11 @@ def champion_directory(settings: PandaSettings) -> Path | None:
     if settings.init_from != "champion":
         return None
     registry, name = registry_of(settings), model_name(settings.registered_model_name, settings.model)
-    champion = registry.champion(name)
+    champion = patiently(lambda: registry.champion(name))
     if champion is None:
         logger.info("%s has no champion yet: starting from the base model", name)
         return None
-    folder = registry.files(champion, Path(settings.cache_dir))
+    folder = patiently(lambda: registry.files(champion, Path(settings.cache_dir)))
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
             f"init_from=champion: {champion.uri} is an adapter, and training starts from whole weights; "

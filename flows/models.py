@@ -23,9 +23,11 @@ def models(argv: list[str]) -> int:
     verb = parse_verb("panda models [NAME]", "Show registered versions: gate, aliases, what they were made of.", argv)
     versions = verb.registry.versions(*verb.words)
     if verb.switches.json:
-        print_json({"registry": verb.registry.uri, "versions": [as_dict(version) for version in versions]})
+        print_json({"registry": verb.registry.shown_uri, "versions": [as_dict(version) for version in versions]})
         return 0
-    Console(highlight=False).print(_table(versions) if versions else f"no registered version in {verb.registry.uri}")
+    Console(highlight=False).print(
+        _table(versions) if versions else f"no registered version in {verb.registry.shown_uri}"
+    )
     return 0
 
 

@@ -12,6 +12,7 @@ from flows.champion import registry_of
 from flows.data_stages import Prepared
 from flows.facts import CORPUS_TAG, TARGET_TOKENS_TAG, target_tokens_of_corpus
 from tasks.register import model_name
+from training.registry import patiently
 from training.versions import Version
 
 SCHEDULED_TAG = "auto-scheduled"
@@ -58,5 +59,6 @@ def _too_few(wanted: int, target_tokens: int, newest: Version) -> str | None:
 
 def newest_version(settings: PandaSettings) -> Version | None:
     """The newest version of the registered model this run would add to."""
-    versions = registry_of(settings).versions(model_name(settings.registered_model_name, settings.model))
+    name = model_name(settings.registered_model_name, settings.model)
+    versions = patiently(lambda: registry_of(settings).versions(name))
     return versions[-1] if versions else None

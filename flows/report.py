@@ -9,7 +9,7 @@ from rich.table import Table
 
 from configs.settings import PandaSettings
 from tasks.artifacts import report_rows
-from training.secrets import redact_text
+from training.secrets import public_link, redact_text
 from training.settings import TrackingSettings
 from training.tracking import tracking_uri
 
@@ -62,7 +62,8 @@ def ui_commands(settings: PandaSettings, summary: dict[str, Any]) -> list[str]:
     prefect = f"prefect server start    # http://127.0.0.1:4200/runs/flow-run/{summary['prefect_flow_run_id']}"
     uri = tracking_uri(TrackingSettings.of(settings), Path(summary["run_dir"]).parent)
     mlflow = f"mlflow ui --backend-store-uri {shlex.quote(redact_text(uri))}    # http://127.0.0.1:5000"
-    return [prefect, f"{uri} (MLflow)" if uri.startswith("http") else mlflow]
+    link = public_link(uri)
+    return [prefect, f"{link} (MLflow)" if link else mlflow]
 
 
 def _losses(losses: dict[str, dict[str, float]]) -> list[tuple[str, str]]:

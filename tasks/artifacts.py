@@ -13,6 +13,8 @@ from prefect.artifacts import create_image_artifact, create_markdown_artifact, c
 from training.gate_table import verdict_markdown
 from training.mlflow_sync import connect
 from training.plots import write_plots
+from training.registry import patiently
+from training.secrets import public_link, redact_text
 from training.tracking import TrackedRun
 
 MLFLOW_UI = "PANDA_MLFLOW_UI"  # set by `panda up` for its worker: where people look at MLflow
@@ -49,14 +51,14 @@ def show_pictures(run_dir: Path) -> None:
 
 def show_links(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> None:
     """From here to MLflow; MLflow's run has the way back as the tag prefect.flow_run_url."""
-    address = os.environ.get(MLFLOW_UI) or (tracked.uri if tracked.uri.startswith("http") else "")
+    address = os.environ.get(MLFLOW_UI) or public_link(tracked.uri)
     model = f"{version['name']} version {version['version']}"
     if address and tracked.run_id:
         model = f"[{model}]({address}/#/models/{version['name']}/versions/{version['version']})"
-        experiment = connect(tracked.uri).get_run(tracked.run_id).info.experiment_id
+        experiment = patiently(lambda: connect(tracked.uri).get_run(tracked.run_id)).info.experiment_id
         run = f"[{tracked.run_id}]({address}/#/experiments/{experiment}/runs/{tracked.run_id})"
     else:
-        run = f"{tracked.run_id} in {tracked.uri}"
+        run = f"{tracked.run_id} in {redact_text(tracked.uri)}"
     text = f"| | |\n| --- | --- |\n| model | {model} |\n| MLflow run | {run} |\n| directory | `{run_dir}` |\n"
     create_markdown_artifact(text, key="links", description="Where to look further")
 

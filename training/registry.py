@@ -61,8 +61,10 @@ def register_run(tracked: "TrackedRun", name: str, tags: dict[str, str], prompt:
         version = register(tracked.run_dir, run_id, name, tags, tracked.uri)
         return version, load_and_generate(version.uri, prompt, SAMPLE_TOKENS, tracked.uri)
     except MlflowAway as error:
-        model_dir, run_name = tracked.run_dir / "model", tracked.run_dir.name
-        raise MlflowAway(f"{model_dir} is complete but not registered: {error} --run_name {run_name}") from error
+        raise MlflowAway(
+            f"{tracked.run_dir / 'model'} is complete but not registered: {error}; when it is back, go on with "
+            f"--resume --run_name {tracked.run_dir.name}"
+        ) from error
 
 
 def register(run_dir: Path, run_id: str, name: str, tags: dict[str, str], uri: str) -> ModelVersion:
@@ -89,7 +91,7 @@ def patiently(action: Callable[[], Result]) -> Result:
             if getattr(error, "error_code", None) in FINAL_ERRORS:
                 raise
             if seconds is None:
-                raise MlflowAway(f"MLflow does not answer ({said}); when it is back, go on with --resume") from error
+                raise MlflowAway(f"MLflow does not answer ({said})") from error
             logger.warning("MLflow does not answer (%s); trying again in %s s", said, seconds)
             time.sleep(seconds)
     raise AssertionError("the last try returns or raises")

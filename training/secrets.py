@@ -9,12 +9,18 @@ from typing import Any
 
 HIDDEN = "***"
 _PASSWORD = re.compile(r"(?P<before>\b[a-z][a-z0-9+.-]*://[^\s:/@]*:)[^\s@/]+(?=@)", re.IGNORECASE)
+_CREDENTIALS = re.compile(r"//[^\s/@]*@")
 _SECRET_NAME = re.compile(r"(^|_)(password|passwd|secret|token|api_key|credentials?)$", re.IGNORECASE)
 
 
 def redact_text(text: str) -> str:
     """`scheme://user:password@host` becomes `scheme://user:***@host`."""
     return _PASSWORD.sub(rf"\g<before>{HIDDEN}", text)
+
+
+def public_link(uri: str) -> str | None:
+    """The address of a server for people, without user and password; None for a database."""
+    return _CREDENTIALS.sub("//", uri) if uri.startswith(("http://", "https://")) else None
 
 
 def redact(value: Any) -> Any:

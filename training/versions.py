@@ -17,6 +17,7 @@ from data_prep.errors import PandaError, did_you_mean
 from training.mlflow_sync import connect
 from training.model_package import WEIGHTS
 from training.registry import local_path
+from training.secrets import redact_text
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
@@ -72,6 +73,11 @@ class Registry:
         self.uri = uri
 
     @property
+    def shown_uri(self) -> str:
+        """The URI without a password."""
+        return redact_text(self.uri)
+
+    @property
     def client(self) -> "MlflowClient":
         return connect(self.uri)
 
@@ -106,7 +112,7 @@ class Registry:
         versions = self.versions(name)
         if not versions:
             near = did_you_mean(name, self.names())
-            raise RegistryError(f"{reference!r}: no registered model {name!r} in {self.uri}{near}")
+            raise RegistryError(f"{reference!r}: no registered model {name!r} in {self.shown_uri}{near}")
         wanted = [version for version in versions if _is_meant(version, number, alias)]
         if wanted:
             return wanted[0]

@@ -17,9 +17,10 @@ from training.exit import ExitReason
 from training.launch import ExitReport
 from training.machine import free_port
 from training.mlflow_sync import connect
-from training.secrets import redact
+from training.secrets import public_link, redact
 from training.settings import TrackingSettings
 from training.tracking import Dataset, Facts, open_run
+from training.versions import Registry
 
 SETTINGS = TrackingSettings()
 FACTS = Facts(
@@ -194,6 +195,12 @@ def test_two_registries_in_one_process_and_nothing_in_the_environment(run_dir, t
     assert tracking.tracking_uri(SETTINGS, other.parent) == "postgresql://me:hunter2@db/mlflow"
     connect(f"sqlite:///{run_dir.parent}/mlflow.db")
     assert os.environ["MLFLOW_TRACKING_URI"] == "postgresql://me:hunter2@db/mlflow"
+
+
+def test_what_people_are_shown_of_a_server_or_database():
+    assert public_link("https://me:hunter2@host:5000/x") == "https://host:5000/x"
+    assert public_link("postgresql://me:hunter2@host/mlflow") is None
+    assert Registry("postgresql://me:hunter2@host/mlflow").shown_uri == "postgresql://me:***@host/mlflow"
 
 
 def test_secrets_are_hidden():
