@@ -5,11 +5,15 @@ import os
 import re
 import shutil
 import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 
 from data_prep.sample import write_sample
-from tests.stack import Stack, running_stack, wait_for
+from tests.stack import ROOT, Stack, running_stack, wait_for
 from training.mlflow_sync import connect
 from training.versions import PARENT_TAG, Registry
 
@@ -136,3 +140,36 @@ def test_lost_machine_is_crashed_by_the_automation(stack, first):
     state = stack.end_of(run, 180)
     assert (state.type.value, state.name) == ("CRASHED", "Crashed")
     assert "No heartbeat for 90 s" in state.message
+
+
+def test_kubernetes_example_is_accepted(stack):
+    """Pool and deployment, as documented; there is no cluster here to run it on."""
+    pool = ["work-pool", "create", "panda-kubernetes", "--type", "kubernetes"]
+    created = stack.prefect(*pool, "--base-job-template", "deploy/kubernetes/pool.json")
+    assert created.returncode == 0, created.stdout + created.stderr
+    deployed = stack.prefect("deploy", "--all", "--prefect-file", "deploy/kubernetes/prefect.yaml")
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    run = stack.prefect("deployment", "run", "panda-train/kubernetes", "--job-variable", "gpus=-1")
+    assert run.returncode == 1
+    assert "-1 is less than the minimum of 0" in " ".join((run.stdout + run.stderr).split())
+
+
+def test_slurm_worker_runs_one_run_and_stops_it_in_time(stack, first):
+    """The script of the example, by bash instead of sbatch, with a pool of its own; TERM as SLURM sends it."""
+    with stack.client() as client:
+        client.create_work_pool(WorkPoolCreate(name="panda-slurm", type="process"))
+        deployment = client.read_deployment_by_name("panda-train/default")
+        client.update_deployment(
+            deployment.id, DeploymentUpdate(work_pool_name="panda-slurm", work_queue_name="default")
+        )
+    run = stack.start(stack.config("slurm", **LONG), until_stage="train")
+    path = f"{Path(sys.executable).parent}:{stack.env['PATH']}"
+    env = {**stack.env, "PANDA_POOL": "panda-slurm", "PATH": path}
+    with open(stack.folder / "slurm.log", "wb") as log:
+        job = subprocess.Popen(["bash", "deploy/slurm/worker.sh"], cwd=ROOT, env=env, stdout=log, stderr=log)
+    run_dir = stack.wait_until_training(run, "slurm", 1)
+    job.terminate()
+    assert job.wait(timeout=90) == 0
+    assert not stack.processes(run)
+    assert list((run_dir / "checkpoints").glob("step-*"))
+    assert stack.end_of(run, 60).type.value == "CRASHED"
