@@ -25,10 +25,11 @@ from data_prep.elements import find_opening
 from data_prep.errors import CorpusError, NoCorpusError
 from data_prep.read import BOM, HEAD_BYTES, SUFFIXES, find_form
 from data_prep.settings import CorpusSettings
-from data_prep.source import WINDOW_BYTES, Piece
+from data_prep.source import Piece
 from data_prep.target import target_fingerprint
 
 PART_BYTES = 16 << 20
+BORDER_READ_BYTES = 64 << 10  # records are seldom longer
 MIN_FILES_TO_GROUP = 64
 GROUP_BYTES = 1 << 20
 MAX_GROUP_BYTES = 8 << 20
@@ -181,7 +182,7 @@ def _borders(stream: Any, border: bytes, size: int) -> Iterator[int]:
 def _find(stream: Any, border: bytes, start: int) -> int | None:
     kept = b""
     stream.seek(start)
-    while chunk := stream.read(WINDOW_BYTES):
+    while chunk := stream.read(BORDER_READ_BYTES):
         data = kept + chunk
         if (found := data.find(border)) >= 0:
             return stream.tell() - len(data) + found

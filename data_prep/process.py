@@ -1,8 +1,8 @@
 """Worker processes of the data stages, and how much memory a process has used.
 
 In: a function and the arguments of its calls. Out: results, in the order in which they are done, from processes that
-never outlive this one, however it ends. Cost: about 0.3 s for the first pool of a program (a clean server process that
-has imported pyarrow), 20 ms a worker.
+never outlive this one, however it ends. Cost: about 0.5 s for the first pool of a program (a clean server process that
+has imported what its workers need), 20 ms a worker.
 """
 
 import multiprocessing
@@ -22,6 +22,8 @@ from data_prep.errors import StoreError
 Calls = dict[str, tuple[Any, ...]]
 """Arguments of one call each, by a key of the caller's."""
 
+PRELOADED = ["data_prep.tokenize", "pandas"]  # pyarrow imports pandas, if it is there, with the first array it makes
+
 FanOut = Callable[[Callable[..., Any], Calls], Iterator[tuple[str, Any]]]
 """Makes calls of a function somewhere, the first ones first; yields (key, result) of each when it is done."""
 
@@ -34,7 +36,7 @@ def on_processes(num_workers: int) -> FanOut:
 def _call_in_processes(num_workers: int, function: Callable[..., Any], calls: Calls) -> Iterator[tuple[str, Any]]:
     """Forked from a clean server process, which is safe beside threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["data_prep.unit"])
+    context.set_forkserver_preload(PRELOADED)
     with ProcessPoolExecutor(num_workers, mp_context=context, initializer=_die_with_parent) as pool:
         futures = {pool.submit(function, *arguments): key for key, arguments in calls.items()}
         try:

@@ -9,7 +9,7 @@ import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep.engine import DIFFICULT, FAST, REFERENCE, Encoded, Engine, agrees, encode_reference, load_engine
 from data_prep.errors import StoreError, TokenizerError
@@ -217,6 +217,25 @@ def test_an_unsupported_tokenizer_falls_back():
         "type": "Unigram", "unk_id": 0, "vocab": [["<unk>", 0.0], ["▁a", -1.0], ["b", -2.0]], "byte_fallback": False,
     }}))  # fmt: skip
     assert load_engine(core, "auto").encode(["a b"]).engine == REFERENCE
+
+
+def test_a_tokenizer_that_remembers_no_words_can_be_used():
+    core = Tokenizer(models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    core.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    encoded = load_engine(core, "auto").encode(["a b c"])
+    assert (encoded.engine, encoded.ids.tolist()) == (REFERENCE, [0, 1, 2])
+
+
+def test_the_fast_engine_is_loaded_again_before_it_remembers_too_much(bytes_tokenizer, monkeypatch):
+    monkeypatch.setattr("data_prep.engine.FORGET_AFTER_TOKENS", 5)
+    engine = load_engine(bytes_tokenizer.core, "auto")
+    first = engine.fast
+    assert [engine.encode([text]).ids.tolist() for text in ("abc", "defghi")] == [
+        bytes_tokenizer.core.encode(text).ids for text in ("abc", "defghi")
+    ]
+    assert engine.fast is first
+    assert engine.encode(["abc"]).ids.tolist() == bytes_tokenizer.core.encode("abc").ids
+    assert engine.fast is not first
 
 
 def test_the_sample_sees_lengths_too(bytes_tokenizer):
