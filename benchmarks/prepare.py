@@ -4,18 +4,19 @@ In: a real corpus to make a large one of (`benchmarks.corpus`), a tokenizer dire
 what is compared, wall and CPU seconds, the ratio of wall seconds and the goal.
 
     python -m benchmarks.prepare --real ../shared/data/real --tokenizer DIR --megabytes 100 --peers
+    python -m benchmarks.prepare ... --only_growth      full, the same again, 1 % more, at 1x and 8x
+    python -m benchmarks.prepare ... --only_memory      peak memory at 1x and 8x
 """
 
 import argparse
 import contextlib
-import itertools
 import json
 import shutil
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,6 +27,8 @@ from benchmarks.corpus import write_corpus
 from data_prep.prepare import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenizer import load_tokenizer
+
+LARGE = 8  # times the megabytes asked for
 
 
 @dataclass
@@ -70,15 +73,27 @@ def main() -> None:
     options.add_argument("--megabytes", type=int, default=100)
     options.add_argument("--work", type=Path, default=Path("/tmp/panda-benchmark"))
     options.add_argument("--peers", action="store_true", help="also datasets + TRL and datatrove (minutes)")
+    options.add_argument("--only_growth", action="store_true", help="1 %% more data, at 1x and 8x, nothing else")
     options.add_argument("--only_memory", action="store_true", help="peak memory at 1x and 8x, nothing else")
     given = options.parse_args()
     if given.only_memory:
         memory(given)
-        return
+    elif given.only_growth:
+        growth(given)
+    else:
+        speed(given)
+
+
+def speed(given: argparse.Namespace) -> None:
+    """Seconds, and their ratios to those of the tokenizer alone."""
     data = corpus_of(given, given.megabytes)
-    shutil.rmtree(given.work / "cache", ignore_errors=True)
     base = encode_alone(data, given.tokenizer)
-    ours(data, given, base)
+    full, report = prepared(data, given, "auto", "cache")
+    say(f"prepare, fast engine ({report['engines']})", full, full.wall / base.wall, "goal <= 0.25")
+    print(f"   stages {report['seconds']}, {report['records_in']:,} records, utilisation {report['utilisation']}")
+    slow, report = prepared(data, given, "reference", "cache-reference")
+    say("prepare, tokenizers only", slow, slow.wall / base.wall, "goal <= 1.10")
+    print(f"   stages {report['seconds']}")
     if given.peers:
         peers(data, given)
 
@@ -130,47 +145,39 @@ def encode_alone(data: Path, tokenizer: Path) -> Timing:
     return timing
 
 
-def ours(data: Path, given: argparse.Namespace, base: Timing) -> None:
-    """All of `data_prep`: JSON in; ledger, shards and plan out."""
+def prepared(data: Path, given: argparse.Namespace, engine: str, cache: str, fresh: bool = True) -> tuple[Timing, dict]:
+    """All of `data_prep` in this process and its workers: JSON in; ledger, shards and plan out."""
+    if fresh:
+        shutil.rmtree(given.work / cache, ignore_errors=True)
+    tokenize = TokenizeSettings(tokenizer_engine=engine)
+    with measured() as timing:
+        result = prepare(settings_of(data), tokenize, PackSettings(), given.tokenizer, given.work / cache)
+    return timing, result.report
 
-    def run(engine: str, cache: str = "cache") -> Callable[[], dict]:
-        tokenize, directory = TokenizeSettings(tokenizer_engine=engine), given.work / cache
-        return lambda: prepare(settings_of(data), tokenize, PackSettings(), given.tokenizer, directory).report
 
-    with measured() as full:
-        report = run("auto")()
-    say(f"prepare, fast engine ({report['engines']})", full, full.wall / base.wall, "goal <= 0.25")
-    print(f"   stages {report['seconds']}, {report['records_in']:,} records, utilisation {report['utilisation']}")
-    with measured() as again:
-        run("auto")()
-    say("the same again, nothing new", again, None, "goal < 3 s")
-    write_corpus(given.real, data, max(1, given.megabytes // 100), seed=1, name="new")
-    with measured() as more:
-        report = run("auto")()
-    say("1 % more data in two new files", more, more.wall / full.wall, "of the full time, goal < 0.05")
-    print(f"   stages {report['seconds']}")
-    for path in data.rglob("new.*"):
-        path.unlink()
-    shutil.rmtree(given.work / "cache-reference", ignore_errors=True)
-    with measured() as slow:
-        run("reference", "cache-reference")()
-    say("prepare, tokenizers only", slow, slow.wall / base.wall, "goal <= 1.10")
+def growth(given: argparse.Namespace) -> None:
+    """The same corpus again, then with 1 % more in two new files. Part of the cost is fixed: so at two sizes."""
+    for megabytes in (given.megabytes, LARGE * given.megabytes):
+        data = corpus_of(given, megabytes)
+        full, report = prepared(data, given, "auto", "cache")
+        say(f"{megabytes} MB, prepare, fast engine", full)
+        print(f"   stages {report['seconds']}, {report['records_in']:,} records")
+        again, report = prepared(data, given, "auto", "cache", fresh=False)
+        say(f"{megabytes} MB, the same again, nothing new", again, None, "goal < 3 s")
+        print(f"   stages {report['seconds']}")
+        write_corpus(given.real, data, max(1, megabytes // 100), seed=1, name="new")
+        more, report = prepared(data, given, "auto", "cache", fresh=False)
+        say(f"{megabytes} MB, 1 % more data in two new files", more, more.wall / full.wall, "of full, goal < 0.05")
+        print(f"   stages {report['seconds']}")
+        for path in data.rglob("new.*"):
+            path.unlink()
 
 
 def peers(data: Path, given: argparse.Namespace) -> None:
     """The same data through other programs, each in a fresh process; ratios to ours in a fresh process too."""
     timings = {}
     for name in ("ours", "trl", "lines", "datatrove"):
-        shutil.rmtree(given.work / "peer", ignore_errors=True)
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.peers",
-            name,
-            str(data),
-            str(given.tokenizer),
-            str(given.work / "peer"),
-        ]
+        command = fresh_process(name, data, given)
         with measured() as timings[name]:
             done = subprocess.run(command, stdout=subprocess.DEVNULL, check=False)
         if done.returncode:
@@ -182,38 +189,47 @@ def peers(data: Path, given: argparse.Namespace) -> None:
         say(f"{name}, in a process of its own", timings[name], timings[name].wall / timings["ours"].wall, goal)
 
 
+def fresh_process(name: str, data: Path, given: argparse.Namespace) -> list[str]:
+    """The command that runs one of `benchmarks.peers` from the beginning."""
+    shutil.rmtree(given.work / "peer", ignore_errors=True)
+    arguments = [name, str(data), str(given.tokenizer), str(given.work / "peer")]
+    return [sys.executable, "-m", "benchmarks.peers", *arguments]
+
+
 def memory(given: argparse.Namespace) -> None:
-    """Peak memory of the largest process at 1x and 8x."""
-    for megabytes in (given.megabytes, 8 * given.megabytes):
+    """Peak memory at 1x and 8x, of its main process and of the largest of its workers."""
+    for megabytes in (given.megabytes, LARGE * given.megabytes):
         data = corpus_of(given, megabytes)
-        shutil.rmtree(given.work / "peer", ignore_errors=True)
-        command = [
-            sys.executable,
-            "-m",
-            "benchmarks.peers",
-            "ours",
-            str(data),
-            str(given.tokenizer),
-            str(given.work / "peer"),
-        ]
-        with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        with subprocess.Popen(fresh_process("ours", data, given), stdout=subprocess.DEVNULL) as process:
             peaks = watch(psutil.Process(process.pid))
-        largest, main_process = max(peaks.values()) / 2**20, peaks[process.pid] / 2**20
-        print(f"{megabytes:5} MB: largest process {largest:,.0f} MiB, main {main_process:,.0f} MiB", flush=True)
+        main_process = peaks.pop(process.pid)
+        largest = max(peaks.values(), key=lambda peak: peak.anonymous)
+        print(f"{megabytes:5} MB: largest worker {largest}; main process {main_process}", flush=True)
 
 
-def watch(process: psutil.Process) -> dict[int, int]:
-    """Largest unshared memory seen of a process and of each of its children, every 50 ms until it ends."""
-    peaks: dict[int, int] = {}
+@dataclass
+class Peak:
+    """The most memory a process was seen to hold, in bytes. What is mapped from files is in the page cache, which the
+    kernel takes back where memory is short; anonymous memory is what ends a process."""
+
+    anonymous: int = 0
+    mapped: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.anonymous / 2**20:,.0f} MiB anonymous, {self.mapped / 2**20:,.0f} MiB of mapped files"
+
+
+def watch(process: psutil.Process) -> dict[int, Peak]:
+    """The peaks of a process and of each of its children, looked at every 20 ms until it ends."""
+    peaks: dict[int, Peak] = {}
     while process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
-        for one in itertools.chain([process], process.children(recursive=True)):
-            try:
-                memory_info = one.memory_info()
-            except psutil.NoSuchProcess:
-                continue
-            unshared = memory_info.rss - memory_info.shared  # mapped files are the page cache's
-            peaks[one.pid] = max(peaks.get(one.pid, 0), unshared)
-        time.sleep(0.05)
+        for one in [process, *process.children(recursive=True)]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                held = one.memory_info()
+                peak = peaks.setdefault(one.pid, Peak())
+                peak.anonymous = max(peak.anonymous, held.rss - held.shared)
+                peak.mapped = max(peak.mapped, held.shared)
+        time.sleep(0.02)
     return peaks
 
 
