@@ -214,21 +214,25 @@ def wait_for(condition: Callable[[], Any], timeout: float, what: str) -> float:
     return time.monotonic() - started
 
 
-@contextmanager
-def running_stack(folder: Path) -> Iterator[Stack]:
-    """`panda up`, and `panda down` at the end, whatever happens."""
-    prefect_port, mlflow_port = free_port(), free_port()
+def new_stack(folder: Path) -> Stack:
+    """Nothing of it runs yet."""
     env = {
         **os.environ,
         "PREFECT_HOME": str(folder / "prefect"),
-        "PREFECT_API_URL": f"http://127.0.0.1:{prefect_port}/api",
+        "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
     }
-    stack = Stack(folder, env)
+    return Stack(folder, env)
+
+
+@contextmanager
+def running_stack(folder: Path) -> Iterator[Stack]:
+    """`panda up`, and `panda down` at the end, whatever happens."""
+    stack = new_stack(folder)
     try:
         outputs = str(stack.outputs("short"))
-        done = stack.panda("up", "--mlflow_port", str(mlflow_port), "--output_dir", outputs)
+        done = stack.panda("up", "--mlflow_port", str(free_port()), "--output_dir", outputs)
         assert done.returncode == 0, done.stdout + done.stderr
         yield stack
     finally:
