@@ -4,7 +4,8 @@ In: the Jinja text that comes with a tokenizer. Out: layouts. For each pattern o
 marks in place of the texts; what stands between the marks is literal. It is refused unless
 
     1. every text appears exactly once, in order, changed at most by stripping white space at its ends;
-    2. the rendering up to an answer, as generation asks for it, is a prefix of the whole rendering (prefix-stable);
+    2. it is prefix-stable: the rendering up to an answer, as generation asks for it, is a prefix of the whole
+       rendering, and no answer changes once it is not the last, as where thoughts of earlier turns are left out;
     3. after the answer a token follows at which generation stops, before the next text; it ends the target;
     4. every record, rendered by the template, gives exactly the text of the layout (checked for each record).
 
@@ -47,7 +48,7 @@ def load_chat_template(tokenizer: LoadedTokenizer) -> Template:
     layout = lru_cache(maxsize=4096)(partial(chat_layout, render, tokenizer))
     return Template(
         "tokenizer",
-        store.fingerprint(template="tokenizer", version=1, source=source),
+        store.fingerprint(template="tokenizer", version=2, source=source),
         layout=layout,
         check=partial(_check, render, layout, {i: tokenizer.special_text(i) for i in tokenizer.stop_ids}),
     )
@@ -86,10 +87,12 @@ def chat_layout(render: Render, tokenizer: LoadedTokenizer, roles: Roles) -> Lay
         stop, end_id = _target_end(whole, start, tokenizer, roles)
         if start < at:
             raise _refused(roles, "an answer begins before the end of the one before")
+        end = stop + len(tokenizer.special_text(end_id))
+        _check_answer_stays(render, messages[: number + 1], whole[:end], roles)
         pieces += [("", False), *((part, False) for part in _parts(whole, at, start, slots))]
         pieces += [(part, True) for part in _parts(whole, start, stop, slots)]
         ends.append(end_id)
-        at = stop + len(tokenizer.special_text(end_id))
+        at = end
     masked, targets = runs_of(pieces, 0)[0::2], runs_of(pieces, 0)[1::2]
     ended = (target._replace(end_id=end) for target, end in zip(targets, ends, strict=True))
     return Layout(tuple(run for pair in zip(masked, ended, strict=True) for run in pair), adds_bos=False)
@@ -104,6 +107,14 @@ def _prompt_end(render: Render, messages: list[dict[str, str]], whole: str, role
     if not whole.startswith(prompt):
         raise _refused(roles, f"it is not prefix-stable: asked to answer, it renders …{prompt[-80:]!r}")
     return len(prompt)
+
+
+def _check_answer_stays(render: Render, messages: list[dict[str, str]], expected: str, roles: Roles) -> None:
+    """What stands at the end of the conversation when the answer was just given is what stands there ever after."""
+    ending = _rendered(render, messages, False, roles)
+    if not ending.startswith(expected):
+        why = f"as the last one an answer is …{ending[-80:]!r}, later …{expected[-80:]!r}"
+        raise _refused(roles, f"it is not prefix-stable: {why}")
 
 
 def _target_end(whole: str, start: int, tokenizer: LoadedTokenizer, roles: Roles) -> tuple[int, int]:
