@@ -18,6 +18,7 @@ from typing import Any
 from data_prep.errors import PandaError
 from training.merge import merge
 from training.model_package import base_of
+from training.older_readers import write_for_older_readers
 from training.same_model import Difference, difference
 
 MAX_MEAN_KL = 1e-3  # nats; rounding to bfloat16 costs about 1e-4
@@ -69,10 +70,12 @@ def _fill(unfinished: Path, model_dir: Path, prompts: list[list[int]], base: Pat
     reference = base_of(model_dir)
     if reference is None:
         shutil.copytree(model_dir, unfinished, dirs_exist_ok=True)  # no links: what is exported may be edited
+        write_for_older_readers(unfinished)
         return Exported(str(unfinished), "copied")
     base_dir = base or find_base(reference)
     how = merge(model_dir, base_dir, unfinished)
     copy_companions(model_dir, base_dir, unfinished)
+    write_for_older_readers(unfinished)
     found = difference(unfinished, model_dir, base_dir, prompts)
     if found.mean_kl > MAX_MEAN_KL or found.top1_agreement < MIN_TOP1_AGREEMENT:
         raise ExportError(

@@ -23,6 +23,7 @@ from data_prep.target import load_target
 from training import segment_attention
 from training.errors import ModelError
 from training.imports import silence_vain_warnings
+from training.older_readers import write_for_older_readers
 from training.settings import TrainSettings
 from training.target_loss import causal_model
 
@@ -182,6 +183,7 @@ def save_model(model: nn.Module, state: dict[str, Tensor], tokenizer_dir: str, d
     config.use_cache = True
     config.save_pretrained(directory)
     config.use_cache = False
+    write_for_older_readers(directory)
     check_saved(directory)
 
 

@@ -10,7 +10,7 @@ from tests.training.test_registry import greedy, tracked_run
 from tests.training.tiny_models import save_adapter, save_full_model
 from training import merge, publish
 from training.errors import ModelError
-from training.export import ExportError, export
+from training.export import CONVERTER, ExportError, export, to_gguf
 from training.model_card import CardFacts, model_card
 from training.registry import register
 from training.versions import Registry
@@ -131,6 +131,49 @@ def test_a_version_is_exported_with_its_card(run_dir, tmp_path):
     assert not weights.samefile(run_dir / "model" / "model.safetensors")
     with pytest.raises(ExportError, match="already"):
         publish.publish(registry, registry.resolve(version.uri), tmp_path / "out", tmp_path / "cache")
+
+
+def test_an_export_has_what_other_programs_read(base, tmp_path):
+    """Whole weights or merged adapter: architecture, ways to stop, tokenizer, template; in old words as well."""
+    save_adapter(base, tmp_path / "adapter")
+    for directory in (base, tmp_path / "adapter"):
+        (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    for name, source in (("whole", base), ("merged", tmp_path / "adapter")):
+        export(source, tmp_path / name, PROMPTS, write_card)
+        config, generation, tokenizer = (
+            json.loads((tmp_path / name / file).read_text())
+            for file in ("config.json", "generation_config.json", "tokenizer_config.json")
+        )
+        assert config["architectures"] == ["LlamaForCausalLM"] and config["torch_dtype"] == config["dtype"]
+        assert config["rope_theta"] == config["rope_parameters"]["rope_theta"]
+        assert generation["eos_token_id"] == 0
+        assert (tokenizer["tokenizer_class"], tokenizer["eos_token"]) == ("PreTrainedTokenizerFast", "</s>")
+        files = {path.name for path in (tmp_path / name).iterdir()}
+        assert {"tokenizer.json", "chat_template.jinja", "README.md"} <= files
+        assert "adapter_config.json" not in files and {path.suffix for path in merge.shards(tmp_path / name)} == {
+            ".safetensors"
+        }
+
+
+CONVERTER_SCRIPT = """import sys
+from pathlib import Path
+model_dir, option, output = sys.argv[1:]
+assert option == "--outfile" and Path(model_dir, "config.json").is_file(), "no config.json there"
+Path(output).write_bytes(b"GGUF")
+"""
+
+
+def test_gguf_needs_the_converter_and_says_what_it_says(tmp_path, monkeypatch):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    save_full_model(tmp_path / "model")
+    with pytest.raises(ExportError, match=f"needs {CONVERTER} of llama.cpp on PATH; the export in .* is complete"):
+        to_gguf(tmp_path / "model")
+    (tmp_path / CONVERTER).write_text(CONVERTER_SCRIPT)
+    (tmp_path / CONVERTER).chmod(0o755)
+    assert to_gguf(tmp_path / "model").read_bytes() == b"GGUF"
+    (tmp_path / "model" / "config.json").unlink()
+    with pytest.raises(ExportError, match=r"failed on .*\n(?s:.*)no config.json there"):
+        to_gguf(tmp_path / "model")
 
 
 def test_pickled_weights_are_refused(tmp_path):
