@@ -1,14 +1,18 @@
 """A real MLflow database (made once, copied) and a real MLflow server for the tests of tracking and registry."""
 
+import base64
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -70,3 +74,42 @@ def wait_for_health(port: int, process: subprocess.Popen, timeout_seconds: float
         except OSError:
             time.sleep(0.2)
     raise AssertionError("the MLflow server did not start")
+
+
+@contextmanager
+def guarded(port: int, password: str) -> Iterator[str]:
+    """A proxy before the server at `port` that asks for user `panda` and this password; its address."""
+    wanted = "Basic " + base64.b64encode(f"panda:{password}".encode()).decode()
+
+    class Guard(BaseHTTPRequestHandler):
+        def forward(self) -> None:
+            body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+            if self.headers.get("Authorization") != wanted:
+                return self.answer(401, b"who are you?")
+            address = f"http://127.0.0.1:{port}{self.path}"
+            headers = {"Content-Type": self.headers.get("Content-Type", "application/json")}
+            call = urllib.request.Request(address, body or None, headers, method=self.command)
+            try:
+                with urllib.request.urlopen(call, timeout=60) as response:
+                    self.answer(response.status, response.read())
+            except urllib.error.HTTPError as error:
+                self.answer(error.code, error.read())
+
+        def answer(self, status: int, content: bytes) -> None:
+            self.send_response(status)
+            self.send_header("Content-Length", str(len(content)))
+            self.end_headers()
+            self.wfile.write(content)
+
+        def log_message(self, *_: object) -> None:
+            """Nothing on stderr."""
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = forward
+
+    guard = ThreadingHTTPServer(("127.0.0.1", 0), Guard)
+    threading.Thread(target=guard.serve_forever, daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{guard.server_port}"
+    finally:
+        guard.shutdown()
+        guard.server_close()

@@ -16,7 +16,7 @@ import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from tests.training.mlflow_fixtures import server
+from tests.training.mlflow_fixtures import guarded, server
 from tests.training.tiny_models import save_adapter, save_full_model
 from training import registry
 from training.errors import MlflowAway
@@ -268,6 +268,26 @@ def test_a_run_that_mlflow_never_answered_is_registered_when_it_is_back(run_dir,
         version, text = register_run(tracked, "panda-tiny", TAGS, "hello")
         assert version.uri == "models:/panda-tiny/1" and text
     assert connect(f"sqlite:///{run_dir.parent}/mlflow.db").get_run(tracked.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_server_that_asks_for_a_password_gets_it_from_the_environment(run_dir, monkeypatch, caplog):
+    """Without it nothing is lost, only not sent; with it the run and its model arrive, and the password stays here."""
+    save_full_model(run_dir / "model")
+    port = free_port()
+    with server(run_dir.parent, port), guarded(port, "hunter2") as uri:
+        settings = TrackingSettings(mlflow_tracking_uri=uri)
+        with open_run(settings, run_dir, Facts({"model": "tiny"})) as tracked:
+            pass
+        assert tracked.run_id is None and "sent later" in caplog.text
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "panda")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+        assert tracked.sync() and tracked.run_id
+        version, text = register_run(tracked, "panda-tiny", TAGS, "hello")
+        assert version.uri == "models:/panda-tiny/1" and text
+        stored = [path for path in (run_dir.parent / "mlartifacts").rglob("*") if path.is_file()]
+    assert stored and not [path for path in stored if b"hunter2" in path.read_bytes()]
+    assert b"hunter2" not in (run_dir.parent / "mlflow.db").read_bytes() and "hunter2" not in caplog.text
 
 
 def ask(process: subprocess.Popen, port: int, request: dict, timeout_seconds: float = 120) -> dict:
