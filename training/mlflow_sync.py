@@ -5,6 +5,7 @@ Every step can be repeated: a process may die, or the server go away, between an
 1,000 metrics for what is new in the metric files; MLflow's import (2 to 4 s) once.
 """
 
+import importlib
 import json
 import logging
 import os
@@ -48,7 +49,18 @@ CHATTER = {
     "urllib3.connectionpool": logging.ERROR,  # each retry; the outage is told once, by us
 }
 _pointing = threading.Lock()
+_importing = threading.Lock()
 _reached: set[str] = set()  # databases that have answered this process
+
+
+def import_mlflow() -> None:
+    """Import mlflow, or wait for the thread that does.
+
+    Its modules import each other; a second thread would be given one that is half imported (Python prefers that to a
+    deadlock), and the first one fails with it.
+    """
+    with _importing:
+        importlib.import_module("mlflow")
 
 
 def connect(uri: str) -> "MlflowClient":
@@ -57,6 +69,7 @@ def connect(uri: str) -> "MlflowClient":
         os.environ.setdefault(name, value)
     for name, level in CHATTER.items():
         logging.getLogger(name).setLevel(level)
+    import_mlflow()
     from mlflow.tracking import MlflowClient
 
     if is_remote_database(uri) and uri not in _reached:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlparse
 
 from training.errors import MlflowAway
-from training.mlflow_sync import connect
+from training.imports import silence_vain_warnings
+from training.mlflow_sync import connect, import_mlflow
 from training.model_package import content_hash, link_tree, write_package
 from training.secrets import redact_text
 
@@ -79,6 +80,7 @@ def patiently(action: Callable[[], Result]) -> Result:
 
     :raises MlflowAway: it did not for longer than a minute.
     """
+    import_mlflow()
     from mlflow.exceptions import MlflowException
     from requests import RequestException  # an upload through a server raises these as they are
     from sqlalchemy.exc import SQLAlchemyError  # a database that cannot be reached
@@ -184,4 +186,5 @@ def load_served(model_uri: str, uri: str) -> Any:
     import mlflow
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    silence_vain_warnings()
     return mlflow.pyfunc.load_model(model_uri)

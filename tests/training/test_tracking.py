@@ -216,3 +216,21 @@ def test_mlflows_own_variable_is_heard_where_nothing_is_set(monkeypatch, tmp_pat
     assert tracking.tracking_uri(TrackingSettings(mlflow_tracking_uri="sqlite:///x.db"), tmp_path) == "sqlite:///x.db"
     monkeypatch.delenv("MLFLOW_TRACKING_URI")
     assert tracking.tracking_uri(TrackingSettings(), tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+
+
+def test_two_threads_import_mlflow_at_once():
+    """The one that sends and the one that registers: Python would give the second a half imported package."""
+    code = (
+        "import sys, threading, time\n"
+        "from training.mlflow_sync import connect\n"
+        "from training.registry import patiently\n"
+        "thread = threading.Thread(target=connect, args=(sys.argv[1],))\n"
+        "thread.start()\n"
+        "time.sleep(0.02)\n"
+        "patiently(lambda: None)\n"
+        "thread.join()\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "http://127.0.0.1:9"], capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, "")
