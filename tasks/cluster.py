@@ -3,7 +3,7 @@
 In: the address of a Dask scheduler. Out: a `FanOut` for `shard_records` and `tokenize_records`, whose calls become a
 few Prefect tasks a worker, each with a batch of units. What a lost worker was at is given to another one, which finds
 the units that are done in the store; so nothing changes but the time.
-Cost: 1 to 2 s a stage to connect, ~50 ms a batch; the workers read and write the files themselves.
+Cost: 2 to 5 s a stage more than processes of this machine take; the workers read and write the files themselves.
 
 Every worker (one thread each: `dask worker ADDRESS --nthreads 1 --nworkers auto`) has this project on its Python path,
 sees the working directory, corpus, tokenizer and `cache_dir` under the same paths, and reaches the Prefect server.
