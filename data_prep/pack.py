@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.order import stable_argsort
+
 MIN_PIECE = 2  # the first token of a piece is no target, so a piece of one token would train nothing
 MIN_SPACE = 8  # free space that `fill` uses
 SWAP_CANDIDATES = 64
@@ -24,7 +26,7 @@ SWAP_CANDIDATES = 64
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Row of each piece: ``(n,) int32`` -> ``(n,) int32``, rows numbered from 0; all lengths are in [1, capacity]."""
     rows = np.zeros(len(lengths), dtype=np.int32)
-    order = np.argsort(-lengths.astype(np.int32), kind="stable")
+    order = stable_argsort(-lengths.astype(np.int32))
     sizes, counts = np.unique(lengths, return_counts=True)
     free = _FreeRows(capacity)
     start = 0

@@ -30,21 +30,23 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from data_prep import store
+from data_prep.duplicates import near_duplicates, sketch
 from data_prep.errors import StoreError
 from data_prep.ledger import REJECTED, Reason
-from data_prep.order import mix64
+from data_prep.order import mix64, stable_argsort
 from data_prep.pack import MIN_SPACE, best_fit_decreasing, fill
 from data_prep.plan_file import Rows, rows_file, write_rows
 from data_prep.plan_input import Examples, load_examples
-from data_prep.process import peak_rss_bytes
+from data_prep.process import on_processes, peak_rss_bytes
 from data_prep.proof import prove_rows
 from data_prep.reader import LEDGER_FILE, Plan
-from data_prep.records import ledger_table, read_arrow
+from data_prep.records import RecordsUnit, ledger_table, read_arrow
 from data_prep.settings import CorpusSettings, PackSettings
 from data_prep.tokenize import TokensResult
 from data_prep.verdicts import ACCEPTED, REASONS, SPLITS, TRAIN, VALIDATION, Pieces, Verdicts, judge, taken_down
 
 STAGE = "plans"
+MIN_BYTES_FOR_PROCESSES = 2 << 20  # of text whose near duplicates are sought: about a second
 FILL_FRACTION = 32  # documents fill the space that other examples leave in a row if it is 1/32 of the row or more
 
 
@@ -136,7 +138,7 @@ def make_rows(examples: Examples, verdicts: Verdicts, pieces: Pieces, split: int
     chosen = np.flatnonzero(accepted)
     which = np.repeat(chosen, verdicts.copies[pieces.example[chosen]])
     # Pieces of one length are interchangeable for packing: which of them share a row is drawn by seed and content.
-    shuffled = which[np.argsort(mix64(examples.keys[pieces.example[which]], pack.seed + 1), kind="stable")]
+    shuffled = which[stable_argsort(mix64(examples.keys[pieces.example[which]], pack.seed + 1))]
     example, start, length = pieces.example[shuffled], pieces.start[shuffled], pieces.length[shuffled]
     if not pack.packing:
         return _rows_of(examples, example, start, length, np.arange(len(shuffled), dtype=np.int32))
@@ -165,7 +167,7 @@ def _pack(  # noqa: PLR0913, PLR0917
 
 def _rows_of(examples: Examples, example: np.ndarray, start: np.ndarray, length: np.ndarray, row: np.ndarray) -> Rows:
     """Segments in any order -> the arrays of a plan file, ordered by row."""
-    order = np.argsort(row, kind="stable")
+    order = stable_argsort(row)
     example, start, length, row = example[order], start[order], length[order], row[order]
     num_rows = int(row[-1]) + 1 if len(row) else 0
     targets = examples.targets[example]
@@ -317,23 +319,33 @@ def check_conservation(report: dict[str, Any], examples: Examples, verdicts: Ver
 
 def _near_duplicates(tokens: TokensResult, corpus: CorpusSettings, root: Path) -> np.ndarray:
     """The mask of `near_duplicates`, kept below ``root``: it is slow, and another seed or length changes nothing."""
-    from data_prep.duplicates import near_duplicates
-
-    texts = (
-        "\n".join(record)
-        for unit in tokens.units
-        for batch in read_arrow(Path(unit.records.path) / "records.arrow")["texts"].chunks
-        for record in batch.to_pylist()
-    )
+    units = [unit.records for unit in tokens.units]
 
     def make(directory: Path) -> dict[str, Any]:
-        near = near_duplicates(texts, corpus.near_duplicate_threshold)
+        near = near_duplicates(_signatures(units, corpus.prepare_workers), corpus.near_duplicate_threshold)
         np.save(directory / "near.npy", near)
         return {"records": len(near), "near_duplicates": int(near.sum())}
 
-    units = [unit.records.fingerprint for unit in tokens.units]
-    fp = store.fingerprint(stage="near_duplicates", units=units, threshold=corpus.near_duplicate_threshold)
+    fps = [unit.fingerprint for unit in units]
+    fp = store.fingerprint(stage="near_duplicates", units=fps, threshold=corpus.near_duplicate_threshold)
     return np.load(store.build(root / "near_duplicates", fp, make).path / "near.npy")
+
+
+def _signatures(units: list[RecordsUnit], prepare_workers: int) -> np.ndarray:
+    """Signatures of all records in corpus order; made in several processes where that is worth it."""
+    calls = {unit.path: (unit.path,) for unit in units}
+    num_workers = min(prepare_workers or len(os.sched_getaffinity(0)), len(calls))
+    if num_workers > 1 and sum(unit.text_bytes for unit in units) >= MIN_BYTES_FOR_PROCESSES:
+        made = dict(on_processes(num_workers)(_signatures_of, calls))
+    else:
+        made = {path: _signatures_of(path) for path in calls}
+    return np.concatenate([made[unit.path] for unit in units])
+
+
+def _signatures_of(unit_path: str) -> np.ndarray:
+    """In any process: the signatures of one unit's records."""
+    chunks = read_arrow(Path(unit_path) / "records.arrow")["texts"].chunks
+    return sketch("\n".join(record) for chunk in chunks for record in chunk.to_pylist())
 
 
 def _peak_rss(tokens: TokensResult) -> int:

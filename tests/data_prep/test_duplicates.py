@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from data_prep.duplicates import exact_duplicates, near_duplicates
+from data_prep.duplicates import exact_duplicates, near_duplicates, sketch
 from data_prep.errors import CorpusError
 
 
@@ -39,11 +39,11 @@ def test_near_duplicates_are_found_and_others_are_not():
     chinese = "竹熊每周从不断增长的语料重新训练语言模型,并且只在更好的时候才发布它。" * 3
     texts = [first, other, changed, chinese, first, chinese.replace("发布", "推出", 1), "", "ab", "ab"]
     expected = [False, False, True, False, True, True, False, False, True]
-    assert near_duplicates(texts, 0.8).tolist() == expected
-    assert near_duplicates([first, changed], 1.0).tolist() == [False, False]
+    assert near_duplicates(sketch(texts), 0.8).tolist() == expected
+    assert near_duplicates(sketch([first, changed]), 1.0).tolist() == [False, False]
 
 
 def test_without_datasketch_the_error_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "datasketch", None)
     with pytest.raises(CorpusError, match="near-duplicates"):
-        near_duplicates(["a"], 0.8)
+        sketch(["a"])

@@ -2,8 +2,10 @@
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
-from data_prep.order import position_of, rows_of_step, split_step, steps_per_epoch
+from data_prep.order import position_of, rows_of_step, split_step, stable_argsort, steps_per_epoch
 
 
 def test_known_order_never_changes():
@@ -63,3 +65,11 @@ def test_position_of_inverts_rows_of_step():
     rows = np.arange(23)
     steps = position_of(23, 4, seed=5, epoch=2, rows=rows)
     assert all(row in rows_of_step(23, 4, 5, 2, int(step)) for row, step in zip(rows, steps, strict=True))
+
+
+@pytest.mark.parametrize(("dtype", "low", "high"), [(np.int32, -(2**31), 2**31 - 1), (np.uint64, 0, 2**64 - 1)])
+@given(data=st.data())
+def test_stable_argsort_is_the_stable_order(dtype, low, high, data):
+    key = st.integers(low, high) | st.integers(0, 3)
+    keys = np.array(data.draw(st.lists(key, max_size=40)), dtype)
+    assert stable_argsort(keys).tolist() == np.argsort(keys, kind="stable").tolist()

@@ -177,9 +177,24 @@ def test_near_duplicates_are_found_once(tmp_path, bytes_dir, monkeypatch):
     pack = PackSettings(max_seq_length=256)
     result = prepare(corpus, TokenizeSettings(), pack, bytes_dir, tmp_path / "cache")
     assert result.report["dropped"]["near_duplicate"] >= 1
-    monkeypatch.setattr("data_prep.duplicates.near_duplicates", None)  # it would fail if called
+    monkeypatch.setattr("data_prep.plan.near_duplicates", None)  # it would fail if called
     again = prepare(corpus, TokenizeSettings(), pack.model_copy(update={"seed": 1}), bytes_dir, tmp_path / "cache")
     assert again.report["dropped"] == result.report["dropped"]
+
+
+def test_near_duplicates_do_not_depend_on_the_number_of_workers(tmp_path, bytes_dir, monkeypatch):
+    monkeypatch.setattr("data_prep.plan.MIN_BYTES_FOR_PROCESSES", 0)
+    texts = [f"The panda number {n} eats bamboo in the morning and trains a model in the evening." for n in range(6)]
+    files = {f"instruction/{name}.jsonl": [{"input": name, "target": text} for text in texts] for name in "abc"}
+    corpus = write_corpus(tmp_path, files).model_copy(update={"deduplicate": "near", "validation_fraction": 0})
+    masks = []
+    for workers in (1, 2):
+        cache = tmp_path / f"cache-{workers}"
+        few = corpus.model_copy(update={"prepare_workers": workers})
+        prepare(few, TokenizeSettings(), PackSettings(max_seq_length=256), bytes_dir, cache)
+        masks.append(next(cache.glob("near_duplicates/*/near.npy")).read_bytes())
+    assert masks[0] == masks[1]
+    assert 0 < np.load(next(cache.glob("near_duplicates/*/near.npy"))).sum() < 18
 
 
 def test_without_packing_an_example_is_a_row():
