@@ -43,7 +43,9 @@ class RunSettings(Settings):
         description="Name of the run and its directory; None = date, time and model.",
     )
     resume: bool = Field(
-        False, description="Go on with the run `run_name` (the newest run when not given) from its newest checkpoint."
+        False,
+        description="Go on with the run `run_name` (the newest run when not given) from its newest checkpoint; "
+        "what is not given is as in that run.",
     )
     preset: Literal["lora", "qlora", "full"] | None = Field(
         None, description="Modern values for a way of training (see configs/preset); your flags still win."

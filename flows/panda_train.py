@@ -23,7 +23,7 @@ from flows.lifetime import begin
 from flows.notify import on_bad_end, tell
 from flows.outcome import Ended
 from flows.parameters import flow_of_settings
-from flows.run_dir import RunDir
+from flows.run_dir import AFTER_DATA, RunDir
 from flows.stopwatch import Stopwatch
 from flows.title import run_title
 from tasks.artifacts import show_links
@@ -37,8 +37,6 @@ from training.registry import patiently
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking import TrackedRun
 from training.versions import PARENT_TAG, Registry
-
-AFTER_DATA = ("train", "evaluate", "register", "gate")
 
 
 def panda_train(**parameters: Any) -> State[Any]:

@@ -16,12 +16,15 @@ from typing import Any
 import yaml
 
 from configs.errors import ConfigError
+from configs.load import Loaded, load
 from configs.settings import PandaSettings, UnattendedSettings
 from training import run_record
 from training.exit import ExitReason
 
 logger = logging.getLogger(__name__)
 
+AFTER_DATA = ("train", "evaluate", "register", "gate")
+"""Stages that go on in a run directory that is there."""
 NOT_THE_WORK = {"run_name", "resume", "paths", "prepare_workers", "prepare_cluster", *UnattendedSettings.model_fields}
 """What may differ between a run and the one it goes on with."""
 
@@ -99,6 +102,15 @@ def create(settings: PandaSettings) -> RunDir:
     except OSError as error:
         raise ConfigError([f"output_dir={settings.output_dir!r}: cannot write there ({error.strerror})"]) from None
     return RunDir(path)
+
+
+def as_in_the_run(loaded: Loaded, values: dict[str, Any], overrides: list[str] | None) -> Loaded:
+    """Where a run is gone on with: what nobody gave a value for is as in that run, but for the stages to do."""
+    settings = loaded.settings
+    if not settings.resume and settings.from_stage not in AFTER_DATA:
+        return loaded
+    run = _existing(Path(settings.output_dir).absolute(), settings.run_name)
+    return load({"from_stage": None, "until_stage": None, **values}, overrides, run.config)
 
 
 def _existing(output: Path, name: str | None) -> RunDir:

@@ -112,10 +112,21 @@ def test_the_first_losses_are_reproduced_bit_by_bit(first, folder):
 def test_from_stage_repeats_only_what_follows(first, folder):
     run_dir = Path(first["run_dir"])
     logs = {path.name: path.stat().st_mtime_ns for path in (run_dir / "logs").iterdir() if path.name != "compare.log"}
-    again, _ = train(folder, "--run_name", run_dir.name, "--from_stage", "register", "--max_steps", "12", *SMALL)
+    again, _ = train(folder, "--run_name", run_dir.name, "--from_stage", "register")
     assert again["model"]["version"] == first["model"]["version"]
     assert again["losses"] == first["losses"]
     assert logs == {name: (run_dir / "logs" / name).stat().st_mtime_ns for name in logs}
+
+
+@pytest.mark.distributed
+def test_a_resumed_run_has_the_settings_it_had(first, folder):
+    command = [sys.executable, str(ROOT / "train.py"), "--resume", "--run_name", Path(first["run_dir"]).name]
+    command += ["--learning_rate", "0.5", "--print_config"]
+    shown = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.splitlines()
+    origins = {line.split(":")[0]: line.split("# ")[-1] for line in shown}
+    config = f"{first['run_dir']}/config.yaml"
+    assert (origins["max_steps"], origins["learning_rate"], origins["until_stage"]) == (config, "flag", "flag")
+    assert "max_steps: 12 " in "\n".join(shown)
 
 
 @pytest.mark.distributed
