@@ -53,12 +53,13 @@ def show_links(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> N
     """From here to MLflow; MLflow's run has the way back as the tag prefect.flow_run_url."""
     address = os.environ.get(MLFLOW_UI) or public_link(tracked.uri)
     model = f"{version['name']} version {version['version']}"
-    if address and tracked.run_id:
+    run_id = tracked.run_id
+    if address and run_id:
         model = f"[{model}]({address}/#/models/{version['name']}/versions/{version['version']})"
-        experiment = patiently(lambda: connect(tracked.uri).get_run(tracked.run_id)).info.experiment_id
-        run = f"[{tracked.run_id}]({address}/#/experiments/{experiment}/runs/{tracked.run_id})"
+        experiment = patiently(lambda: connect(tracked.uri).get_run(run_id)).info.experiment_id
+        run = f"[{run_id}]({address}/#/experiments/{experiment}/runs/{run_id})"
     else:
-        run = f"{tracked.run_id} in {redact_text(tracked.uri)}"
+        run = f"{run_id} in {redact_text(tracked.uri)}"
     text = f"| | |\n| --- | --- |\n| model | {model} |\n| MLflow run | {run} |\n| directory | `{run_dir}` |\n"
     create_markdown_artifact(text, key="links", description="Where to look further")
 

@@ -57,7 +57,7 @@ def test_direct_run(stack):
 def test_served_deployments(stack):
     process = start(stack, "-m", "flows.cli", "serve-flow", "--state_dir", str(stack.folder / "state"))
     url = stack.env["PREFECT_API_URL"]
-    wait_for(lambda: process.poll() is not None or (answers(url) and "are being served" in log_of(stack)), 120, "deployments")
+    wait_for(lambda: process.poll() is not None or "are being served" in log_of(stack), 120, "deployments")
     state = stack.end_of(stack.start(stack.config("served"), until_stage="plan"))
     assert (state.type.value, state.name) == ("COMPLETED", "Prepared"), log_of(stack)
     press_ctrl_c(stack, process, 60)
