@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import yaml
 
 from data_prep.sample import write_sample
 
@@ -72,6 +73,21 @@ class TestFirstRun:
     def test_the_first_version_is_the_champion(self, first):
         assert first["gate"]["promoted"] and first["gate"]["records"] > 20
         assert "nothing to compare it with" in first["gate"]["reasons"][0]
+
+    def test_the_version_says_what_it_was_made_of(self, first, folder):
+        import mlflow
+
+        client = mlflow.MlflowClient(f"sqlite:///{folder}/outputs/mlflow.db")
+        tags = client.get_model_version(first["model"]["name"], "1").tags
+        plan = yaml.safe_load((Path(first["run_dir"]) / "config.yaml").read_text())["paths"]["plan_dir"]
+        assert tags["panda.plan"] == Path(plan).name and len(tags["panda.config"]) == 32
+        assert float(tags["eval_loss.all"]) == pytest.approx(first["losses"]["after"]["all"], abs=1e-5)
+        assert tags["prefect.flow_run_id"] == first["prefect_flow_run_id"]
+        run = client.get_run(first["mlflow_run_id"])
+        assert {one.dataset.digest for one in run.inputs.dataset_inputs} == {tags["panda.corpus"]}
+        names = {file.path for path in (None, "report") for file in client.list_artifacts(first["mlflow_run_id"], path)}
+        wanted = {"config.yaml", "gate.json", "report/data.json", "report/corpus.json", "report/environment.json"}
+        assert wanted | {"metrics.jsonl", "report/loss.png", "report/gate_records.jsonl"} <= names
 
     def test_metrics_are_in_mlflow(self, first, folder):
         import mlflow

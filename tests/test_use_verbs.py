@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.errors import PandaError
+from flows.export import HOST, server_command
 from tests.training.mlflow_fixtures import wait_for_health
 from tests.training.test_registry import greedy, tracked_run
 from tests.training.tiny_models import save_adapter, save_full_model
@@ -94,6 +96,19 @@ def test_serve_answers_openai_clients(outputs):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
     assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] == 4
+
+
+def test_vllm_is_preferred_and_listens_on_loopback(tmp_path, monkeypatch):
+    (tmp_path / "vllm").write_text("#!/bin/sh\n")
+    (tmp_path / "vllm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    where = ["--host", HOST.options["default"], "--port", "8000"]
+    assert server_command(Path("/m"), where[1], 8000) == [str(tmp_path / "vllm"), "serve", "/m", *where]
+    assert where[1] == "127.0.0.1"
+    (tmp_path / "vllm").unlink()
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    with pytest.raises(PandaError, match="neither `vllm` nor `transformers` is installed"):
+        server_command(Path("/m"), where[1], 8000)
 
 
 def test_a_version_that_is_not_there(outputs):

@@ -10,7 +10,7 @@ from tests.training.test_registry import greedy, tracked_run
 from tests.training.tiny_models import save_adapter, save_full_model
 from training import merge, publish
 from training.errors import ModelError
-from training.export import CONVERTER, ExportError, export, to_gguf
+from training.export import CONVERTER, Exported, ExportError, export, to_gguf
 from training.model_card import CardFacts, model_card
 from training.registry import register
 from training.versions import Registry
@@ -131,6 +131,14 @@ def test_a_version_is_exported_with_its_card(run_dir, tmp_path):
     assert not weights.samefile(run_dir / "model" / "model.safetensors")
     with pytest.raises(ExportError, match="already"):
         publish.publish(registry, registry.resolve(version.uri), tmp_path / "out", tmp_path / "cache")
+
+
+def test_the_card_names_the_licence_of_the_base(tmp_path):
+    (tmp_path / "README.md").write_text("---\nlicense: apache-2.0\ntags: [x]\n---\n# The base\n")
+    card = model_card(CardFacts("models:/tiny/1", {}), Exported("out", "streamed", str(tmp_path)))
+    assert card.startswith("---\nlibrary_name: transformers\n") and "license: apache-2.0\n" in card
+    (tmp_path / "README.md").write_text("# No licence stated\n")
+    assert "license" not in model_card(CardFacts("models:/tiny/1", {}), Exported("out", "streamed", str(tmp_path)))
 
 
 def test_an_export_has_what_other_programs_read(base, tmp_path):
