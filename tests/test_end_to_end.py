@@ -10,6 +10,8 @@ import pytest
 import yaml
 
 from data_prep.sample import write_sample
+from tests.training.test_registry import greedy
+from training.registry import load_and_generate
 
 ROOT = Path(__file__).parent.parent
 REAL = Path(os.environ.get("PANDA_REAL_CORPORA", ROOT / ".." / "shared" / "data" / "real"))
@@ -157,6 +159,31 @@ def test_lora_on_a_checkpoint(first, folder):
     assert "model.safetensors" not in names
     assert summary["gate"]["base"] == f"{first['run_dir']}/model"
     assert {row["against"] for row in summary["gate"]["slices"]} == {"base"}
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.usefixtures("use_prefect_server")
+def test_an_adapter_on_four_bits_is_registered_and_merged_into_whole_weights(first, folder):
+    from transformers import AutoModelForCausalLM
+
+    summary, _ = train(
+        folder, "--ckpt_path", f"{first['run_dir']}/model", "--use_lora", "--use_quant", "--lora_r", "4",
+        "--max_steps", "4", "--learning_rate", "0.01", "--gradient_accumulation_steps", "1", "--max_seq_length", "128",
+        "--num_processes", "1", "--run_name", "qlora", "--registered_model_name", "four-bits",
+    )  # fmt: skip
+    version = summary["model"]["uri"]
+    assert version == "models:/four-bits/1"
+    command = [sys.executable, "-m", "flows.cli", "export", version, "exported", "--json"]
+    done = subprocess.run(
+        command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0, done.stderr
+    exported = json.loads(done.stdout.splitlines()[-1])
+    assert exported["kind"] == "streamed" and exported["difference"]["top1_agreement"] == 1
+    merged = AutoModelForCausalLM.from_pretrained(folder / "exported")
+    said = greedy(merged, folder / "exported", "hello", 24)
+    assert said == load_and_generate(version, "hello", 24, f"sqlite:///{folder}/outputs/mlflow.db")
 
 
 @pytest.mark.slow
