@@ -5,14 +5,19 @@ runs of the same model. Cost: small files of the runs; MLflow is asked (and impo
 """
 
 import json
+import logging
 import statistics
+import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
+from training.secrets import redact_text
 from training.settings import TrackingSettings, TrainSettings
+
+logger = logging.getLogger(__name__)
 
 MIN_STEPS = 2
 """The first step of a run is slow; a run of fewer steps says nothing."""
@@ -54,18 +59,22 @@ def _speed_of(metrics: Path) -> float | None:
 
 
 def _from_mlflow(settings: TrainSettings, tracking: TrackingSettings) -> Speed | None:
-    """The last speed that a run of the same model logged to the server."""
-    from mlflow import MlflowClient
+    """The last speed that a run of the same model logged to the server; None as well where that does not answer."""
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
 
-    client = MlflowClient(tracking.mlflow_tracking_uri)
-    experiment = client.get_experiment_by_name(tracking.experiment_name)
-    if experiment is None:
+    from training.mlflow_sync import connect
+
+    wanted = f"params.model = '{settings.model}' and params.use_lora = '{json.dumps(settings.use_lora)}'"
+    try:
+        client = connect(str(tracking.mlflow_tracking_uri))
+        experiment = client.get_experiment_by_name(tracking.experiment_name)
+        runs = client.search_runs([experiment.experiment_id], wanted, max_results=20) if experiment else []
+    except (MlflowException, SQLAlchemyError) as error:
+        logger.warning("speeds of earlier runs are not known: %s", redact_text(textwrap.shorten(str(error), 160)))
         return None
-    wanted = f"params.model = '{settings.model}' and params.use_lora = '{settings.use_lora}'"
-    for run in client.search_runs([experiment.experiment_id], wanted, max_results=20):
-        if speed := run.data.metrics.get("tokens_per_second"):
-            return Speed(speed, f"MLflow run {run.info.run_name}")
-    return None
+    speeds = ((run.data.metrics.get("tokens_per_second"), run.info.run_name) for run in runs)
+    return next((Speed(speed, f"MLflow run {name}") for speed, name in speeds if speed), None)
 
 
 def _read(path: Path) -> dict[str, Any]:
