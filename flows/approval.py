@@ -6,15 +6,16 @@ time. The run stays alive while it waits (state Paused): a sleeping process, no 
 
 from typing import Any
 
-from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
+from prefect.utilities.timeout import timeout
 from pydantic import Field
 
 from configs.settings import PandaSettings
 from flows.outcome import Ended
 
 POLL_SECONDS = 5
+MARGIN_SECONDS = 600  # the server fails a run whose pause is over; before that we end it ourselves, as NotApproved
 
 
 class Approval(RunInput):
@@ -33,10 +34,11 @@ def ask(settings: PandaSettings, run_dir: str, losses: dict[str, dict[str, float
     form = Approval.with_initial_data(
         description=f"Held-out loss {before} -> {after}. Register the model of `{run_dir}`?", approve=True
     )
-    timeout = round(settings.approval_timeout_hours * 3600)
+    seconds = round(settings.approval_timeout_hours * 3600)
     try:
-        answer = pause_flow_run(wait_for_input=form, timeout=timeout, poll_interval=POLL_SECONDS)
-    except FlowPauseTimeout:
+        with timeout(seconds):
+            answer = pause_flow_run(wait_for_input=form, timeout=seconds + MARGIN_SECONDS, poll_interval=POLL_SECONDS)
+    except TimeoutError:
         raise Ended("NotApproved", f"no answer in {settings.approval_timeout_hours} h; {run_dir}", summary) from None
     if not answer.approve:
         raise Ended("NotApproved", f"refused: {answer.comment or 'no comment'}; {run_dir}", summary)
