@@ -13,6 +13,7 @@ from configs.settings import PandaSettings
 from tasks.artifacts import show_gate
 from tasks.stage import stage
 from training import launch
+from training.errors import MlflowAway
 from training.exit import ExitReason
 from training.gate_job import write_job
 from training.promotion import settle
@@ -28,11 +29,25 @@ logger = logging.getLogger(__name__)
 
 @stage("gate")
 def gate(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> dict[str, Any]:
-    """Decide about the version of the register stage."""
+    """Decide about the version of the register stage.
+
+    :raises MlflowAway: it is registered but could not be compared; the message says how to go on.
+    """
+    try:
+        return decide(tracked, settings, model)
+    except MlflowAway as error:
+        raise MlflowAway(
+            f"{model['uri']} is registered but not compared: {error}; when it is back, go on with --resume "
+            f"--run_name {tracked.run_dir.name}"
+        ) from error
+
+
+def decide(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> dict[str, Any]:
+    """Compare, settle, write down; a verdict that is there already stands."""
     registry = Registry(tracked.uri)
     version = patiently(lambda: registry.resolve(model["uri"]))
     stored = tracked.run_dir / "gate.json"
-    if GATE_TAG in version.tags and stored.exists():  # a resumed run: the verdict stands
+    if GATE_TAG in version.tags and stored.exists():  # a resumed run
         return without_answers(json.loads(stored.read_text(encoding="utf-8")))
     limits = GateSettings.of(settings).model_dump()
     patiently(lambda: write_job(registry, version, tracked.run_dir, limits))
