@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
 
-.PHONY: help install demo up down status test test-fast check lock docs clean
+.PHONY: help install demo up down status test test-fast test-extra check lock docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -35,7 +35,11 @@ test: $(INSTALLED)  ## all tests
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 test-fast: $(INSTALLED)  ## the tests that take seconds
-	$(BIN)/python -m pytest -m "not slow and not distributed"
+	$(BIN)/python -m pytest -m "not slow and not distributed and not extra"
+
+test-extra: $(INSTALLED)  ## the tests of optional parts; installs them, and wants PostgreSQL on this machine
+	$(BIN)/pip install --quiet 'lm-eval>=0.4.13' 'psycopg[binary]>=3.3'
+	$(BIN)/python -m pytest -m extra
 
 check: $(INSTALLED)  ## lint, format and types
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""Benchmarks: what lm-eval is asked and what becomes of its answer; with lm-eval itself where it is installed."""
+"""Benchmarks: what lm-eval is asked and what becomes of its answer; with lm-eval itself by `pytest -m extra`."""
 
 import json
 from pathlib import Path
@@ -92,8 +92,8 @@ def write_task(directory: Path) -> None:
     (directory / "sky.yaml").write_text(TASK.format(file=file))
 
 
+@pytest.mark.extra
 def test_lm_eval_itself_on_a_task_of_ones_own(tmp_path, monkeypatch):
-    pytest.importorskip("lm_eval", reason="the extra lm-eval is not installed")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_HOME", str(tmp_path / "hf"))
     save_full_model(tmp_path / "base")

@@ -1,7 +1,7 @@
 """The registry in PostgreSQL, named directly: the same promises as with SQLite, and the password is nowhere.
 
-A server of its own is started on a free port where PostgreSQL is installed (Debian: `apt-get install postgresql`) and
-the extra `postgresql`; the tests are skipped elsewhere.
+A server of its own is started on a free port. Needs PostgreSQL (Debian: `apt-get install postgresql`) and the extra
+`postgresql`, so these tests run only when asked for: `pytest -m extra`.
 """
 
 import os
@@ -32,14 +32,14 @@ INSTALLED = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
 PATH = os.pathsep.join([os.environ.get("PATH", ""), *map(str, reversed(INSTALLED))])
 PG_CTL = shutil.which("pg_ctl", path=PATH)
 
-pytest.importorskip("psycopg", reason="the extra postgresql is not installed")
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(PG_CTL is None, reason="PostgreSQL is not installed")]
+pytestmark = pytest.mark.extra
 
 
 class Server:
     """A PostgreSQL server of our own; it refuses to run as root, so root gives it to the user `postgres`."""
 
     def __init__(self, root: Path):
+        assert PG_CTL, "PostgreSQL is not installed"
         self.data, self.port = root / "data", free_port()
         self.uri = f"postgresql+psycopg://panda:{PASSWORD}@127.0.0.1:{self.port}/postgres"
         self.user = "postgres" if os.geteuid() == 0 else None
