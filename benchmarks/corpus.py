@@ -4,7 +4,7 @@ In: real records (Chinese and English), a size, a seed. Out: one JSON array of i
 file of documents. English: words drawn by their real frequency, 4 % of them altered so that caches of words do not
 flatter anybody; Chinese: random cuts of real text, which hardly repeat. Cost: 20 MB/s.
 
-    python -m benchmarks.corpus --real ../shared/data/real --megabytes 100 --out /tmp/corpus
+    python -m benchmarks.corpus --real CORPORA --megabytes 100 --out /tmp/corpus
 """
 
 import argparse

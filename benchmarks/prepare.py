@@ -3,7 +3,7 @@
 In: a real corpus to make a large one of (`benchmarks.corpus`), a tokenizer directory. Out: a table; every line says
 what is compared, wall and CPU seconds, the ratios of both and the goal.
 
-    python -m benchmarks.prepare --real ../shared/data/real --tokenizer DIR --megabytes 100 --peers
+    python -m benchmarks.prepare --real CORPORA --tokenizer DIR --megabytes 100 --peers
     python -m benchmarks.prepare ... --only_growth      full, the same again, 1 % more, at 1x and 8x
     python -m benchmarks.prepare ... --only_memory      peak memory at 1x and 8x
 """

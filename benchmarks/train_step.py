@@ -4,8 +4,8 @@ In: a checkpoint directory, real instruction records. Out: a table of ratios. Co
 step in one process; contenders of `trl` are processes that run one after another. CPU seconds are given beside wall
 seconds, because they hardly change when the machine is busy.
 
-    python -m benchmarks.train_step bare --model-dir DIR --real ../shared/data/real
-    python -m benchmarks.train_step trl  --model-dir DIR --real ../shared/data/real
+    python -m benchmarks.train_step bare --model-dir DIR --real CORPORA
+    python -m benchmarks.train_step trl  --model-dir DIR --real CORPORA
 
 `bare` does the same forward, backward, clipping and AdamW update on the same rows, without engine, loader, metrics and
 checkpoints. TRL is measured with its defaults and with the settings that make it fastest here (packing, no gradient
