@@ -32,7 +32,7 @@ status: $(INSTALLED)  ## what of it runs
 	@$(BIN)/panda status
 
 test: $(INSTALLED)  ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not distributed and not extra"
