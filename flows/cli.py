@@ -109,10 +109,10 @@ def read_arguments(
 
 
 def _train(argv: list[str]) -> int:
-    from flows.run_dir import as_in_the_run
-
     line, loaded = configure("train.py", TRAIN_TEXT, argv, TRAIN_SWITCHES)
     if not line.switches.conf_path:
+        from flows.run_dir import as_in_the_run
+
         loaded = as_in_the_run(loaded, line.values, line.overrides)
     if line.switches.print_config:
         from configs.show import render

@@ -18,7 +18,10 @@ from uuid import UUID
 import psutil
 import yaml
 
+from data_prep.sample import write_sample
+
 ROOT = Path(__file__).parent.parent
+LONG = {"max_steps": 100_000, "save_steps": 5}  # a training that does not end by itself
 SETTINGS = {
     "model": "panda-tiny",
     "architecture": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 512},
@@ -228,7 +231,8 @@ def new_stack(folder: Path) -> Stack:
 
 @contextmanager
 def running_stack(folder: Path) -> Iterator[Stack]:
-    """`panda up`, and `panda down` at the end, whatever happens."""
+    """`panda up` beside the sample corpus, and `panda down` at the end, whatever happens."""
+    write_sample(folder / "dataset")
     stack = new_stack(folder)
     try:
         outputs = str(stack.outputs("short"))

@@ -7,17 +7,14 @@ import signal
 import pytest
 from prefect.client.schemas.actions import DeploymentUpdate
 
-from data_prep.sample import write_sample
-from tests.stack import Stack, flow_run_id, running_stack, wait_for
+from tests.stack import LONG, Stack, flow_run_id, running_stack, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
-LONG = {"max_steps": 100_000, "save_steps": 5}
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     folder = tmp_path_factory.mktemp("operations")
-    write_sample(folder / "dataset")
     with running_stack(folder) as up:
         yield up
 

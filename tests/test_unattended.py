@@ -12,20 +12,17 @@ from pathlib import Path
 import pytest
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 
-from data_prep.sample import write_sample
-from tests.stack import ROOT, Stack, running_stack, wait_for
+from tests.stack import LONG, ROOT, Stack, running_stack, wait_for
 from training.mlflow_sync import connect
 from training.versions import PARENT_TAG, Registry
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
-LONG = {"max_steps": 100_000, "save_steps": 5}
 MODEL = "panda-panda-tiny"
 
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
     folder = tmp_path_factory.mktemp("unattended")
-    write_sample(folder / "dataset")
     with running_stack(folder) as up:
         yield up
 

@@ -7,14 +7,13 @@ runs of the same model. Cost: small files of the runs; MLflow is asked (and impo
 import json
 import logging
 import statistics
-import textwrap
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from training.secrets import redact_text
+from training.secrets import what_it_says
 from training.settings import TrackingSettings, TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -71,7 +70,7 @@ def _from_mlflow(settings: TrainSettings, tracking: TrackingSettings) -> Speed |
         experiment = client.get_experiment_by_name(tracking.experiment_name)
         runs = client.search_runs([experiment.experiment_id], wanted, max_results=20) if experiment else []
     except (MlflowException, SQLAlchemyError) as error:
-        logger.warning("speeds of earlier runs are not known: %s", redact_text(textwrap.shorten(str(error), 160)))
+        logger.warning("speeds of earlier runs are not known: %s", what_it_says(error))
         return None
     speeds = ((run.data.metrics.get("tokens_per_second"), run.info.run_name) for run in runs)
     return next((Speed(speed, f"MLflow run {name}") for speed, name in speeds if speed), None)

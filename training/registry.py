@@ -12,7 +12,6 @@ import os
 import re
 import shutil
 import tempfile
-import textwrap
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -24,7 +23,7 @@ from training.errors import MlflowAway
 from training.imports import silence_vain_warnings
 from training.mlflow_sync import connect, import_mlflow
 from training.model_package import content_hash, link_tree, write_package
-from training.secrets import redact_text
+from training.secrets import what_it_says
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -89,7 +88,7 @@ def patiently(action: Callable[[], Result]) -> Result:
         try:
             return action()
         except (MlflowException, RequestException, SQLAlchemyError, MlflowAway) as error:
-            said = redact_text(textwrap.shorten(str(error), SHOWN_CHARS))
+            said = what_it_says(error, SHOWN_CHARS)
             if getattr(error, "error_code", None) in FINAL_ERRORS:
                 raise
             if seconds is None:

@@ -5,6 +5,7 @@ field whose name says so. Cost: none.
 """
 
 import re
+import textwrap
 from typing import Any
 
 HIDDEN = "***"
@@ -16,6 +17,11 @@ _SECRET_NAME = re.compile(r"(^|_)(password|passwd|secret|token|api_key|credentia
 def redact_text(text: str) -> str:
     """`scheme://user:password@host` becomes `scheme://user:***@host`."""
     return _PASSWORD.sub(rf"\g<before>{HIDDEN}", text)
+
+
+def what_it_says(error: BaseException, width: int = 160) -> str:
+    """An error's message (its type where it has none) for a log: one line, shortened at a word, no password."""
+    return redact_text(textwrap.shorten(str(error) or type(error).__name__, width))
 
 
 def public_link(uri: str) -> str | None:

@@ -13,7 +13,6 @@ import logging
 import os
 import subprocess
 import sys
-import textwrap
 import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
@@ -25,7 +24,7 @@ from training.errors import MlflowAway
 from training.exit import ExitReason
 from training.machine import machine_kind
 from training.run_record import Dataset, RunRecord
-from training.secrets import redact, redact_text
+from training.secrets import redact, redact_text, what_it_says
 from training.settings import TrackingSettings
 
 logger = logging.getLogger(__name__)
@@ -174,10 +173,9 @@ def try_sync(run_dir: Path, uri: str) -> bool:
         with _sending:
             mlflow_sync.sync(run_dir, uri)
     except Exception as error:
-        words = textwrap.shorten(str(error) or type(error).__name__, 160)
         logger.warning(
             "MLflow at %s has not taken the news of %s (%s); they are kept there and sent later",
-            redact_text(uri), run_dir, redact_text(words),
+            redact_text(uri), run_dir, what_it_says(error),
         )  # fmt: skip
         return False
     return True
