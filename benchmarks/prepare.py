@@ -4,7 +4,7 @@ In: a real corpus to make a large one of (`benchmarks.corpus`), a tokenizer dire
 what is compared, wall and CPU seconds, the ratios of both and the goal.
 
     python -m benchmarks.prepare --real CORPORA --tokenizer DIR --megabytes 100 --peers
-    python -m benchmarks.prepare ... --only_growth      full, the same again, 1 % more, at 1x and 8x
+    python -m benchmarks.prepare ... --only_growth      full, the same again, 1 % more; at 1x and 8x, by both engines
     python -m benchmarks.prepare ... --only_memory      peak memory at 1x and 8x
 """
 
@@ -157,16 +157,17 @@ def prepared(data: Path, given: argparse.Namespace, engine: str, cache: str, fre
 
 def growth(given: argparse.Namespace) -> None:
     """The same corpus again, then with 1 % more in two new files. Part of the cost is fixed: so at two sizes."""
-    for megabytes in (given.megabytes, LARGE * given.megabytes):
+    small, large = given.megabytes, LARGE * given.megabytes
+    for megabytes, engine in ((small, "auto"), (large, "auto"), (small, "reference")):
         data = corpus_of(given, megabytes)
-        full, report = prepared(data, given, "auto", "cache")
-        say(f"{megabytes} MB, prepare, fast engine", full)
+        full, report = prepared(data, given, engine, "cache")
+        say(f"{megabytes} MB, prepare ({', '.join(report['engines'])})", full)
         print(f"   stages {report['seconds']}, {report['records_in']:,} records")
-        again, report = prepared(data, given, "auto", "cache", fresh=False)
+        again, report = prepared(data, given, engine, "cache", fresh=False)
         say(f"{megabytes} MB, the same again, nothing new", again, None, "goal < 3 s")
         print(f"   stages {report['seconds']}")
         write_corpus(given.real, data, max(1, megabytes // 100), seed=1, name="new")
-        more, report = prepared(data, given, "auto", "cache", fresh=False)
+        more, report = prepared(data, given, engine, "cache", fresh=False)
         say(f"{megabytes} MB, 1 % more data in two new files", more, full, "of full, goal < 0.05")
         print(f"   stages {report['seconds']}")
         for path in data.rglob("new.*"):

@@ -20,15 +20,16 @@ NUM_PERMUTATIONS = 128
 
 def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
     """``hashes`` (n, 16) uint8 -> (n,) bool, True where an earlier row is equal."""
-    high, low = np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2).T
+    high, low = np.ascontiguousarray(np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2).T)
     order = stable_argsort(high)  # equal hashes stay in corpus order
-    same_high = high[order][1:] == high[order][:-1]
-    repeats = same_high & (low[order][1:] == low[order][:-1])
-    if (same_high & ~repeats).any():  # halves alone collide once in 10**8 corpora of a million records
+    same_high = np.flatnonzero(high[order][1:] == high[order][:-1])
+    same_low = low[order[same_high + 1]] == low[order[same_high]]
+    repeats = same_high[same_low]
+    if not same_low.all():  # halves alone collide once in 10**8 corpora of a million records
         order = np.lexsort((low, high))
-        repeats = (high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1])
+        repeats = np.flatnonzero((high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1]))
     result = np.zeros(len(hashes), bool)
-    result[order[1:][repeats]] = True
+    result[order[repeats + 1]] = True
     return result
 
 

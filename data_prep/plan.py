@@ -42,6 +42,7 @@ from data_prep.proof import prove_rows
 from data_prep.reader import LEDGER_FILE, Plan
 from data_prep.records import RecordsUnit, ledger_table, read_arrow
 from data_prep.settings import CorpusSettings, PackSettings
+from data_prep.token_shard import TokenShard
 from data_prep.tokenize import TokensResult
 from data_prep.verdicts import ACCEPTED, REASONS, SPLITS, TRAIN, VALIDATION, Pieces, Verdicts, judge, taken_down
 
@@ -128,7 +129,8 @@ def _write_plan(
         "shards": [os.path.relpath(unit.path, final) for unit in tokens.units],
         "report": report,
     }
-    report["proof"]["rows_read_equal"] = sum(prove_rows(Plan(final, manifest, rows[split])) for split in SPLITS)
+    opened: dict[int, TokenShard] = {}
+    report["proof"]["rows_read_equal"] = sum(prove_rows(Plan(final, manifest, rows[split], opened)) for split in SPLITS)
     return manifest
 
 
@@ -197,8 +199,8 @@ def make_ledger(tokens: TokensResult, examples: Examples, verdicts: Verdicts) ->
 
 def _unit_ledger(records: Any, shard: int, examples: Examples, verdicts: Verdicts, mine: slice) -> pa.Table:
     table = ledger_table(records)
-    valid = read_arrow(Path(records.path) / "records.arrow")["line"].to_numpy()
     reason = _whole(table["reason"]).indices.fill_null(ACCEPTED).to_numpy().copy()
+    valid = np.flatnonzero(reason == ACCEPTED)
     reason[valid] = verdicts.reason[mine]
     accepted = reason == ACCEPTED
 

@@ -36,7 +36,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 BUILDING = ".building-"
-HASH_CHUNK_BYTES = 4 << 20
+HASH_CHUNK_BYTES = 1 << 20  # stays in a processor's cache while it is hashed
 STALE_SECONDS = 24 * 3600  # another host's temporary directory that nobody has written to for so long
 
 
@@ -60,9 +60,10 @@ def hash_file(path: str | Path, start: int = 0, stop: int | None = None) -> str:
     with open(path, "rb", buffering=0) as stream:
         stream.seek(start)
         left = os.fstat(stream.fileno()).st_size - start if stop is None else stop - start
-        while left > 0 and (chunk := stream.read(min(left, HASH_CHUNK_BYTES))):
-            digest.update(chunk)
-            left -= len(chunk)
+        buffer = memoryview(bytearray(min(max(left, 0), HASH_CHUNK_BYTES)))
+        while left > 0 and (size := stream.readinto(buffer[: min(left, len(buffer))])):
+            digest.update(buffer[:size])
+            left -= size
     return digest.hexdigest()
 
 
