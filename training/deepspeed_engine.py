@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.engine import WEIGHT, set_learning_rate, trainable, uses_bf16
+from training.engine import WEIGHT, compute_dtype, set_learning_rate, trainable, uses_bf16
 from training.imports import UNUSED, without
-from training.optim import build_optimizer
+from training.optim import build_optimizer, restored_number
 from training.ranks import Ranks
 from training.settings import TrainSettings
 
@@ -78,6 +78,18 @@ def effective(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
     return settings.model_copy(update={"zero_stage": 0})
 
 
+def partition(
+    deepspeed: ModuleType, module: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device
+) -> None:
+    """ZeRO 3: cast, move and shard the weights one by one; DeepSpeed by itself first moves the whole model to a GPU."""
+    for parameter in module.parameters():
+        if parameter.is_floating_point():
+            parameter.data = parameter.data.to(dtype)
+    deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+    for buffer in module.buffers():
+        buffer.data = buffer.data.to(device)
+
+
 @dataclass
 class DeepSpeedEngine:
     """See `training.engine.Engine`."""
@@ -96,9 +108,11 @@ class DeepSpeedEngine:
         deepspeed = import_deepspeed()
         settings = effective(settings, ranks)
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
-        base = build_optimizer(module.named_parameters(), settings)
         num_trained = sum(parameter.numel() for _, parameter in trainable(module))
         config = zero_config(settings, ranks, num_trained)
+        if settings.zero_stage == 3:
+            partition(deepspeed, module, config, compute_dtype(settings, ranks), ranks.device)
+        base = build_optimizer(module.named_parameters(), settings)
         engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=config)
         if ranks.world_size == 1 and not settings.zero_stage:
             engine.enable_backward_allreduce = False  # it would copy all gradients to a buffer and back
@@ -182,7 +196,9 @@ class DeepSpeedEngine:
             parameter.copy_(state[WEIGHT])
         device = self.ranks.device
         self.base.state[parameter] = {
-            key: value.to(device) if value.dim() else value for key, value in state.items() if key != WEIGHT
+            key: value.to(device) if value.dim() else restored_number(value, self.base, device)
+            for key, value in state.items()
+            if key != WEIGHT
         }
 
     def _allocate_states(self, state: dict[str, Tensor]) -> None:
@@ -192,7 +208,7 @@ class DeepSpeedEngine:
         zero = self.engine.optimizer
         for shard in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
             self.base.state[shard] = {
-                key: torch.zeros_like(shard) if value.dim() else value.clone()
+                key: torch.zeros_like(shard) if value.dim() else restored_number(value, self.base, shard.device)
                 for key, value in state.items()
                 if key != WEIGHT
             }

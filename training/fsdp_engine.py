@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.engine import WEIGHT, set_learning_rate, trainable, uses_bf16
 from training.lamb import whole
-from training.optim import build_optimizer
+from training.optim import build_optimizer, restored_number
 from training.ranks import Ranks
 from training.settings import TrainSettings
 from training.target_loss import causal_model
@@ -86,7 +86,9 @@ class FsdpEngine:
         with torch.no_grad():
             parameter.copy_(_like(state[WEIGHT], parameter))
         self.optimizer.state[parameter] = {
-            key: _like(value, parameter) if value.dim() else value for key, value in state.items() if key != WEIGHT
+            key: _like(value, parameter) if value.dim() else restored_number(value, self.optimizer, parameter.device)
+            for key, value in state.items()
+            if key != WEIGHT
         }
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from data_prep.target import load_target
 from training.lamb import Lamb
@@ -86,3 +86,15 @@ def build_optimizer(
     if isinstance(settings.optimizer, dict):
         return load_target(settings.optimizer, "optimizer")(groups, lr=settings.learning_rate)
     return OPTIMIZERS[settings.optimizer, settings.bit_training](groups, settings)
+
+
+def restored_number(value: Tensor, optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor | int:
+    """A number of an optimizer's state, the steps it has made, as the optimizer itself keeps it.
+
+    Fused kernels read it on the device of the parameter, where a number on the CPU ends a GPU's process with an illegal
+    memory access; the others keep it on the CPU; bitsandbytes counts in Python.
+    """
+    if not value.is_floating_point():
+        return int(value)
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return value.to(device if on_device else "cpu", copy=True)

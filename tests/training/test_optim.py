@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from training.lamb import Lamb
-from training.optim import build_optimizer, parameter_groups
+from training.optim import build_optimizer, parameter_groups, restored_number
 from training.settings import OptimizerSettings
 
 
@@ -89,3 +89,17 @@ def test_nvlamb_does_not_depend_on_the_scale_of_the_gradient():
         return weight.data
 
     torch.testing.assert_close(second_weight(1.0), second_weight(1e-3))
+
+
+@pytest.mark.parametrize(("settings", "device"), [({}, "meta"), ({"optimizer": "LAMB"}, "cpu")])
+def test_a_count_is_restored_where_the_optimizer_reads_it(settings, device):
+    """As torch's own `load_state_dict` does; "meta" stands for a GPU."""
+    count = torch.tensor(3.0)
+    restored = restored_number(count, build(**settings), torch.device("meta"))
+    assert restored.device.type == device
+    assert restored is not count
+
+
+def test_a_count_of_bitsandbytes_is_a_number_of_python():
+    restored = restored_number(torch.tensor(3), build(bit_training=True), torch.device("meta"))
+    assert type(restored) is int and restored == 3
