@@ -1,11 +1,14 @@
 """Proof, at the start of every run, that this model trains on what the plan says.
 
-In: the engine's forward pass. Out: nothing, or a `ModelError`. Two facts are checked with a few random tokens:
+In: the engine's forward pass. Out: nothing, or a `ModelError`. Three facts are checked with a few random tokens:
 
-- segments packed into one row have the losses they have alone (attention does not leak between them);
-- the losses computed at target positions only are those of the model's own logits.
+- the losses computed at target positions only are those of the model's own logits;
+- segments before another one in a row do not change its losses: two of them change places, and where attention does not
+  leak, the same numbers go through the same kernels, so the difference is 0 in any precision;
+- segments packed into one row have the losses they have alone. Here shapes differ, so rounding does too: a pretrained
+  model in bfloat16 differs by 0.05 on average and by 0.2 at most, while a leak moves its losses by 1.6 on average.
 
-Cost: five forward passes of 30 tokens. All ranks run the same ones together, as sharded engines need.
+Cost: six forward passes of 30 tokens. All ranks run the same ones together, as sharded engines need.
 """
 
 import itertools
@@ -22,8 +25,8 @@ from training.ranks import Ranks
 from training.target_loss import MicroBatch, Mode, micro_batch
 
 LENGTHS = (7, 13, 9)
-TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
-"""Absolute, per token. Losses of random tokens are about ln(vocabulary); a leak moves them by 0.1 to 10."""
+TOLERANCE = 1e-3  # of the largest difference of a token's loss, where nothing is rounded otherwise or little is
+COARSE_TOLERANCE = 0.2  # of the mean difference, where bfloat16 is rounded otherwise
 
 Losses = Callable[[MicroBatch, Mode], Tensor]
 
@@ -42,23 +45,35 @@ def check(losses_of: Losses, facts: Facts, ranks: Ranks) -> None:
     """Run the checks. All ranks together."""
     rows = min(facts.micro_batch, 2)
     segments = random_segments(facts.vocabulary)
-    packed = pack([segments] * rows).to(ranks.device)
+    first, second, last = segments
+
+    def losses(segments: list[np.ndarray], rows: int, mode: Mode = "each") -> Tensor:
+        return losses_of(pack([segments] * rows).to(ranks.device), mode).cpu()
+
     with torch.no_grad():
-        ours = losses_of(packed, "each").cpu()
-        own = losses_of(packed, "reference").cpu()
-        alone = [losses_of(pack([[segment]]).to(ranks.device), "each").cpu() for segment in segments]
+        ours = losses(segments, rows)
+        own = losses(segments, rows, "reference")
+        swapped = losses([second, first, last], rows)
+        alone = torch.cat([losses([segment], 1) for segment in segments] * rows)
     if not _close(own, ours, facts.dtype):
         raise ModelError(
             f"losses at target positions differ from those of the model's own logits by {_distance(own, ours):.3g}; "
             "this model's output layer does more than a matrix product, please report its model_type"
         )
-    expected = torch.cat(alone * rows)
-    if facts.packing and not _close(expected, ours, facts.dtype):
+    if not facts.packing:
+        return
+    moved = _distance(_of_last(swapped, rows), _of_last(ours, rows))
+    if moved > TOLERANCE or not _close(alone, ours, facts.dtype):
         raise ModelError(
             f"the segments of a packed row are not isolated in this model: losses differ by up to "
-            f"{_distance(expected, ours):.3g} from those of the segments alone. Use --packing false"
+            f"{max(moved, _distance(alone, ours)):.3g} from those of the segments alone. Use --packing false"
             + (" or --per_gpu_train_batch_size 1" if rows > 1 else "")
         )
+
+
+def _of_last(losses: Tensor, rows: int) -> Tensor:
+    """Losses of the last segment of each row."""
+    return losses.view(rows, -1)[:, 1 - LENGTHS[-1] :]
 
 
 def _distance(left: Tensor, right: Tensor) -> float:
@@ -66,7 +81,10 @@ def _distance(left: Tensor, right: Tensor) -> float:
 
 
 def _close(left: Tensor, right: Tensor, dtype: torch.dtype) -> bool:
-    return _distance(left, right) <= TOLERANCE[dtype]
+    """Equal but for rounding, of which a fault of all tokens is told apart by its mean where it is coarse."""
+    if dtype == torch.float32:
+        return _distance(left, right) <= TOLERANCE
+    return float((left - right).abs().mean()) <= COARSE_TOLERANCE
 
 
 def random_segments(vocabulary: int) -> list[np.ndarray]:
