@@ -47,6 +47,8 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any
     def on_event(event: dict[str, Any]) -> None:
         if event.get("event") == "step":
             progress("train", event["step"], event["steps"], "steps", f"loss {event['loss']:.4f}")
+        if event.get("event") == "alive":
+            logger.info("%s: %s of %s %s", event["doing"], event["done"], event["total"], event["unit"])
 
     _require_completed("training", launch.launch(run_dir, settings, on_event, logger.info, resume), run_dir)
     show_pictures(run_dir)

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from data_prep.store import hash_file
+from training.alive import SignsOfLife
 from training.engine import WEIGHT, Engine
 from training.errors import CheckpointError
 from training.ranks import Ranks
@@ -92,7 +93,9 @@ def _write_states(engine: Engine, directory: Path | None) -> None:
     """Gather one parameter at a time; rank 0 (which has a directory) writes a file whenever 1 GiB is together."""
     tensors: dict[str, Tensor] = {}
     number, size = 0, 0
-    for name, state in engine.read():
+    alive = SignsOfLife("writing a checkpoint", len(engine.trained()), "tensors")
+    for done, (name, state) in enumerate(engine.read()):
+        alive(done)
         if directory is None:
             continue
         tensors |= {f"{name}{SEPARATOR}{key}": value.contiguous().clone() for key, value in state.items()}
@@ -168,7 +171,9 @@ def read_progress(directory: Path) -> Progress:
 def load(engine: Engine, directory: Path) -> None:
     """Put a checkpoint into the engine; every rank reads the files and keeps its shard."""
     expected = set(engine.trained())
-    for name, state in _read_states(directory):
+    alive = SignsOfLife("reading a checkpoint", len(expected), "tensors")
+    for done, (name, state) in enumerate(_read_states(directory)):
+        alive(done)
         if name not in expected:
             raise CheckpointError(
                 f"{directory}: holds {name}, which is not trained now; resume with the settings the run began with"

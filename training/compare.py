@@ -19,7 +19,7 @@ from data_prep.errors import PandaError
 from training import gate, heldout
 from training.answers import Answer
 from training.config_file import RunConfig, read_config
-from training.evaluate import eval_dtype
+from training.engine import any_device, compute_dtype
 from training.exit import run_rank
 from training.gate import Scores
 from training.gate_job import Job, read_job
@@ -87,7 +87,7 @@ def measure_all(
 
 
 def _measure(config: RunConfig, job: Job, asked: Asked, held_out: HeldOut) -> tuple[Scores, list[Answer]]:
-    rows, dtype = config.settings.per_gpu_eval_batch_size, eval_dtype(config.settings)
+    rows, dtype = config.settings.per_gpu_eval_batch_size, compute_dtype(config.settings, any_device())
     if not len(held_out):
         return gate.nothing_asked(), []
     return measure(asked, held_out, rows, dtype, Path(job.cache_dir))

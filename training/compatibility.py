@@ -114,6 +114,12 @@ RULES: tuple[Rule, ...] = (
         "--optimizer LAMB without --bit_training",
     ),
     Rule(
+        "attention flash_attention_2 with precision float32",
+        lambda case: case.settings.attention == "flash_attention_2" and case.settings.precision == "float32",
+        "FlashAttention computes in 16 bits only",
+        "--attention auto, which takes it where it can be used, or --precision bf16",
+    ),
+    Rule(
         "packing with a recurrent or hybrid model",
         lambda case: case.packing and bool(recurrent_parts(case.model_config or case.settings.architecture or {})),
         "its state runs through the whole row, so the segments of a row would see each other",

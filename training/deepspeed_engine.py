@@ -61,7 +61,7 @@ def zero_config(settings: TrainSettings, ranks: Ranks, num_trained: int) -> dict
         "zero_optimization": zero,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,  # torch's fused AdamW runs on the CPU: nothing to compile
-        "bf16": {"enabled": bool(stage) and uses_bf16(settings, ranks), "check_grad_overflow": True},
+        "bf16": {"enabled": bool(stage) and uses_bf16(settings, ranks.device), "check_grad_overflow": True},
         "steps_per_print": None,
         "wall_clock_breakdown": False,
     }
@@ -73,7 +73,7 @@ def effective(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
     Not in bfloat16, where the stages differ in what they keep, nor with offload, which lives in ZeRO.
     """
     alone = ranks.world_size == 1 and not (settings.offload_optimizer or settings.offload_parameters)
-    if not alone or uses_bf16(settings, ranks):
+    if not alone or uses_bf16(settings, ranks.device):
         return settings
     return settings.model_copy(update={"zero_stage": 0})
 
@@ -111,7 +111,7 @@ class DeepSpeedEngine:
         num_trained = sum(parameter.numel() for _, parameter in trainable(module))
         config = zero_config(settings, ranks, num_trained)
         if settings.zero_stage == 3:
-            partition(deepspeed, module, config, compute_dtype(settings, ranks), ranks.device)
+            partition(deepspeed, module, config, compute_dtype(settings, ranks.device), ranks.device)
         base = build_optimizer(module.named_parameters(), settings)
         engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=config)
         if ranks.world_size == 1 and not settings.zero_stage:
@@ -123,7 +123,7 @@ class DeepSpeedEngine:
             base=base,
             stage=settings.zero_stage,
             max_grad_norm=settings.max_grad_norm,
-            autocast=torch.bfloat16 if uses_bf16(settings, ranks) and not settings.zero_stage else None,
+            autocast=torch.bfloat16 if uses_bf16(settings, ranks.device) and not settings.zero_stage else None,
         )
 
     @property

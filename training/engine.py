@@ -68,22 +68,27 @@ def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) ->
         group["lr"] = learning_rate
 
 
-def uses_bf16(settings: TrainSettings, ranks: Ranks) -> bool:
+def any_device() -> torch.device:
+    """A GPU if there is one: for work that no rank does."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def uses_bf16(settings: TrainSettings, device: torch.device) -> bool:
     """`auto` is bfloat16 on GPUs that have it and float32 elsewhere."""
     if settings.precision == "auto":
-        return ranks.device.type == "cuda" and torch.cuda.is_bf16_supported()
+        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
     return settings.precision == "bf16"
 
 
-def compute_dtype(settings: TrainSettings, ranks: Ranks) -> torch.dtype:
-    return torch.bfloat16 if uses_bf16(settings, ranks) else torch.float32
+def compute_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
+    return torch.bfloat16 if uses_bf16(settings, device) else torch.float32
 
 
-def load_dtype(settings: TrainSettings, ranks: Ranks) -> torch.dtype:
+def load_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
     """What weights are loaded as: float32 where the engine trains the loaded weights themselves.
 
     ZeRO 1 to 3 keep a float32 copy of bfloat16 weights; frozen weights need none. Adapters are float32 always.
     """
     frozen = settings.use_lora and settings.strategy == "deepspeed"
     copied = settings.strategy == "deepspeed" and settings.zero_stage > 0
-    return compute_dtype(settings, ranks) if frozen or copied else torch.float32
+    return compute_dtype(settings, device) if frozen or copied else torch.float32

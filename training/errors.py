@@ -15,5 +15,9 @@ class CompatibilityError(PandaError):
     """Settings that contradict each other or that no engine can run."""
 
 
+class DeviceError(PandaError):
+    """More ranks than GPUs on a machine."""
+
+
 class MlflowAway(PandaError):
     """MLflow does not answer: what it is needed for can be done later, so trying again helps."""

@@ -10,10 +10,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from data_prep.reader import open_plan
 from training.config_file import read_config
+from training.engine import compute_dtype
 from training.evaluation import evaluate
 from training.exit import run_rank
 from training.model import load_deployed
@@ -30,17 +29,10 @@ def evaluate_model(model_dir: Path, plan_dir: Path, settings: TrainSettings) -> 
     ranks = this_rank()
     join(ranks)
     try:
-        model = TargetLoss(load_deployed(model_dir, eval_dtype(settings)).to(ranks.device))
+        model = TargetLoss(load_deployed(model_dir, compute_dtype(settings, ranks.device)).to(ranks.device))
         return evaluate(lambda batch: model(batch, "each"), plan, settings.per_gpu_eval_batch_size, ranks)
     finally:
         leave()
-
-
-def eval_dtype(settings: TrainSettings) -> torch.dtype:
-    """Type of the weights when a model is asked: bf16 where training computes in it, else float32."""
-    on_gpu = torch.cuda.is_available() and torch.cuda.is_bf16_supported()
-    wanted = settings.precision == "bf16" or (settings.precision == "auto" and on_gpu)
-    return torch.bfloat16 if wanted else torch.float32
 
 
 def main() -> None:

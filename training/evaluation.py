@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_prep.order import split_step
 from data_prep.reader import Plan
+from training.alive import SignsOfLife
 from training.loader import load_ahead
 from training.ranks import Ranks
 from training.target_loss import MicroBatch
@@ -26,8 +27,10 @@ def evaluate(losses_of: Callable[[MicroBatch], Tensor], plan: Plan, micro_batch:
     """Mean loss per target token of each source over all rows of the plan."""
     mine = split_step(np.arange(plan.num_rows), ranks.world_size, micro_batch)[ranks.rank]
     totals = torch.zeros(2, len(plan.sources), dtype=torch.float64)  # summed loss, target tokens
+    alive = SignsOfLife("evaluation", len(mine), "micro-batches")
     with torch.no_grad():
-        for batch in load_ahead(plan, mine, num_workers=1, prefetch_factor=2):
+        for done, batch in enumerate(load_ahead(plan, mine, num_workers=1, prefetch_factor=2)):
+            alive(done)
             on_device = batch.to(ranks.device)
             losses = losses_of(on_device).double().cpu()
             totals[0].index_add_(0, batch.sources, losses[: len(batch.sources)])

@@ -42,7 +42,7 @@ class FsdpEngine:
         mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         precision = (
             MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            if uses_bf16(settings, ranks)
+            if uses_bf16(settings, ranks.device)
             else MixedPrecisionPolicy()
         )
         for layer in decoder_layers(module):

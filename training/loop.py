@@ -17,6 +17,7 @@ from typing import Any
 
 from data_prep.reader import Plan
 from training import checkpoint, evaluation
+from training.alive import SignsOfLife
 from training.checkpoint import Progress
 from training.course import Course
 from training.engine import Engine
@@ -30,7 +31,6 @@ from training.step import NotFinite, StepWork, train_step
 from training.stop import Stop
 from training.target_loss import MicroBatch
 
-SIGN_OF_LIFE_SECONDS = 10.0
 NUM_RECORDS_SHOWN = 5
 
 log = logging.getLogger(__name__)
@@ -137,15 +137,12 @@ def _utilisation(run: Run, tokens_per_second: float) -> dict[str, float]:
 
 def _watch(run: Run, progress: Progress, num_micro_steps: int) -> Callable[[int], None]:
     """Called before every micro-batch: obeys a request to stop, and shows that a long step is alive."""
-    last_sign = time.monotonic()
+    alive = SignsOfLife("step", num_micro_steps, "micro-batches")
 
     def before(index: int) -> None:
-        nonlocal last_sign
         if run.stop.requested():
             leave(run, progress)
-        if run.ranks.is_first and time.monotonic() - last_sign > SIGN_OF_LIFE_SECONDS:
-            last_sign = time.monotonic()
-            emit({"event": "micro_step", "micro_step": index, "micro_steps": num_micro_steps})
+        alive(index)
 
     return before
 

@@ -20,7 +20,9 @@ from data_prep.examples import tokenize_columns
 from data_prep.reader import IGNORED, Batch, target_ranges
 from data_prep.token_shard import TokenShard
 from data_prep.tokenize import Recipe, Tools, load_tools
+from training.alive import SignsOfLife
 from training.answers import MAX_NEW_TOKENS, Answer, answer, check_columns
+from training.engine import any_device
 from training.gate import Scores
 from training.heldout import HeldOut
 from training.model import load_deployed
@@ -57,8 +59,7 @@ def measure(
     log.info("asking %s (%s)", asked.name, asked.model_dir)
     tools = tools_of(asked, cache_dir)
     shard = tokenize_columns(held_out.roles, held_out.texts, tools.tokenizer, tools.template, tools.engine).shard
-    device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
-    model = load_deployed(asked.model_dir, dtype).to(device)
+    model = load_deployed(asked.model_dir, dtype).to(any_device())
     longest = min(LONGEST_ROW, getattr(causal_model(model).config, "max_position_embeddings", LONGEST_ROW))
     losses, tokens = record_losses(model, shard, micro_batch_rows, longest)
     prompts, targets = prompts_of(shard, held_out.prompts(NUM_PROMPTS), longest - MAX_NEW_TOKENS)
@@ -75,8 +76,10 @@ def record_losses(
     counts = torch.zeros(shard.num_examples, dtype=torch.int64)
     losses_of = TargetLoss(model)
     rows = sorted(parts_of(shard, longest), key=lambda part: part.length)
+    alive = SignsOfLife("held-out records", len(rows), "rows")
     with torch.inference_mode():
         for first in range(0, len(rows), micro_batch_rows):
+            alive(first)
             batch = micro_batch(batch_of(shard, rows[first : first + micro_batch_rows]), ())
             totals.index_add_(0, batch.sources, losses_of(batch.to(device), "each").double().cpu())
             counts += torch.bincount(batch.sources, minlength=len(counts))

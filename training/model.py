@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, Pre
 
 from data_prep.target import load_target
 from training import segment_attention
+from training.engine import any_device, uses_bf16
 from training.errors import ModelError
 from training.imports import silence_vain_warnings
 from training.older_readers import write_for_older_readers
@@ -129,18 +130,22 @@ def add_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
 
 
 def _with_attention(settings: TrainSettings, build: Callable[[str | None], nn.Module]) -> nn.Module:
-    """Build with the attention asked for; `auto`: FlashAttention if it fits, else by segment, else the model's own."""
+    """Build with the attention asked for; `auto`: FlashAttention if it fits, else by segment, else the model's own.
+
+    FlashAttention computes in 16 bits only; in float32 it would fail in the first forward pass.
+    """
     from transformers.utils import is_flash_attn_2_available
 
     if settings.attention != "auto":
         return build(settings.attention)
-    if torch.cuda.is_available() and is_flash_attn_2_available():
+    device = any_device()
+    if uses_bf16(settings, device) and is_flash_attn_2_available():
         try:
             return build("flash_attention_2")
         except ValueError as error:  # some models have no such implementation
             log.info("no FlashAttention: %s", error)
     model = build(None)
-    if not torch.cuda.is_available() and segment_attention.fits(model.config):
+    if device.type == "cpu" and segment_attention.fits(model.config):
         segment_attention.use(model)
     return model
 

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from training.errors import DeviceError
+
 TIMEOUT = timedelta(minutes=30)
 
 
@@ -47,14 +49,28 @@ class Ranks:
 
 
 def this_rank() -> Ranks:
-    """The rank that the environment describes; a process started alone is rank 0 of 1."""
+    """The rank that the environment describes; a process started alone is rank 0 of 1.
+
+    :raises DeviceError: there is no GPU left for it.
+    """
     local_rank = int(os.environ.setdefault("LOCAL_RANK", "0"))
-    device = torch.device("cuda", local_rank) if torch.cuda.is_available() else torch.device("cpu")
     rank = int(os.environ.setdefault("RANK", "0"))
     world_size = int(os.environ.setdefault("WORLD_SIZE", "1"))
     os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     os.environ.setdefault("MASTER_PORT", "29500" if world_size > 1 else "0")  # alone: any free port
-    return Ranks(rank, local_rank, world_size, device)
+    return Ranks(rank, local_rank, world_size, _device(local_rank))
+
+
+def _device(local_rank: int) -> torch.device:
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    num_gpus = torch.cuda.device_count()
+    if local_rank >= num_gpus:
+        raise DeviceError(
+            f"rank {local_rank} of this machine has no GPU: there are {num_gpus}. Start at most as many ranks "
+            f"(--num_processes {num_gpus}), or show more in CUDA_VISIBLE_DEVICES"
+        )
+    return torch.device("cuda", local_rank)
 
 
 def join(ranks: Ranks) -> None:

@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
+from training.engine import any_device
+
 TIE_NATS = 0.01  # two tokens this close in log-probability are equally likely: rounding may swap them
 POSITIONS = 32  # last positions of each prompt that are compared: 8 prompts x 32 x 128k words = 130 MB
 
@@ -50,7 +52,7 @@ def load(model_dir: Path, adapter: Path | None = None) -> nn.Module:
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, adapter)
-    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
+    return model.to(any_device()).eval()
 
 
 @torch.inference_mode()

@@ -89,10 +89,10 @@ def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
         raise DataError(f"{config.plan_dir}: no rows to train on; every record was rejected, dropped or held out")
     course = plan_course(plan, settings, ranks.world_size, progress.rows_per_step or None)
     progress.rows_per_step = course.rows_per_step
-    dtype = compute_dtype(settings, ranks)
+    dtype = compute_dtype(settings, ranks.device)
     stop = Stop(ranks)
     stop.listen()
-    causal = model.load_model(settings, config.model_dir, config.tokenizer_dir, load_dtype(settings, ranks))
+    causal = model.load_model(settings, config.model_dir, config.tokenizer_dir, load_dtype(settings, ranks.device))
     vocabulary = causal_model(causal).get_input_embeddings().weight.shape[0]
     flops = metrics.flops_per_token(causal_model(causal))
     engine = build_engine(TargetLoss(causal), settings, ranks)

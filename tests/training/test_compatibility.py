@@ -29,6 +29,7 @@ LLAMA = {"model_type": "llama"}
         ({"bit_training": True, "zero_stage": 2}, LLAMA, "--zero_stage 0"),
         ({"bit_training": True, "optimizer": "Adafactor", "zero_stage": 0}, LLAMA, "--optimizer AdamW or LAMB"),
         ({"use_nvlamb": True}, LLAMA, "--optimizer LAMB without --bit_training"),
+        ({"attention": "flash_attention_2", "precision": "float32"}, LLAMA, "--attention auto"),
         ({}, {"model_type": "mamba2"}, "--packing false"),
         ({}, {"model_type": "new", "layer_types": ["full_attention", "linear_attention"]}, "--packing false"),
     ],
