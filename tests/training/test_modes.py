@@ -57,6 +57,14 @@ BFLOAT16 = {
     "bf16-zero3": {"zero_stage": 3, "precision": "bf16"},
     "bf16-fsdp": {"strategy": "fsdp", "precision": "bf16"},
 }
+BFLOAT16_ADAPTERS = {  # what GPUs do when nothing is said
+    "bf16-lora-zero0": {**LORA, "zero_stage": 0, "precision": "bf16"},
+    "bf16-lora-zero2": {**LORA, "zero_stage": 2, "precision": "bf16"},
+    "bf16-lora-zero3": {**LORA, "zero_stage": 3, "precision": "bf16"},
+    "bf16-lora-fsdp": {**LORA, "strategy": "fsdp", "precision": "bf16"},
+    "bf16-qlora-zero0": {**QUANT, "zero_stage": 0, "precision": "bf16"},
+    "bf16-qlora-zero2": {**QUANT, "zero_stage": 2, "precision": "bf16", "gradient_checkpointing": True},
+}
 
 
 @pytest.fixture(scope="module")
@@ -85,7 +93,7 @@ def start(root: Path, plan: Path, ranks: int) -> None:
         add("base", architecture=ARCHITECTURE)
         for name, settings in {**ENGINES, **OPTIMIZERS, **BFLOAT16}.items():
             add(name, architecture=ARCHITECTURE, **settings)
-        for name, settings in LORAS.items():
+        for name, settings in {**LORAS, **BFLOAT16_ADAPTERS}.items():
             add(name, model_dir=root / "base" / "model", lora_dropout=0.0, **settings)
     together = root / f"ranks-{ranks}"
     together.mkdir()
@@ -166,6 +174,13 @@ def test_8_bit_states_follow_the_32_bit_ones(root):
 @pytest.mark.parametrize("name", BFLOAT16)
 def test_bfloat16_follows_float32(root, name):
     assert tiny.losses(tiny.metrics(root / name)) == pytest.approx(tiny.losses(tiny.metrics(root / "base")), rel=0.01)
+
+
+@pytest.mark.parametrize("name", BFLOAT16_ADAPTERS)
+def test_adapters_in_bfloat16_follow_float32(root, name):
+    losses = tiny.losses(tiny.metrics(root / name))
+    assert losses == pytest.approx(tiny.losses(tiny.metrics(root / "lora-zero0")), rel=0.01)
+    assert all(tensor.abs().max() > 0 for tensor in weights(root / name).values()), "every layer was trained"
 
 
 def test_what_is_deployed(root):
