@@ -29,6 +29,7 @@ TEXT = "Tell what a run would do, need and take: stages, rows, steps, memory, di
 GB = 1e9
 CHECKPOINT_BYTES = 12  # float32 weight and two states of each trained parameter
 DEFAULT_CPU_RANKS = 2
+FIRST_WITH_BF16 = 8.0  # compute capability: Ampere
 
 
 @dataclass(frozen=True)
@@ -96,19 +97,21 @@ def target_of(settings: TrainSettings, gpu_memory_gb: float | None) -> Target:
     is_gpu = bool(gpu_memory_gb or num_gpus)
     ranks = (settings.num_processes or num_gpus or (1 if is_gpu else DEFAULT_CPU_RANKS)) * settings.nodes
     if is_gpu:
-        memory = gpu_memory_gb * GB if gpu_memory_gb else _gpu_memory()
-        return Target(ranks, True, settings.precision != "float32", memory)
+        memory, has_bf16 = (gpu_memory_gb * GB, True) if gpu_memory_gb else _first_gpu()
+        return Target(ranks, True, has_bf16 if settings.precision == "auto" else settings.precision == "bf16", memory)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks * settings.nodes
     return Target(ranks, False, settings.precision == "bf16", memory)
 
 
-def _gpu_memory() -> float | None:
-    """Memory of the first GPU, from NVIDIA's tool."""
-    command = ["nvidia-smi", "--query-gpu=memory.total", "--format=csv,noheader,nounits"]
+def _first_gpu() -> tuple[float | None, bool]:
+    """Memory of the first GPU and whether it computes in bfloat16, from NVIDIA's tool."""
+    command = ["nvidia-smi", "--query-gpu=memory.total,compute_cap", "--format=csv,noheader,nounits"]
     try:
-        return float(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[0]) * 2**20
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        mebibytes, capability = map(float, text.splitlines()[0].split(","))
     except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
-        return None
+        return None, True
+    return mebibytes * 2**20, capability >= FIRST_WITH_BF16
 
 
 def _past_speed(settings: PandaSettings, train: TrainSettings) -> Speed | None:

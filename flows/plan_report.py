@@ -79,7 +79,11 @@ def _memory(plan: dict[str, Any], settings: PandaSettings) -> list[tuple[str, st
     }
     rows = [(part, _size(memory[part]), notes.get(part, "")) for part in PARTS]
     rows.append(("total", _size(memory["total"]), "at the peak of a step"))
-    return [*rows, ("in CPU memory", _size(memory["host"]), "offloaded")] if memory["host"] else rows
+    return (
+        [*rows, ("in CPU memory", _size(memory["host"]), "offloaded, or weights being loaded")]
+        if memory["host"]
+        else rows
+    )
 
 
 def _verdict(plan: dict[str, Any]) -> list[str]:

@@ -12,8 +12,9 @@ from data_prep.sample import write_sample
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenizer import train_tokenizer
 from flows.cli import main, train_main
-from flows.plan import make_plan
+from flows.plan import make_plan, target_of
 from flows.run_dir import RunDir, write_config
+from training.settings import TrainSettings
 
 
 @pytest.fixture
@@ -62,6 +63,24 @@ def test_what_a_model_needs_can_be_asked_before_there_is_a_corpus(tmp_path, monk
     assert "no corpus yet" in printed and "It fits" in printed and "rows" not in printed.replace("rows in", "")
     assert main([*words, "--pretraining_data_dir", "missing"]) == 2
     assert "missing does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "precision", "words"),
+    [
+        ("81559, 9.0", "auto", "2 GPUs, bfloat16, 85.5 GB each"),
+        ("16384, 7.5", "auto", "2 GPUs, float32, 17.2 GB each"),  # it would emulate bfloat16
+        ("16384, 7.5", "bf16", "2 GPUs, bfloat16, 17.2 GB each"),
+        ("[N/A]", "auto", "2 GPUs, bfloat16"),
+    ],
+)
+def test_gpus_are_asked_what_they_can(tmp_path, monkeypatch, answer, precision, words):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("training.machine.num_gpus", lambda: 2)
+    assert target_of(TrainSettings(precision=precision), None).words == words
 
 
 def test_estimates_come_near_and_numbers_are_exact_afterwards(workplace):

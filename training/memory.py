@@ -52,7 +52,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Memory:
-    """Bytes on each rank; `host` is CPU memory of a rank on GPU, and not in the total."""
+    """Bytes on each rank; `host` is CPU memory beside it, and not in the total."""
 
     weights: float
     gradients: float
@@ -239,8 +239,16 @@ def _update_gradients(shape: ModelShape, settings: TrainSettings, machine: Machi
 
 
 def _host(shape: ModelShape, settings: TrainSettings, machine: Machine) -> float:
-    """CPU memory of a rank for what is offloaded."""
+    """CPU memory of a rank on a GPU: for what is offloaded, before that for the whole weights while they are loaded."""
     share = shape.trainable / machine.num_ranks
     states = share * (2 * FLOAT32 + _state_bytes(settings)) if settings.offload_optimizer else 0
     weights = shape.parameters / machine.num_ranks * machine.element_bytes if settings.offload_parameters else 0
-    return states + weights
+    return max(states + weights, _loaded(shape, settings, machine))
+
+
+def _loaded(shape: ModelShape, settings: TrainSettings, machine: Machine) -> float:
+    """Every rank reads the whole model (`training.engine.load_dtype`); 4-bit weights go to the GPU one by one."""
+    if settings.use_quant or not machine.is_gpu:
+        return 0.0
+    narrow = settings.strategy == "deepspeed" and (settings.use_lora or settings.zero_stage > 0)
+    return shape.parameters * (machine.element_bytes if narrow else FLOAT32)

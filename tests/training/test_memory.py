@@ -91,6 +91,21 @@ def test_every_measure_saves_what_it_is_for():
     assert list(total.values()) == sorted(total.values(), reverse=True)
 
 
+def test_cpu_memory_holds_the_weights_while_they_are_loaded():
+    """Each rank reads all of them: in the type that is computed in where the engine keeps a float32 copy."""
+    shape = shape_of("llama-7b")
+    host = {
+        name: estimate(shape, settings("llama-7b", **values), GPU).host / shape.parameters
+        for name, values in {
+            "zero 0": {"zero_stage": 0},
+            "zero 3": {"zero_stage": 3},
+            "fsdp": {"strategy": "fsdp"},
+            "4 bits": {"use_lora": True, "use_quant": True},
+        }.items()
+    }
+    assert host == {"zero 0": 4, "zero 3": 2, "fsdp": 4, "4 bits": 0}
+
+
 def test_the_smallest_change():
     def shapes(chosen: TrainSettings) -> ModelShape:
         return shape_of("llama-7b", chosen.use_lora, chosen.use_quant)
