@@ -79,11 +79,9 @@ def _memory(plan: dict[str, Any], settings: PandaSettings) -> list[tuple[str, st
     }
     rows = [(part, _size(memory[part]), notes.get(part, "")) for part in PARTS]
     rows.append(("total", _size(memory["total"]), "at the peak of a step"))
-    return (
-        [*rows, ("in CPU memory", _size(memory["host"]), "offloaded, or weights being loaded")]
-        if memory["host"]
-        else rows
-    )
+    if memory["host"]:
+        rows.append(("in CPU memory", _size(memory["host"]), "offloaded, or weights being loaded"))
+    return rows
 
 
 def _verdict(plan: dict[str, Any]) -> list[str]:
