@@ -45,7 +45,8 @@ def _call_in_processes(num_workers: int, function: Callable[..., Any], calls: Ca
         except BrokenProcessPool as error:
             raise StoreError(
                 "A process of data preparation was killed (out of memory?). What is finished is kept; go on with "
-                f"--prepare_workers {num_workers // 2}"
+                f"--prepare_workers {num_workers // 2}. (A script of your own that calls this must do so below "
+                'if __name__ == "__main__":, because its processes import it.)'
             ) from error
         finally:
             pool.shutdown(cancel_futures=True)
