@@ -7,6 +7,7 @@ Prefect.
 
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 from uuid import UUID
@@ -16,7 +17,7 @@ from prefect.client.schemas.actions import WorkPoolCreate
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
-from prefect.exceptions import ObjectNotFound
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
 from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
@@ -95,11 +96,13 @@ def _content(automation: AutomationCore) -> dict[str, Any]:
 
 
 def _ensure_pool(client: SyncPrefectClient) -> None:
+    """The pool, if the worker that starts meanwhile has not made it first: it makes the same one."""
     try:
         client.read_work_pool(POOL)
     except ObjectNotFound:
         template = ProcessWorker.get_default_base_job_template()
-        client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+        with suppress(ObjectAlreadyExists):
+            client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
 
 
 def _schedules(client: SyncPrefectClient) -> dict[UUID, dict[str | None, bool]]:
