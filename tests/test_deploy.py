@@ -1,8 +1,8 @@
 """Putting things onto a Prefect server while others do, too."""
 
-import pytest
 from prefect.client.orchestration import get_client
 from prefect.exceptions import ObjectNotFound
+from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows.deploy import _ensure_pool
 from flows.services import POOL
@@ -18,9 +18,8 @@ class JustBefore:
         raise ObjectNotFound(http_exc=LookupError(name))
 
 
-@pytest.mark.usefixtures("use_prefect_server")
-def test_a_worker_may_make_the_pool_at_the_same_moment():
-    with get_client(sync_client=True) as client:
+def test_a_worker_may_make_the_pool_at_the_same_moment(prefect_server):
+    with temporary_settings({PREFECT_API_URL: prefect_server}), get_client(sync_client=True) as client:
         _ensure_pool(client)
         _ensure_pool(JustBefore(client))
         assert [pool.type for pool in client.read_work_pools() if pool.name == POOL] == ["process"]
