@@ -31,8 +31,8 @@ down: $(INSTALLED)  ## stop them
 status: $(INSTALLED)  ## what of it runs
 	@$(BIN)/panda status
 
-test: $(INSTALLED)  ## all tests
-	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+test: $(INSTALLED)  ## all tests, in three processes: on two cores some of them wait
+	$(BIN)/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder
 
 test-fast: $(INSTALLED)  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not distributed and not extra"
