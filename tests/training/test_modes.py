@@ -53,6 +53,7 @@ OPTIMIZERS = {
 }
 BFLOAT16 = {
     "bf16-zero0": {"zero_stage": 0, "precision": "bf16"},
+    "bf16-zero1": {"zero_stage": 1, "precision": "bf16"},
     "bf16-zero2": {"zero_stage": 2, "precision": "bf16"},
     "bf16-zero3": {"zero_stage": 3, "precision": "bf16"},
     "bf16-fsdp": {"strategy": "fsdp", "precision": "bf16"},
