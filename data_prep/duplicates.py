@@ -22,7 +22,8 @@ def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
     """``hashes`` (n, 16) uint8 -> (n,) bool, True where an earlier row is equal."""
     high, low = np.ascontiguousarray(np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2).T)
     order = stable_argsort(high)  # equal hashes stay in corpus order
-    same_high = np.flatnonzero(high[order][1:] == high[order][:-1])
+    in_order = high[order]
+    same_high = np.flatnonzero(in_order[1:] == in_order[:-1])
     same_low = low[order[same_high + 1]] == low[order[same_high]]
     repeats = same_high[same_low]
     if not same_low.all():  # halves alone collide once in 10**8 corpora of a million records

@@ -66,7 +66,7 @@ def ask(model_dir: Path, questions: Questions, base: Path | None = None) -> tupl
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise BenchmarkError(f"benchmarks are asked by lm-eval, which is not installed: {INSTALL}") from error
-    import torch
+    from training.engine import any_device
 
     manager = TaskManager(include_path=str(questions.task_dir) if questions.task_dir else None)
     _check_known(questions.tasks, manager.all_tasks)
@@ -75,7 +75,7 @@ def ask(model_dir: Path, questions: Questions, base: Path | None = None) -> tupl
             model="hf", model_args=model_args(model_dir, base), tasks=list(questions.tasks), task_manager=manager,
             num_fewshot=questions.num_fewshot, limit=questions.limit, batch_size=questions.batch_size,
             apply_chat_template=questions.chat, log_samples=False,
-            device="cuda" if torch.cuda.is_available() else "cpu",
+            device=any_device().type,
         )  # fmt: skip
     except OSError as error:  # of datasets and huggingface_hub
         raise BenchmarkError(f"the data of {', '.join(questions.tasks)} cannot be had: {error}") from error

@@ -16,16 +16,16 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from training.engine import WEIGHT, compute_dtype, set_learning_rate, trainable, uses_bf16
+from training.engine import WEIGHT, any_device, compute_dtype, set_learning_rate, trainable, uses_bf16
 from training.imports import UNUSED, without
-from training.optim import build_optimizer, restored_number
+from training.optim import build_optimizer, restored_states
 from training.ranks import Ranks
 from training.settings import TrainSettings
 
@@ -34,7 +34,7 @@ REDUCE_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own default
 
 def import_deepspeed() -> ModuleType:
     """DeepSpeed, without mlflow, torch's compiler and the just-in-time build of its shared-memory operator."""
-    os.environ.setdefault("DS_ACCELERATOR", "cuda" if torch.cuda.is_available() else "cpu")
+    os.environ.setdefault("DS_ACCELERATOR", any_device().type)
     os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with without(*UNUSED):
@@ -195,11 +195,7 @@ class DeepSpeedEngine:
         with torch.no_grad():
             parameter.copy_(state[WEIGHT])
         device = self.ranks.device
-        self.base.state[parameter] = {
-            key: value.to(device) if value.dim() else restored_number(value, self.base, device)
-            for key, value in state.items()
-            if key != WEIGHT
-        }
+        self.base.state[parameter] = restored_states(state, self.base, device, lambda value: value.to(device))
 
     def _allocate_states(self, state: dict[str, Tensor]) -> None:
         """Give every flat shard the states that a first update would create, and tell DeepSpeed about them."""
@@ -207,11 +203,7 @@ class DeepSpeedEngine:
             return
         zero = self.engine.optimizer
         for shard in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
-            self.base.state[shard] = {
-                key: torch.zeros_like(shard) if value.dim() else restored_number(value, self.base, shard.device)
-                for key, value in state.items()
-                if key != WEIGHT
-            }
+            self.base.state[shard] = restored_states(state, self.base, shard.device, partial(_zeros, shard))
         self._link_states()
 
     def _link_states(self) -> None:
@@ -248,3 +240,8 @@ class DeepSpeedEngine:
         for name, value in self.module.model.state_dict(keep_vars=True).items():
             with GatheredParameters([value] if self.stage == 3 and hasattr(value, "ds_id") else []):
                 yield name, value.detach().cpu().clone()
+
+
+def _zeros(shard: Tensor, state: Tensor) -> Tensor:
+    """A flat shard's state before the states of its parameters are written into it."""
+    return torch.zeros_like(shard)

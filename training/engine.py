@@ -85,10 +85,5 @@ def compute_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
 
 
 def load_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    """What weights are loaded as: float32 where the engine trains the loaded weights themselves.
-
-    ZeRO 1 to 3 keep a float32 copy of bfloat16 weights; frozen weights need none. Adapters are float32 always.
-    """
-    frozen = settings.use_lora and settings.strategy == "deepspeed"
-    copied = settings.strategy == "deepspeed" and settings.zero_stage > 0
-    return compute_dtype(settings, device) if frozen or copied else torch.float32
+    """What weights are loaded as; adapters are float32 always."""
+    return compute_dtype(settings, device) if settings.loads_what_it_computes_in else torch.float32

@@ -20,7 +20,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.engine import WEIGHT, set_learning_rate, trainable, uses_bf16
 from training.lamb import whole
-from training.optim import build_optimizer, restored_number
+from training.optim import build_optimizer, restored_states
 from training.ranks import Ranks
 from training.settings import TrainSettings
 from training.target_loss import causal_model
@@ -85,11 +85,9 @@ class FsdpEngine:
         parameter = self.parameters[name]
         with torch.no_grad():
             parameter.copy_(_like(state[WEIGHT], parameter))
-        self.optimizer.state[parameter] = {
-            key: _like(value, parameter) if value.dim() else restored_number(value, self.optimizer, parameter.device)
-            for key, value in state.items()
-            if key != WEIGHT
-        }
+        self.optimizer.state[parameter] = restored_states(
+            state, self.optimizer, parameter.device, lambda value: _like(value, parameter)
+        )
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self.module.model.state_dict().items():

@@ -247,8 +247,7 @@ def _host(shape: ModelShape, settings: TrainSettings, machine: Machine) -> float
 
 
 def _loaded(shape: ModelShape, settings: TrainSettings, machine: Machine) -> float:
-    """Every rank reads the whole model (`training.engine.load_dtype`); 4-bit weights go to the GPU one by one."""
+    """Every rank reads the whole model; 4-bit weights go to the GPU one by one."""
     if settings.use_quant or not machine.is_gpu:
         return 0.0
-    narrow = settings.strategy == "deepspeed" and (settings.use_lora or settings.zero_stage > 0)
-    return shape.parameters * (machine.element_bytes if narrow else FLOAT32)
+    return shape.parameters * (machine.element_bytes if settings.loads_what_it_computes_in else FLOAT32)

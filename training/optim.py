@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.target import load_target
+from training.engine import WEIGHT
 from training.lamb import Lamb
 from training.settings import OptimizerSettings
 
@@ -86,6 +87,17 @@ def build_optimizer(
     if isinstance(settings.optimizer, dict):
         return load_target(settings.optimizer, "optimizer")(groups, lr=settings.learning_rate)
     return OPTIMIZERS[settings.optimizer, settings.bit_training](groups, settings)
+
+
+def restored_states(
+    state: dict[str, Tensor], optimizer: torch.optim.Optimizer, device: torch.device, place: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor | int]:
+    """The states of a parameter on `device`, from those of a checkpoint; `place` puts the tensors among them there."""
+    return {
+        key: place(value) if value.dim() else restored_number(value, optimizer, device)
+        for key, value in state.items()
+        if key != WEIGHT
+    }
 
 
 def restored_number(value: Tensor, optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor | int:

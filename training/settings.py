@@ -165,6 +165,14 @@ class CheckpointSettings(Settings):
 class TrainSettings(ModelSettings, LoraSettings, OptimizerSettings, BatchSettings, EngineSettings, CheckpointSettings):
     """All that the training worker needs to know."""
 
+    @property
+    def loads_what_it_computes_in(self) -> bool:
+        """Weights are read in the type of the computation, else in float32, because the engine trains them themselves.
+
+        ZeRO 1 to 3 keep a float32 copy of bfloat16 weights; frozen weights need none.
+        """
+        return self.strategy == "deepspeed" and (self.use_lora or self.zero_stage > 0)
+
 
 class TrackingSettings(Settings):
     """Tracking and registry"""
