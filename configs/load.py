@@ -140,7 +140,7 @@ def _compose(overrides: list[str], conf: dict[str, Any], problems: list[str]) ->
         try:
             with initialize_config_dir(str(CONFIG_DIR), version_base="1.3"):
                 composed = compose("template", overrides=[*user, *overrides])
-            return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
+            return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]  # a mapping, as the template is
         except (HydraException, OmegaConfBaseException) as error:
             problems.append(dialect.one_line(error))
             return {}

@@ -147,7 +147,7 @@ def make_rows(examples: Examples, verdicts: Verdicts, pieces: Pieces, split: int
     return _pack(examples, example, start, length, pieces.cuttable[shuffled], pack.max_seq_length)
 
 
-def _pack(  # noqa: PLR0913, PLR0917
+def _pack(  # noqa: PLR0913, PLR0917  # the columns of the pieces
     examples: Examples, example: np.ndarray, start: np.ndarray, length: np.ndarray, cuttable: np.ndarray, capacity: int
 ) -> Rows:
     """Pieces that may not be cut by best fit; then documents over the space they leave and over new rows."""

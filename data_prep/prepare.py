@@ -13,7 +13,7 @@ from data_prep.tokenize import tokenize_records
 from data_prep.tokenizer import DEFAULT_VOCAB_SIZE, train_tokenizer
 
 
-def prepare(  # noqa: PLR0913, PLR0917
+def prepare(  # noqa: PLR0913, PLR0917  # the settings of three stages
     corpus: CorpusSettings,
     tokenize: TokenizeSettings,
     pack: PackSettings,

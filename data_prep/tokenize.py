@@ -104,7 +104,7 @@ class Tools:
         return load_engine(self.tokenizer.core, self.recipe.engine)
 
 
-def tokenize_records(  # noqa: PLR0913, PLR0917
+def tokenize_records(  # noqa: PLR0913, PLR0917  # as each stage is called, by name
     records: RecordsResult,
     tokenize: TokenizeSettings,
     tokenizer_dir: Path,

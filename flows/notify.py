@@ -25,6 +25,6 @@ def tell(block: str, subject: str, body: str) -> None:
     try:
         import prefect.blocks.notifications  # noqa: F401  # half a second, and Block.load has to know their types
 
-        Block.load(block, _sync=True).notify(body, subject=subject)  # type: ignore[call-arg, union-attr]
+        Block.load(block, _sync=True).notify(body, subject=subject)  # type: ignore[call-arg, union-attr]  # Block.load may be async
     except Exception as error:
         logger.warning("notify=%r: %s", block, error)

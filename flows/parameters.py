@@ -30,12 +30,12 @@ def flow_of_settings(
     :param names: the settings the flow uses; None = all.
     """
     parameters = _parameters(names)
-    function.__signature__ = inspect.Signature(parameters, return_annotation=dict)  # type: ignore[attr-defined]
+    function.__signature__ = inspect.Signature(parameters, return_annotation=dict)  # type: ignore[attr-defined]  # Prefect reads it
     function.__doc__ = _docstring(introduction, names)
     flow = Flow(function, **options)
     # The form is made from this one. A default of None would be shown as text "null", and submitted.
     form = [parameter.replace(default=MISSING) for parameter in parameters]
-    flow.__signature__ = inspect.Signature(form, return_annotation=dict)  # type: ignore[attr-defined]
+    flow.__signature__ = inspect.Signature(form, return_annotation=dict)  # type: ignore[attr-defined]  # the form does
     return flow
 
 

@@ -7,7 +7,6 @@ exit code 2 when the settings do not work together. Cost: hashing the corpus, 5 
 import math
 import os
 import subprocess
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -169,7 +168,9 @@ def _needs(
         dtype = torch.bfloat16 if target.bf16 else torch.float32
         return measure(config, changed, settings.max_seq_length, dtype, settings.packing)
 
-    shapes: Callable[[TrainSettings], ModelShape] = lambda changed: shape_of(changed.use_lora, changed.use_quant)  # noqa: E731
+    def shapes(changed: TrainSettings) -> ModelShape:
+        return shape_of(changed.use_lora, changed.use_quant)
+
     ranks = memory.Machine(target.ranks, target.is_gpu, target.bf16)
     shape = shapes(train)
     needed = memory.estimate(shape, train, ranks)

@@ -39,7 +39,7 @@ def answer(
         return []
     ids, mask = left_padded(prompts, tokenizer.pad_id)
     device = next(model.parameters()).device
-    generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]
+    generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]  # nn.Module says Tensor
     output = generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),

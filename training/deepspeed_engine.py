@@ -39,7 +39,7 @@ def import_deepspeed() -> ModuleType:
     os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with without(*UNUSED):
         import deepspeed
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]
+    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]  # see the head
     return deepspeed
 
 

@@ -8,7 +8,7 @@ chosen texts are read.
 
 import hashlib
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,7 +65,7 @@ class HeldOut:
         return found[:most]
 
 
-def choose(plan_dir: Path, max_per_source: int, excluded: set[str] = frozenset()) -> HeldOut:  # type: ignore[assignment]
+def choose(plan_dir: Path, max_per_source: int, excluded: Collection[str] = frozenset()) -> HeldOut:
     """The held-out records of a plan with the lowest hashes, without the excluded ones."""
     ledger = accepted(plan_dir, "validation", ["hash", "source", "file", "line", "shard", "example"])
     rows = ledger.append_column("hex", hex_hashes(ledger["hash"])).to_pylist()

@@ -110,7 +110,7 @@ def estimate(shape: ModelShape, settings: TrainSettings, machine: Machine) -> Me
     return Memory(**parts, host=_host(shape, settings, machine))
 
 
-def fitting_change(  # noqa: PLR0913, PLR0917
+def fitting_change(  # noqa: PLR0913, PLR0917  # all that decides what fits
     shapes: Callable[[TrainSettings], ModelShape],
     settings: TrainSettings,
     machine: Machine,

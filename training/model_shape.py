@@ -165,7 +165,7 @@ class _Attention(torch.autograd.Function):
     """Shapes of ``(B, heads, T, size)`` queries, keys and values; the output is ``(B, T, heads, size)``."""
 
     @staticmethod
-    def forward(  # noqa: PLR0913, PLR0917
+    def forward(  # noqa: PLR0913, PLR0917  # torch gives it, one by one
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, kernel: str, packed: bool
     ) -> Tensor:
         batch, heads, length, _ = query.shape

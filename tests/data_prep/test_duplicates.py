@@ -32,7 +32,6 @@ def test_exact_duplicates_are_what_a_set_says(pairs):
 
 
 def test_near_duplicates_are_found_and_others_are_not():
-    pytest.importorskip("datasketch")
     first = " ".join(f"word{number} stands here" for number in range(40))
     changed = first.replace("word7 ", "w0rd7 ")
     other = " ".join(f"{number} things are elsewhere" for number in range(100, 140))

@@ -122,11 +122,14 @@ def test_what_a_killed_builder_left_is_removed_and_a_living_one_is_not_touched(t
 
         store.build(Path(sys.argv[1]), sys.argv[2], make)
     """)
-    start = lambda name: subprocess.Popen(  # noqa: E731
-        [sys.executable, "-c", script, str(tmp_path), name],
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": "."},
-    )
+
+    def start(name):
+        return subprocess.Popen(
+            [sys.executable, "-c", script, str(tmp_path), name],
+            stdout=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": "."},
+        )
+
     killed, living = start("dead"), start("alive")
     try:
         for process in (killed, living):

@@ -1,7 +1,6 @@
 """A small real corpus, prepared for real, and tiny models trained on it for real: for gate, lineage and takedown."""
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,8 +105,10 @@ def train_model(plan_dir: Path, steps: int, seed: int, learning_rate: float, mod
     from data_prep.order import rows_of_step, steps_per_epoch
 
     torch.manual_seed(seed)
-    build: Callable[[], Any] = lambda: AutoModelForCausalLM.from_config(config_of(ARCHITECTURE))  # noqa: E731
-    model = AutoModelForCausalLM.from_pretrained(model_dir) if model_dir else build()
+    if model_dir:
+        model = AutoModelForCausalLM.from_pretrained(model_dir)
+    else:
+        model = AutoModelForCausalLM.from_config(config_of(ARCHITECTURE))
     plan, losses_of = open_plan(plan_dir, "train"), TargetLoss(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     per_epoch = steps_per_epoch(plan.num_rows, ROWS_PER_STEP)
