@@ -4,7 +4,7 @@ import sys
 
 if __name__ == "__main__":
     try:
-        from flows.cli import train_main
+        from flows.cli.main import train_main
 
         sys.exit(train_main(sys.argv[1:]))
     except ModuleNotFoundError as error:

@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from scipy import stats
 
-from training import gate
+from training.comparison import statistics
 
 SIZES = (10, 20, 30, 50, 100, 400)
 NUM_POPULATION = 200_000
-TAILS = np.array([1 - gate.CONFIDENCE, 1 + gate.CONFIDENCE]) / 2
+TAILS = np.array([1 - statistics.CONFIDENCE, 1 + statistics.CONFIDENCE]) / 2
 POPULATIONS: dict[str, Callable[[np.random.Generator, np.ndarray], np.ndarray]] = {
     "bell-shaped": lambda generator, tokens: generator.normal(0, 0.1, len(tokens)),
     "heavy tails": lambda generator, tokens: 0.1 * generator.standard_t(3, len(tokens)),
@@ -79,7 +79,9 @@ def percentile(sample: Sample) -> np.ndarray:
 def accelerated(sample: Sample) -> np.ndarray:
     """BCa: bias-corrected and accelerated (Efron 1987)."""
     total, weight = sample.sums[:2]
-    bias = stats.norm.ppf(np.clip((sample.means < total / weight).mean(), 1 / gate.NUM_DRAWS, 1 - 1 / gate.NUM_DRAWS))
+    bias = stats.norm.ppf(
+        np.clip((sample.means < total / weight).mean(), 1 / statistics.NUM_DRAWS, 1 - 1 / statistics.NUM_DRAWS)
+    )
     left_out = (total - sample.differences) / (weight - sample.tokens)
     influence = left_out.mean() - left_out
     acceleration = (influence**3).sum() / (6 * (influence**2).sum() ** 1.5)
@@ -90,13 +92,13 @@ def accelerated(sample: Sample) -> np.ndarray:
 def student(sample: Sample) -> np.ndarray:
     """Student's t with the linearised standard error."""
     num = len(sample.tokens)
-    gain, error = gate.mean_and_error(sample.sums, num)
+    gain, error = statistics.mean_and_error(sample.sums, num)
     return gain + stats.t.ppf(TAILS, num - 1) * error
 
 
 def bootstrap_t(sample: Sample) -> np.ndarray:
     """The gate's own."""
-    found = gate.studentised(sample.sums, sample.drawn, len(sample.tokens))
+    found = statistics.studentised(sample.sums, sample.drawn, len(sample.tokens))
     return np.array([found.low, found.high], dtype=float)
 
 
@@ -114,11 +116,11 @@ def measure(population: tuple[np.ndarray, np.ndarray], num: int, repeat: int) ->
 def samples(population: tuple[np.ndarray, np.ndarray], num: int, repeat: int) -> Iterator[Sample]:
     """Comparisons on `num` records each; the gate draws alike for the same number of records, so do we."""
     generator = np.random.default_rng(num)
-    counts = np.concatenate(list(gate.draws(num))).astype(np.float64)
+    counts = np.concatenate(list(statistics.draws(num))).astype(np.float64)
     for _ in range(repeat):
         chosen = generator.integers(0, len(population[0]), num)
         differences, tokens = population[0][chosen], population[1][chosen]
-        terms = gate.terms_of(differences, tokens)
+        terms = statistics.terms_of(differences, tokens)
         yield Sample(differences, tokens, terms.sum(0), counts @ terms)
 
 

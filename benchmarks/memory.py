@@ -23,12 +23,12 @@ from typing import Any
 import torch
 import yaml
 
-from data_prep.prepare import prepare
+from data_prep.pipeline import prepare
 from data_prep.sample import write_sample
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from training.launch import launch
-from training.memory import Machine, Memory, estimate
-from training.model_shape import config_from, measure
+from training.launch.launcher import launch
+from training.planning.memory import Machine, Memory, estimate
+from training.planning.model_shape import config_from, measure
 from training.settings import TrainSettings
 
 TOLERANCE = 0.15
@@ -99,9 +99,9 @@ def make_corpus(folder: Path) -> Corpus:
     """The sample corpus in rows of NUM_TOKENS, and a random model of ARCHITECTURE that reads it."""
     from transformers import AutoTokenizer
 
-    from data_prep.records import shard_records
-    from data_prep.tokenizer import train_tokenizer
-    from training.model import config_of
+    from data_prep.records.shard import shard_records
+    from data_prep.tokens.tokenizer import train_tokenizer
+    from training.models.build import config_of
 
     write_sample(folder / "data")
     corpus = CorpusSettings(

@@ -18,7 +18,7 @@ import sys
 import time
 from pathlib import Path
 
-from flows.server import answers, api_url
+from flows.stack.prefect_server import answers, api_url
 
 ROOT = Path(__file__).parent.parent
 FIRST_STAGE = "validate and shard begins"  # said with --verbose

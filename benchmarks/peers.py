@@ -19,7 +19,7 @@ CORES = len(os.sched_getaffinity(0))
 def ours(data: Path, tokenizer: Path, work: Path) -> None:
     """JSON in; ledger, masked tokens and a global pack plan out."""
     from benchmarks.prepare import settings_of
-    from data_prep.prepare import prepare
+    from data_prep.pipeline import prepare
     from data_prep.settings import PackSettings, TokenizeSettings
 
     prepare(settings_of(data), TokenizeSettings(), PackSettings(), tokenizer, work)

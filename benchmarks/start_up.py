@@ -14,8 +14,8 @@ import tempfile
 import time
 from pathlib import Path
 
-from tests.training.tiny import write_run
-from training.launch import launch
+from tests.support.tiny import write_run
+from training.launch.launcher import launch
 from training.settings import TrainSettings
 
 IMPORTS = "import torch, deepspeed, transformers"

@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 import yaml
 
-from data_prep.prepare import prepare
+from data_prep.pipeline import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 
 
@@ -109,7 +109,7 @@ class OurSteps:
     """The product's own loop body, one step a call."""
 
     def __init__(self, run, progress):
-        from training import loop
+        from training.trainer import loop
 
         self._loop, self._run, self._progress = loop, run, progress
         self._batches = loop._micro_batches(run, 0)
@@ -126,9 +126,9 @@ class OurSteps:
 
 def our_steps(given: argparse.Namespace) -> OurSteps:
     """Made by the worker's own functions, on one rank."""
-    from training.checkpoint import Progress
-    from training.config_file import read_config
-    from training.ranks import join, this_rank
+    from training.distributed import join, this_rank
+    from training.launch.run_config import read_config
+    from training.trainer.checkpoint import Progress
     from training.worker import prepare as prepare_run
 
     ranks = this_rank()
@@ -139,13 +139,12 @@ def our_steps(given: argparse.Namespace) -> OurSteps:
 
 def bare_steps(given: argparse.Namespace) -> Callable[[], int]:
     """The same mathematics as a plain loop: rows are assembled before the clock runs."""
-    from data_prep.reader import open_plan
-    from training.config_file import read_config
-    from training.course import plan_course
-    from training.engine import trainable
-    from training.loader import load
-    from training.model import load_model
-    from training.target_loss import TargetLoss
+    from data_prep.plan.reader import open_plan
+    from training.engines.engine import trainable
+    from training.launch.run_config import read_config
+    from training.models.build import load_model
+    from training.models.loss import TargetLoss
+    from training.trainer.batches import load, plan_course
 
     config = read_config(write_config(given))
     model = TargetLoss(load_model(config.settings, config.model_dir, config.tokenizer_dir, torch.float32))

@@ -13,10 +13,10 @@ from prefect.runtime import flow_run
 
 from configs.load import load
 from data_prep.errors import PandaError
-from flows import outcome, run_dir
-from flows.lifetime import begin
-from flows.notify import on_bad_end
-from flows.parameters import flow_of_settings
+from flows.parts import flow_states, run_dir
+from flows.parts.form import flow_of_settings
+from flows.parts.lifetime import begin
+from flows.parts.notify import on_bad_end
 from tasks.train import evaluate
 from training.settings import TrainSettings
 
@@ -33,10 +33,10 @@ def panda_evaluate(**parameters: Any) -> State[Any]:
         run = run_dir.create(settings.model_copy(update={"resume": True}))
         losses = evaluate(run.path, TrainSettings.of(settings), _trained(run.path))
     except PandaError as error:
-        return outcome.failed(error)
+        return flow_states.failed(error)
     message = ", ".join(f"{source} {loss:.4f}" for source, loss in losses["after"].items())
     summary = {"run_dir": str(run.path), "losses": losses}
-    return outcome.completed(outcome.told(summary, "Evaluated", f"held-out loss: {message}"))
+    return flow_states.completed(flow_states.told(summary, "Evaluated", f"held-out loss: {message}"))
 
 
 def _trained(run: Path) -> dict[str, Any]:

@@ -11,15 +11,12 @@ from prefect.client.schemas.objects import State
 from configs.settings import RunSettings
 from data_prep.errors import PandaError
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from flows import outcome
-from flows.configure import configure
-from flows.data_stages import prepare_data
-from flows.lifetime import begin
-from flows.notify import on_bad_end
-from flows.outcome import Ended
-from flows.parameters import flow_of_settings
-from flows.stopwatch import Stopwatch
-from flows.title import run_title
+from flows.parts import flow_states
+from flows.parts.flow_states import Ended, Stopwatch
+from flows.parts.form import configure, flow_of_settings, run_title
+from flows.parts.lifetime import begin
+from flows.parts.notify import on_bad_end
+from flows.parts.stages import prepare_data
 
 INTRODUCTION = "Corpora in, packed training rows out: validate and shard, tokenize, plan packing."
 SETTINGS = {
@@ -38,12 +35,12 @@ def panda_prepare(**parameters: Any) -> State[Any]:
     try:
         prepared = prepare_data(configure(parameters).settings, watch)
     except Ended as end:
-        return outcome.completed(end.summary)
+        return flow_states.completed(end.summary)
     except PandaError as error:
-        return outcome.failed(error)
+        return flow_states.failed(error)
     report = prepared.plan.report
     message = f"{report['rows']:,} rows, {report['target_tokens']:,} target tokens in {prepared.plan.path}"
-    return outcome.completed(outcome.told({"data": report, "seconds": watch.seconds}, "Prepared", message))
+    return flow_states.completed(flow_states.told({"data": report, "seconds": watch.seconds}, "Prepared", message))
 
 
 panda_prepare = flow_of_settings(

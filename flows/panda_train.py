@@ -14,29 +14,24 @@ from prefect.states import Cancelled
 
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
-from flows import approval, outcome, policy, run_dir
-from flows.champion import with_replay
-from flows.configure import configure
-from flows.data_stages import Prepared, prepare_data, prepared_before, until
-from flows.facts import facts, version_tags
-from flows.lifetime import begin
-from flows.notify import on_bad_end, tell
-from flows.outcome import Ended
-from flows.parameters import flow_of_settings
-from flows.run_dir import AFTER_DATA, RunDir
-from flows.stopwatch import Stopwatch
-from flows.title import run_title
-from tasks.artifacts import show_links
+from flows.parts import approval, flow_states, policy, run_dir
+from flows.parts.champion import with_replay
+from flows.parts.flow_states import Ended, Stopwatch
+from flows.parts.form import configure, flow_of_settings, run_title
+from flows.parts.lifetime import begin
+from flows.parts.notify import on_bad_end, tell
+from flows.parts.run_dir import AFTER_DATA, RunDir
+from flows.parts.stages import Prepared, facts, prepare_data, prepared_before, until, version_tags
 from tasks.gate import gate
-from tasks.register import model_name, register_model
-from tasks.sample_prompt import sample_prompt
+from tasks.register import model_name, register_model, sample_prompt
+from tasks.reporting import show_links
 from tasks.train import evaluate, evaluated_before, train, trained_before
-from training import tracking
-from training.lineage import parent_of
-from training.registry import patiently
+from training.registry.lineage import parent_of
+from training.registry.register import patiently
+from training.registry.versions import PARENT_TAG, Registry
 from training.settings import TrackingSettings, TrainSettings
-from training.tracking import TrackedRun
-from training.versions import PARENT_TAG, Registry
+from training.tracking import run as tracking
+from training.tracking.run import TrackedRun
 
 
 def panda_train(**parameters: Any) -> State[Any]:
@@ -46,11 +41,11 @@ def panda_train(**parameters: Any) -> State[Any]:
         late = policy.came_too_late()
         if late:
             return Cancelled(name="SkippedStillRunning", message=late)
-        return outcome.completed(run_stages(configure(parameters).settings))
+        return flow_states.completed(run_stages(configure(parameters).settings))
     except Ended as end:
-        return outcome.completed(end.summary)
+        return flow_states.completed(end.summary)
     except PandaError as error:
-        return outcome.failed(error)
+        return flow_states.failed(error)
 
 
 def run_stages(settings: PandaSettings) -> dict[str, Any]:
@@ -68,13 +63,13 @@ def run_stages(settings: PandaSettings) -> dict[str, Any]:
             raise Ended("SkippedNoNewData", skip, {"data": prepared.plan.report, "seconds": watch.seconds})
         run, resume = open_run(settings, prepared)
     try:
-        summary = outcome.told(train_and_register(settings, run, prepared, resume, watch))
+        summary = flow_states.told(train_and_register(settings, run, prepared, resume, watch))
     except Ended as end:
         if end.name == "NotApproved":  # decided: no other run is to go on with it
             run_dir.write_summary(run, end.summary)
         raise
     except PandaError as error:
-        run_dir.write_outcome(run, outcome.reason_of(error), str(error))
+        run_dir.write_outcome(run, flow_states.reason_of(error), str(error))
         raise
     run_dir.write_summary(run, summary)
     return summary

@@ -23,7 +23,7 @@ from prefect.futures import as_completed
 from prefect.settings import get_current_settings
 
 from data_prep.errors import PandaError, StoreError
-from data_prep.process import Calls, FanOut
+from data_prep.processes import Calls, FanOut
 
 BATCHES_PER_WORKER = 4  # so that a slow worker holds up the others by a quarter of its share, not by all of it
 CONNECT_SECONDS = 10

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from configs.settings import PandaSettings
-from tasks.artifacts import show_gate
+from tasks.reporting import show_gate
 from tasks.stage import stage
-from training import launch
+from training.comparison.job import write_job
 from training.errors import MlflowAway
-from training.exit import ExitReason
-from training.gate_job import write_job
-from training.promotion import settle
-from training.registry import patiently
+from training.launch import launcher
+from training.launch.exits import ExitReason
+from training.registry.promotion import settle
+from training.registry.register import patiently
+from training.registry.versions import GATE_TAG, Registry
 from training.settings import GateSettings, TrainSettings
-from training.tracking import TrackedRun
-from training.versions import GATE_TAG, Registry
+from training.tracking.run import TrackedRun
 
 COMPARE = "training.compare"
 
@@ -65,7 +65,7 @@ def without_answers(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def _compare(run_dir: Path, settings: TrainSettings) -> dict[str, Any]:
-    report = launch.evaluate(run_dir, settings, logger.info, COMPARE)
+    report = launcher.evaluate(run_dir, settings, logger.info, COMPARE)
     if report.reason is ExitReason.completed:
         return json.loads((run_dir / "gate.json").read_text(encoding="utf-8"))
     if report.reason is ExitReason.cancelled:

@@ -3,17 +3,16 @@
 from pathlib import Path
 
 from configs.settings import PandaSettings
-from data_prep.inspect import inspect_plan, inspection_markdown
-from data_prep.plan import PlanResult, plan_rows
-from data_prep.records import RecordsResult, shard_records
+from data_prep.inspection.inspect import inspect_plan, inspection_markdown
+from data_prep.plan.build import PlanResult, plan_rows
+from data_prep.records.shard import RecordsResult, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.tokenize import TokensResult, tokenize_records
-from data_prep.tokenizer import load_tokenizer, train_tokenizer
-from tasks.artifacts import show_prepared, show_report
+from data_prep.tokens.tokenize import TokensResult, tokenize_records
+from data_prep.tokens.tokenizer import load_tokenizer, train_tokenizer
 from tasks.cluster import on_cluster
-from tasks.progress import StageProgress
+from tasks.reporting import StageProgress, show_prepared, show_report
 from tasks.stage import stage
-from training.delta import model_directory
+from training.models.delta import model_directory
 from training.settings import ModelSettings
 
 DEFAULT_VOCAB_SIZE = 8192

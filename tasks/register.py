@@ -1,12 +1,21 @@
-"""Task of registration: the model of the run becomes a version in MLflow, and proves itself by being loaded back."""
+"""Task of registration: the model of the run becomes a version in MLflow, and proves itself by being loaded back.
+
+A prompt to try the finished model on: the first held-out instruction.
+
+In: plan and tokenizer directories. Out: text. Cost: assembling one row.
+"""
 
 from pathlib import Path
 from typing import Any
 
-from tasks.artifacts import show_model
+import numpy as np
+
+from data_prep.plan.reader import IGNORED, open_plan
+from data_prep.tokens.tokenizer import load_tokenizer
+from tasks.reporting import show_model
 from tasks.stage import stage
-from training.registry import register_run
-from training.tracking import TrackedRun
+from training.registry.register import register_run
+from training.tracking.run import TrackedRun
 
 
 @stage("register")
@@ -21,3 +30,18 @@ def register_model(tracked: TrackedRun, name: str, tags: dict[str, str], prompt:
 def model_name(configured: str | None, model: str) -> str:
     """The registered model's name: as set, else ``panda-<last part of the model's name>``; MLflow takes no colon."""
     return configured or f"panda-{Path(model).name.replace(':', '-')}"
+
+
+def sample_prompt(plan_dir: Path, tokenizer_dir: Path, cache_dir: Path) -> str:
+    """The masked beginning of the first held-out segment that has one; empty when only documents are held out."""
+    plan = open_plan(plan_dir, "validation")
+    core = load_tokenizer(tokenizer_dir, cache_dir).core
+    for row in range(plan.num_rows):
+        batch = plan.batch(np.array([row]))
+        starts = np.flatnonzero((batch.position_ids[0] == 0) & (batch.sources[0] >= 0))
+        for start in starts:
+            masked = batch.labels[0, start:] == IGNORED
+            length = int(np.argmin(masked))  # tokens before the first target
+            if length > 1:
+                return core.decode(batch.input_ids[0, start : start + length].tolist(), skip_special_tokens=True)
+    return ""

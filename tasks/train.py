@@ -13,12 +13,11 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import task_run
 
 from data_prep.errors import PandaError
-from tasks.artifacts import show_evaluation, show_pictures
-from tasks.progress import StageProgress
+from tasks.reporting import StageProgress, show_evaluation, show_pictures
 from tasks.stage import retry_helps, stage
-from training import launch
-from training.exit import ExitReason
-from training.launch import ExitReport
+from training.launch import launcher
+from training.launch.exits import ExitReason
+from training.launch.launcher import ExitReport
 from training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -50,7 +49,7 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any
         if event.get("event") == "alive":
             logger.info("%s: %s of %s %s", event["doing"], event["done"], event["total"], event["unit"])
 
-    _require_completed("training", launch.launch(run_dir, settings, on_event, logger.info, resume), run_dir)
+    _require_completed("training", launcher.launch(run_dir, settings, on_event, logger.info, resume), run_dir)
     show_pictures(run_dir)
     return json.loads((run_dir / "train.json").read_text(encoding="utf-8"))
 
@@ -58,7 +57,7 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any
 @stage("evaluate", retries=1, retry_delay_seconds=10, retry_condition_fn=lost_through_no_fault)
 def evaluate(run_dir: Path, settings: TrainSettings, trained: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Held-out loss by moment and source, ``{"before": {"all": 8.3}, "after": {...}}``; after = what lies on disk."""
-    _require_completed("evaluation", launch.evaluate(run_dir, settings, logger.info), run_dir)
+    _require_completed("evaluation", launcher.evaluate(run_dir, settings, logger.info), run_dir)
     losses = evaluated_before(run_dir, trained)
     show_evaluation(losses)
     return losses

@@ -2,7 +2,7 @@
 
 import pytest
 
-from flows import server
+from flows.stack import prefect_server as server
 
 
 @pytest.fixture(scope="session")

@@ -2,7 +2,7 @@
 
 The documents hold the commands (fences marked `console`) and the files they use (fences whose first line names one).
 Fast: every command is understood, and those that train nothing are run. Slow: those that train are run to their end, on
-tiny stand-ins of the weights (`tests/stand_ins.py`). Output shown below a command must be part of what it prints.
+tiny stand-ins of the weights (`tests/support/stand_ins.py`). Output shown below a command must be part of what it prints.
 """
 
 import re
@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 
-from configs.command import configure
+from configs.cli import configure
 from configs.errors import ConfigError
-from flows.cli import TRAIN_SWITCHES, VERBS
-from tests import stand_ins
+from flows.cli.main import TRAIN_SWITCHES, VERBS
+from tests.support import stand_ins
 
 ROOT = Path(__file__).parents[1]
 GUIDES = ("docs/zh/guide.md", "README.zh.md")

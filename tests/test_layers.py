@@ -64,8 +64,10 @@ def test_data_prep_needs_neither_torch_nor_prefect_nor_mlflow():
 
 def test_command_line_is_light():
     heavy = {"torch", "prefect", "mlflow", "transformers", "hydra", "pyarrow", "deepspeed"}
-    assert not loaded_by("import flows.cli, configs.flags") & heavy
+    assert not loaded_by("import flows.cli.main, configs.cli") & heavy
 
 
 def test_training_never_loads_prefect():
-    assert "prefect" not in loaded_by("import training.worker, training.launch, training.tracking, training.registry")
+    assert "prefect" not in loaded_by(
+        "import training.worker, training.launch.launcher, training.tracking.run, training.registry.register"
+    )

@@ -16,15 +16,14 @@ from typing import Any
 import torch
 
 from data_prep.errors import PandaError
-from training import gate, heldout
-from training.answers import Answer
-from training.config_file import RunConfig, read_config
-from training.engine import any_device, compute_dtype
-from training.exit import run_rank
-from training.gate import Scores
-from training.gate_job import Job, read_job
-from training.heldout import HeldOut
-from training.measure import Asked, measure
+from training.comparison import heldout, statistics
+from training.comparison.heldout import HeldOut
+from training.comparison.job import Job, read_job
+from training.comparison.scores import Answer, Asked, measure
+from training.comparison.statistics import Scores
+from training.engines.engine import any_device, compute_dtype
+from training.launch.exits import run_rank
+from training.launch.run_config import RunConfig, read_config
 from training.settings import GateSettings
 
 RESULT = "gate.json"
@@ -48,10 +47,10 @@ def run_job(config: RunConfig, job: Job) -> dict[str, Any]:
     candidate = scores.pop("candidate")
     names = {role: asked.name for role, asked in models_of(job).items()}
     others = {role: (names[role], one) for role, one in scores.items()}
-    verdict = gate.judge(settings, held_out.slices(), candidate, others)
+    verdict = statistics.judge(settings, held_out.slices(), candidate, others)
     decisive = "champion" if job.champion else "base"
     if decisive in problems:
-        verdict = gate.Verdict(False, [problems[decisive]], verdict.reference, verdict.slices, verdict.checks)
+        verdict = statistics.Verdict(False, [problems[decisive]], verdict.reference, verdict.slices, verdict.checks)
     write_records(config.run_dir, held_out, {"candidate": candidate, **scores})
     return {
         **verdict.as_dict(),
@@ -59,7 +58,7 @@ def run_job(config: RunConfig, job: Job) -> dict[str, Any]:
         "records": len(held_out),
         "records_digest": held_out.digest,
         "excluded_records": held_out.num_excluded,
-        "confidence": gate.CONFIDENCE,
+        "confidence": statistics.CONFIDENCE,
         "settings": settings.model_dump(),
         "problems": problems,
         "answers": answers,
@@ -89,7 +88,7 @@ def measure_all(
 def _measure(config: RunConfig, job: Job, asked: Asked, held_out: HeldOut) -> tuple[Scores, list[Answer]]:
     rows, dtype = config.settings.per_gpu_eval_batch_size, compute_dtype(config.settings, any_device())
     if not len(held_out):
-        return gate.nothing_asked(), []
+        return statistics.nothing_asked(), []
     return measure(asked, held_out, rows, dtype, Path(job.cache_dir))
 
 

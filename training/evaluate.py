@@ -10,15 +10,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from data_prep.reader import open_plan
-from training.config_file import read_config
-from training.engine import compute_dtype
-from training.evaluation import evaluate
-from training.exit import run_rank
-from training.model import load_deployed
-from training.ranks import join, leave, this_rank
+from data_prep.plan.reader import open_plan
+from training.distributed import join, leave, this_rank
+from training.engines.engine import compute_dtype
+from training.launch.exits import run_rank
+from training.launch.run_config import read_config
+from training.models.build import load_deployed
+from training.models.loss import TargetLoss
 from training.settings import TrainSettings
-from training.target_loss import TargetLoss
+from training.trainer.evaluation import evaluate
 
 
 def evaluate_model(model_dir: Path, plan_dir: Path, settings: TrainSettings) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 In: RUN/config.yaml and the environment of a rank (RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT). Out, in RUN:
 metrics.jsonl, evaluations.jsonl, checkpoints/, model/, train.json. Rank 0 prints `PANDA {json}` events on stdout; the
-rest is log text. The exit code is one of `training.exit`.
+rest is log text. The exit code is one of `training.launch.exits`.
 """
 
 import argparse
@@ -13,11 +13,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from training import compatibility
-from training.config_file import RunConfig, read_config
 from training.errors import CheckpointError
-from training.exit import DataError, emit, run_rank
-from training.imports import UNUSED, without
+from training.launch.exits import DataError, emit, run_rank
+from training.launch.run_config import RunConfig, read_config
+from training.lean_imports import UNUSED, without
+from training.planning import compatibility
 
 log = logging.getLogger("training.worker")
 
@@ -34,7 +34,7 @@ def main() -> None:
 def work(config: RunConfig, resume: bool) -> None:
     """Train, evaluate, save the model, say how it went."""
     compatibility.check(config.settings, config.model_dir, config.packing)
-    from training.ranks import join, leave, this_rank  # torch from here on
+    from training.distributed import join, leave, this_rank  # torch from here on
 
     ranks = this_rank()
     logging.basicConfig(
@@ -50,7 +50,7 @@ def work(config: RunConfig, resume: bool) -> None:
 
 def train_run(config: RunConfig, ranks: Any, resume: bool) -> None:
     """The work of a rank that has joined the others."""
-    from training import checkpoint, loop
+    from training.trainer import checkpoint, loop
 
     newest = checkpoint.newest_of_all(config.run_dir / "checkpoints", ranks)
     if newest and not resume:
@@ -71,18 +71,17 @@ def train_run(config: RunConfig, ranks: Any, resume: bool) -> None:
 def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
     """Load the model, wrap it in its engine, prove it isolates segments, lay out the course."""
     with without(*UNUSED):  # not around what may import the user's code
-        from data_prep.reader import open_plan
-        from training import isolation, metrics, model
+        from data_prep.plan.reader import open_plan
+        from training.models import build
+        from training.trainer import metrics, packing_check
 
         plan = open_plan(config.plan_dir, "train")
-    from data_prep.target import load_target
-    from training.course import plan_course
-    from training.engine import compute_dtype, load_dtype
-    from training.engines import build_engine
-    from training.loop import Run
-    from training.schedule import schedule
-    from training.stop import Stop
-    from training.target_loss import TargetLoss, causal_model
+    from data_prep.targets import load_target
+    from training.engines.engine import build_engine, compute_dtype, load_dtype
+    from training.models.loss import TargetLoss, causal_model
+    from training.trainer.batches import plan_course
+    from training.trainer.loop import Run, Stop
+    from training.trainer.schedule import schedule
 
     settings = config.settings
     if not plan.num_rows:
@@ -92,14 +91,14 @@ def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
     dtype = compute_dtype(settings, ranks.device)
     stop = Stop(ranks)
     stop.listen()
-    causal = model.load_model(settings, config.model_dir, config.tokenizer_dir, load_dtype(settings, ranks.device))
+    causal = build.load_model(settings, config.model_dir, config.tokenizer_dir, load_dtype(settings, ranks.device))
     vocabulary = causal_model(causal).get_input_embeddings().weight.shape[0]
     flops = metrics.flops_per_token(causal_model(causal))
     engine = build_engine(TargetLoss(causal), settings, ranks)
     _check_disk(config, engine, causal, ranks)
     engine.module.eval()
-    facts = isolation.Facts(vocabulary, config.packing, settings.per_gpu_train_batch_size, dtype)
-    isolation.check(engine.forward, facts, ranks)
+    facts = packing_check.Facts(vocabulary, config.packing, settings.per_gpu_train_batch_size, dtype)
+    packing_check.check(engine.forward, facts, ranks)
     engine.module.train()
     return Run(
         settings=settings,
@@ -118,8 +117,8 @@ def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
 
 def _check_disk(config: RunConfig, engine: Any, causal: Any, ranks: Any) -> None:
     """Predict what checkpoints and model take, before the first step."""
-    from training import checkpoint
-    from training.metrics import num_elements
+    from training.trainer import checkpoint
+    from training.trainer.metrics import num_elements
 
     settings = config.settings
     if not ranks.is_first:
@@ -133,7 +132,7 @@ def _check_disk(config: RunConfig, engine: Any, causal: Any, ranks: Any) -> None
 
 def finish(config: RunConfig, run: Any, progress: Any) -> None:
     """Deploy the last or best weights, evaluate them, write the summary."""
-    from training import checkpoint, loop, metrics
+    from training.trainer import checkpoint, loop, metrics
 
     if config.settings.keep_best and progress.best_step is not None:
         checkpoint.load(run.engine, run.checkpoints / checkpoint.name_of(progress.best_step))
@@ -158,14 +157,14 @@ def finish(config: RunConfig, run: Any, progress: Any) -> None:
 
 def save_model(config: RunConfig, run: Any) -> None:
     """RUN/model, written beside and renamed. All ranks gather, rank 0 writes."""
-    from training import model
+    from training.models import build
 
     final = config.run_dir / "model"
     state = {name: value for name, value in run.engine.weights() if run.ranks.is_first}
     if run.ranks.is_first:
         temporary = config.run_dir / ".model"
         shutil.rmtree(temporary, ignore_errors=True)
-        model.save_model(run.engine.module.model, state, config.tokenizer_dir, temporary)
+        build.save_model(run.engine.module.model, state, config.tokenizer_dir, temporary)
         save_chat_template(config, temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
@@ -175,8 +174,8 @@ def save_model(config: RunConfig, run: Any) -> None:
 
 def save_chat_template(config: RunConfig, directory: Path) -> None:
     """The prompt template of training becomes the model's chat template: it is asked as it was trained."""
-    from data_prep.served_template import served_template
-    from data_prep.tokenizer import load_tokenizer
+    from data_prep.tokens.export_template import served_template
+    from data_prep.tokens.tokenizer import load_tokenizer
 
     text = served_template(config.template, load_tokenizer(directory))
     if text:

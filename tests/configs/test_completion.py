@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from configs.completion import script
+from configs.docs import script
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")

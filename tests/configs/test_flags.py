@@ -5,9 +5,8 @@ import sys
 
 import pytest
 
-from configs.command import configure
+from configs.cli import CONF_PATH, JSON, configure
 from configs.errors import ConfigError
-from configs.flags import CONF_PATH, JSON
 from configs.settings import PandaSettings, fields_by_group
 
 HEAVY = {"torch", "transformers", "prefect", "mlflow", "numpy", "pyarrow", "deepspeed", "tokenizers", "huggingface_hub"}
@@ -100,7 +99,7 @@ def test_every_setting_is_a_flag_described_once():
 def run_train(*argv: str) -> subprocess.CompletedProcess:
     """`python train.py`, then on the last line of stderr the heavy modules it imported."""
     code = (
-        "import sys\nfrom flows.cli import train_main\ntry:\n    code = train_main(sys.argv[1:])\n"
+        "import sys\nfrom flows.cli.main import train_main\ntry:\n    code = train_main(sys.argv[1:])\n"
         "except SystemExit as end:\n    code = end.code or 0\n"
         f"print(sorted({HEAVY!r} & set(sys.modules)), file=sys.stderr)\nsys.exit(code)"
     )

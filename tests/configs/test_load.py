@@ -3,11 +3,11 @@
 import pytest
 import yaml
 
-from configs import reference, template
+from configs import docs
+from configs.docs import render
 from configs.errors import ConfigError
 from configs.load import CONFIG_DIR, dump, load
 from configs.settings import PandaSettings
-from configs.show import render
 
 GUIDE_DEFAULTS = {
     "num_workers": 2,
@@ -55,11 +55,11 @@ def test_the_guides_models_have_the_guides_defaults(model):
 
 
 def test_the_template_is_what_the_settings_say():
-    assert (CONFIG_DIR / "template.yaml").read_text(encoding="utf-8") == template.render(), "run: make docs"
+    assert (CONFIG_DIR / "template.yaml").read_text(encoding="utf-8") == docs.render(), "run: make docs"
 
 
 def test_the_reference_is_what_the_settings_say():
-    assert reference.REFERENCE.read_text(encoding="utf-8") == reference.render(), "run: make docs"
+    assert docs.REFERENCE.read_text(encoding="utf-8") == docs.render(), "run: make docs"
 
 
 def test_who_wins(conf):
@@ -164,7 +164,7 @@ def test_problems_of_a_file(text, message, conf):
 )
 def test_a_flag_of_the_guide_works_alone(given, implied):
     """Defaults that contradict it give way, and say why; what somebody gave stays."""
-    from training.compatibility import problems
+    from training.planning.compatibility import problems
     from training.settings import TrainSettings
 
     loaded = load({"model": "llama-65b", **given})

@@ -15,7 +15,7 @@ from data_prep import store
 SCRIPT = """
 import sys
 from pathlib import Path
-from data_prep.prepare import prepare
+from data_prep.pipeline import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 if __name__ == "__main__":
     data, tokenizer, cache = sys.argv[1:]

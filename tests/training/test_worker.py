@@ -11,8 +11,8 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
-from tests.plans import example, write_plan
-from tests.training import tiny
+from tests.support import tiny
+from tests.support.plans import example, write_plan
 
 GOLDEN = Path(__file__).parents[1] / "assets" / "golden-losses.json"
 
@@ -115,7 +115,7 @@ def test_your_own_optimizer_schedule_and_callbacks(tmp_path):
     run = tiny.write_run(
         tmp_path, max_steps=3, zero_stage=0,
         optimizer={"_target_": f"{here}.scaled_sgd", "factor": 2.0},
-        lr_scheduler={"_target_": "tests.training.test_schedule.halving", "start": 1.0},
+        lr_scheduler={"_target_": "tests.training.trainer.test_schedule.halving", "start": 1.0},
         callbacks=[{"_target_": f"{here}.note", "path": str(tmp_path / "noted")}],
     )  # fmt: skip
     lines = tiny.train(run, 1)

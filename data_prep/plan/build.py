@@ -1,0 +1,356 @@
+"""Stage 3: token shards -> the pack plan, the ledger of the whole corpus and the report. An index; no token is copied.
+
+In: `TokensResult` and the settings. Out: ``<cache_dir>/plans/<fingerprint>/`` and `PlanResult`:
+
+    plan-train.arrow, plan-validation.arrow   rows of segments (`data_prep.plan.plan_file`)
+    ledger.arrow    a row per input record of the corpus, in corpus order
+        file, line, offset, length, hash            where it is and what it says (hash null if rejected while reading)
+        source          dictionary<string>          kind or kind/subdirectory
+        split           dictionary<string>          train or validation; null unless accepted
+        verdict         dictionary<string>          accepted, rejected or dropped
+        reason          dictionary<string>          null if accepted (`data_prep.records.reasons.Reason`)
+        tokens, target_tokens   int32               of the example; 0 if rejected while reading
+        copies          int32                       times it is in the rows of its split
+        cut_tokens      int32                       tokens of an accepted example that are in no row (overflow)
+        shard, example  int32                       its place among the shards; -1 if rejected while reading
+    manifest.json   max_seq_length, pad_id, sources, shards (paths relative to the plan), report
+
+The fingerprint covers the ordered units (content, source, place of files), the tombstones and the settings of packing,
+duplicates, replay, split and mixture. Cost: planning 1,000,000 examples takes under a second, the ledger another.
+"""
+
+import os
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from pydantic import BaseModel, ConfigDict
+
+from data_prep import store
+from data_prep.errors import StoreError
+from data_prep.plan.duplicates import near_duplicates, sketch
+from data_prep.plan.examples import Examples, load_examples
+from data_prep.plan.order import mix64, stable_argsort
+from data_prep.plan.pack import MIN_SPACE, best_fit_decreasing, fill
+from data_prep.plan.plan_file import Rows, rows_file, write_rows
+from data_prep.plan.reader import LEDGER_FILE, Plan
+from data_prep.plan.verdicts import ACCEPTED, REASONS, SPLITS, TRAIN, VALIDATION, Pieces, Verdicts, judge, taken_down
+from data_prep.processes import on_processes, peak_rss_bytes
+from data_prep.records.reasons import REJECTED, Reason
+from data_prep.records.shard import RecordsUnit, ledger_table, read_arrow
+from data_prep.settings import CorpusSettings, PackSettings
+from data_prep.tokens.checks import prove_rows
+from data_prep.tokens.token_shard import TokenShard
+from data_prep.tokens.tokenize import TokensResult
+
+STAGE = "plans"
+MIN_BYTES_FOR_PROCESSES = 2 << 20  # of text whose near duplicates are sought: about a second
+FILL_FRACTION = 32  # documents fill the space that other examples leave in a row if it is 1/32 of the row or more
+
+
+class PlanResult(BaseModel):
+    """What `plan_rows` returns."""
+
+    model_config = ConfigDict(frozen=True)
+    path: str
+    fingerprint: str
+    reused: bool
+    seconds: float
+    tokenizer_dir: str
+    report: dict[str, Any]
+
+
+def plan_rows(tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings, cache_dir: Path) -> PlanResult:
+    """Plan the rows of both splits, or find the plan made before.
+
+    :raises CorpusError: nothing to train on, an unknown source in ``mixture``, or ``overflow=error`` applies.
+    :raises StoreError: the numbers do not add up.
+    """
+    started = time.perf_counter()
+    root = Path(cache_dir) / STAGE
+    fp = plan_fingerprint(tokens, corpus, pack)
+    built = store.build(root, fp, lambda directory: _write_plan(directory, root / fp, tokens, corpus, pack))
+    seconds = time.perf_counter() - started
+    stages = {"records": tokens.records.seconds, "tokenize": tokens.seconds, "plan": seconds}
+    report = {
+        **built.manifest["report"],
+        "seconds": {name: round(value, 3) for name, value in stages.items()},
+        "reused": {"records": not tokens.records.built, "tokenize": not tokens.built, "plan": built.reused},
+        "engines": tokens.engines,
+        "peak_rss_bytes": _peak_rss(tokens),
+        "plan_dir": str(built.path),
+    }
+    return PlanResult(
+        path=str(built.path),
+        fingerprint=fp,
+        reused=built.reused,
+        seconds=seconds,
+        tokenizer_dir=tokens.tokenizer_dir,
+        report=report,
+    )
+
+
+def plan_fingerprint(tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings) -> str:
+    """What a plan depends on. A moved file changes it: the ledger says where each record is."""
+    share = corpus.replay_share
+    near = corpus.near_duplicate_threshold if corpus.deduplicate == "near" else None
+    return store.fingerprint(
+        stage=STAGE,
+        units=[[u.fingerprint, u.records.source, [f.model_dump() for f in u.records.files]] for u in tokens.units],
+        pad_id=tokens.pad_id,
+        pack=pack.model_dump(mode="json"),
+        duplicates=[corpus.deduplicate, near],
+        validation_fraction=corpus.validation_fraction,
+        tombstones=taken_down(corpus),
+        **({"replay": [Path(corpus.replay_of).name, share]} if corpus.replay_of and share < 1 else {}),
+    )
+
+
+def _write_plan(
+    directory: Path, final: Path, tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings
+) -> dict[str, Any]:
+    examples = load_examples(tokens)
+    verdicts, pieces = judge(examples, corpus, pack, lambda: _near_duplicates(tokens, corpus, final.parent.parent))
+    rows = {split: make_rows(examples, verdicts, pieces, number, pack) for number, split in enumerate(SPLITS)}
+    for split in SPLITS:
+        write_rows(directory / rows_file(split), rows[split])
+    ledger = make_ledger(tokens, examples, verdicts)
+    with pa.OSFile(str(directory / LEDGER_FILE), "wb") as sink, pa.ipc.new_file(sink, ledger.schema) as writer:
+        writer.write_table(ledger)
+    report = make_report(tokens, examples, verdicts, rows, pack)
+    check_conservation(report, examples, verdicts, rows)
+    manifest = {
+        "max_seq_length": pack.max_seq_length,
+        "pad_id": tokens.pad_id,
+        "sources": examples.sources,
+        "shards": [os.path.relpath(unit.path, final) for unit in tokens.units],
+        "report": report,
+    }
+    opened: dict[int, TokenShard] = {}
+    report["proof"]["rows_read_equal"] = sum(prove_rows(Plan(final, manifest, rows[split], opened)) for split in SPLITS)
+    return manifest
+
+
+def make_rows(examples: Examples, verdicts: Verdicts, pieces: Pieces, split: int, pack: PackSettings) -> Rows:
+    """The rows of one split: pieces of its examples, as often as their copies say, packed."""
+    accepted = (verdicts.reason[pieces.example] == ACCEPTED) & (verdicts.split[pieces.example] == split)
+    chosen = np.flatnonzero(accepted)
+    which = np.repeat(chosen, verdicts.copies[pieces.example[chosen]])
+    # Pieces of one length are interchangeable for packing: which of them share a row is drawn by seed and content.
+    shuffled = which[stable_argsort(mix64(examples.keys[pieces.example[which]], pack.seed + 1))]
+    example, start, length = pieces.example[shuffled], pieces.start[shuffled], pieces.length[shuffled]
+    if not pack.packing:
+        return _rows_of(examples, example, start, length, np.arange(len(shuffled), dtype=np.int32))
+    return _pack(examples, example, start, length, pieces.cuttable[shuffled], pack.max_seq_length)
+
+
+def _pack(  # noqa: PLR0913, PLR0917  # the columns of the pieces
+    examples: Examples, example: np.ndarray, start: np.ndarray, length: np.ndarray, cuttable: np.ndarray, capacity: int
+) -> Rows:
+    """Pieces that may not be cut by best fit; then documents over the space they leave and over new rows."""
+    whole, documents = np.flatnonzero(~cuttable), np.flatnonzero(cuttable)
+    row = best_fit_decreasing(length[whole], capacity)
+    num_rows = int(row.max()) + 1 if len(row) else 0
+    space = capacity - np.bincount(row, weights=length[whole], minlength=num_rows).astype(np.int64)
+    open_rows = np.flatnonzero(space >= max(MIN_SPACE, capacity // FILL_FRACTION))
+    filled = fill(length[documents], space[open_rows], open_rows, capacity, num_rows)
+    cut = documents[filled.document]
+    return _rows_of(
+        examples,
+        np.concatenate([example[whole], example[cut]]),
+        np.concatenate([start[whole], start[cut] + filled.start]),
+        np.concatenate([length[whole], filled.length]),
+        np.concatenate([row, filled.row]),
+    )
+
+
+def _rows_of(examples: Examples, example: np.ndarray, start: np.ndarray, length: np.ndarray, row: np.ndarray) -> Rows:
+    """Segments in any order -> the arrays of a plan file, ordered by row."""
+    order = stable_argsort(row)
+    example, start, length, row = example[order], start[order], length[order], row[order]
+    num_rows = int(row[-1]) + 1 if len(row) else 0
+    targets = examples.targets[example]
+    cut = np.flatnonzero(length != examples.lengths[example])
+    targets[cut] = examples.targets_of(example[cut], start[cut], length[cut])
+    return Rows(
+        row_offsets=np.concatenate([[0], np.cumsum(np.bincount(row, minlength=num_rows))]).astype(np.int32),
+        shard=examples.shard[example],
+        example=examples.number[example],
+        start=start.astype(np.int32),
+        length=length.astype(np.int32),
+        source=examples.source[example],
+        tokens=np.bincount(row, weights=length, minlength=num_rows).astype(np.int32),
+        target_tokens=np.bincount(row, weights=targets, minlength=num_rows).astype(np.int32),
+    )
+
+
+def make_ledger(tokens: TokensResult, examples: Examples, verdicts: Verdicts) -> pa.Table:
+    """One row per input record of the corpus, in corpus order."""
+    tables, first = [], 0
+    for number, unit in enumerate(tokens.units):
+        mine = slice(first, first + unit.examples)
+        first += unit.examples
+        tables.append(_unit_ledger(unit.records, number, examples, verdicts, mine))
+    return pa.concat_tables(tables).unify_dictionaries()
+
+
+def _unit_ledger(records: Any, shard: int, examples: Examples, verdicts: Verdicts, mine: slice) -> pa.Table:
+    table = ledger_table(records)
+    reason = _whole(table["reason"]).indices.fill_null(ACCEPTED).to_numpy().copy()
+    valid = np.flatnonzero(reason == ACCEPTED)
+    reason[valid] = verdicts.reason[mine]
+    accepted = reason == ACCEPTED
+
+    def spread(values: np.ndarray, absent: int = 0) -> pa.Array:
+        column = np.full(len(table), absent, dtype=np.int32)
+        column[valid] = values
+        return pa.array(column)
+
+    rejected = np.isin(reason, [REASONS.index(one) for one in REJECTED])
+    verdict = np.where(accepted, 0, np.where(rejected, 1, 2)).astype(np.int8)
+    return pa.table({
+        **{name: table[name] for name in ("file", "line", "offset", "length", "hash")},
+        "source": _words(np.zeros(len(table), np.int8), [records.source]),
+        "split": _words(spread(verdicts.split[mine]).to_numpy().astype(np.int8), list(SPLITS), ~accepted),
+        "verdict": _words(verdict, ["accepted", "rejected", "dropped"]),
+        "reason": _words(reason.astype(np.int8), [one.value for one in REASONS], accepted),
+        "tokens": spread(examples.lengths[mine]),
+        "target_tokens": spread(examples.targets[mine]),
+        "copies": spread(verdicts.copies[mine]),
+        "cut_tokens": spread(verdicts.cut[mine]),
+        "shard": spread(np.full(len(valid), shard), absent=-1),
+        "example": spread(examples.number[mine], absent=-1),
+    })  # fmt: skip
+
+
+def _whole(column: pa.ChunkedArray) -> pa.DictionaryArray:
+    return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
+
+
+def _words(indices: np.ndarray, words: list[str], absent: np.ndarray | None = None) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(np.maximum(indices, 0), mask=absent), pa.array(words))
+
+
+def make_report(
+    tokens: TokensResult, examples: Examples, verdicts: Verdicts, rows: dict[str, Rows], pack: PackSettings
+) -> dict[str, Any]:
+    """The numbers of the plan; what depends on the machine and the moment is added by `plan_rows`."""
+    train, validation = rows[SPLITS[TRAIN]], rows[SPLITS[VALIDATION]]
+    counts = {REASONS[i]: int(n) for i, n in enumerate(np.bincount(verdicts.reason[verdicts.reason >= 0])) if n}
+    rejected = Counter(tokens.records.rejected) + Counter({r.value: n for r, n in counts.items() if r in REJECTED})
+    accepted = verdicts.reason == ACCEPTED
+    not_replayed = verdicts.reason == REASONS.index(Reason.NOT_REPLAYED)
+    return {
+        "records_in": tokens.records.records,
+        "accepted": int(accepted.sum()),
+        "rejected": dict(sorted(rejected.items())),
+        "dropped": {reason.value: n for reason, n in sorted(counts.items()) if reason not in REJECTED},
+        "cut_tokens": int(verdicts.cut.sum()),
+        "tokens": int(train.tokens.sum(dtype=np.int64)),
+        "target_tokens": int(train.target_tokens.sum(dtype=np.int64)),
+        "not_replayed_target_tokens": int(examples.targets[not_replayed].sum(dtype=np.int64)),
+        "rows": train.num_rows,
+        "utilisation": _utilisation(train, pack.max_seq_length),
+        "max_seq_length": pack.max_seq_length,
+        "validation_records": int((accepted & (verdicts.split == VALIDATION)).sum()),
+        "validation_tokens": int(validation.tokens.sum(dtype=np.int64)),
+        "validation_target_tokens": int(validation.target_tokens.sum(dtype=np.int64)),
+        "validation_rows": validation.num_rows,
+        "sources": _shares(examples, verdicts, train),
+        "proof": _proof(tokens),
+    }
+
+
+def _utilisation(rows: Rows, max_seq_length: int) -> float:
+    space = rows.num_rows * max_seq_length
+    return round(float(rows.tokens.sum(dtype=np.int64)) / space, 6) if space else 0.0
+
+
+def _shares(examples: Examples, verdicts: Verdicts, train: Rows) -> dict[str, dict[str, float]]:
+    """Per source: records and tokens in the training rows, its share of all, and the effective epochs over it."""
+    in_train = (verdicts.reason == ACCEPTED) & (verdicts.split == TRAIN)
+    sampled_out = verdicts.reason == REASONS.index(Reason.NOT_SAMPLED)
+    candidates = in_train | (sampled_out & (verdicts.split == TRAIN))
+    tokens = np.bincount(train.source, weights=train.length, minlength=len(examples.sources))
+    total = max(tokens.sum(), 1)
+    shares = {}
+    for number, source in enumerate(examples.sources):
+        mine = examples.source == number
+        copies = int(verdicts.copies[mine & in_train].sum())
+        shares[source] = {
+            "records": int((mine & in_train).sum()),
+            "epochs": round(copies / max(int((mine & candidates).sum()), 1), 4),
+            "tokens": int(tokens[number]),
+            "share": round(float(tokens[number] / total), 6),
+        }
+    return shares
+
+
+def _proof(tokens: TokensResult) -> dict[str, int]:
+    names = ("targets", "targets_ending_in_stop", "targets_decoded_equal", "examples_without_target")
+    return {name: sum(unit.proof[name] for unit in tokens.units) for name in names}
+
+
+def check_conservation(report: dict[str, Any], examples: Examples, verdicts: Verdicts, rows: dict[str, Rows]) -> None:
+    """Every record has one verdict, every token of an accepted example is in the plan or counted as cut.
+
+    :raises StoreError: otherwise; nothing is written then.
+    """
+    judged = report["accepted"] + sum(report["rejected"].values()) + sum(report["dropped"].values())
+    if judged != report["records_in"]:
+        raise StoreError(f"{report['records_in']} records in, but {judged} accepted, rejected or dropped")
+    kept = verdicts.copies.astype(np.int64) * (examples.lengths - verdicts.cut)
+    for number, split in enumerate(SPLITS):
+        expected = int(kept[verdicts.split == number].sum())
+        planned = int(rows[split].length.sum(dtype=np.int64))
+        if expected != planned:
+            raise StoreError(f"{split}: accepted examples have {expected} tokens, the plan has {planned}")
+        if rows[split].num_rows and rows[split].target_tokens.min() < 1:
+            raise StoreError(f"{split}: row {int(rows[split].target_tokens.argmin())} has no target token")
+    if report["rows"] == 0:
+        from data_prep.errors import CorpusError
+
+        raise CorpusError(
+            f"nothing to train on: of {report['records_in']} records none is in the training rows "
+            f"(rejected {report['rejected']}, dropped {report['dropped']}, held out {report['validation_records']})"
+        )
+
+
+def _near_duplicates(tokens: TokensResult, corpus: CorpusSettings, root: Path) -> np.ndarray:
+    """The mask of `near_duplicates`, kept below ``root``: it is slow, and another seed or length changes nothing."""
+    units = [unit.records for unit in tokens.units]
+
+    def make(directory: Path) -> dict[str, Any]:
+        near = near_duplicates(_signatures(units, corpus.prepare_workers), corpus.near_duplicate_threshold)
+        np.save(directory / "near.npy", near)
+        return {"records": len(near), "near_duplicates": int(near.sum())}
+
+    fps = [unit.fingerprint for unit in units]
+    fp = store.fingerprint(stage="near_duplicates", units=fps, threshold=corpus.near_duplicate_threshold)
+    return np.load(store.build(root / "near_duplicates", fp, make).path / "near.npy")
+
+
+def _signatures(units: list[RecordsUnit], prepare_workers: int) -> np.ndarray:
+    """Signatures of all records in corpus order; made in several processes where that is worth it."""
+    calls = {unit.path: (unit.path,) for unit in units}
+    num_workers = min(prepare_workers or len(os.sched_getaffinity(0)), len(calls))
+    if num_workers > 1 and sum(unit.text_bytes for unit in units) >= MIN_BYTES_FOR_PROCESSES:
+        made = dict(on_processes(num_workers)(_signatures_of, calls))
+    else:
+        made = {path: _signatures_of(path) for path in calls}
+    return np.concatenate([made[unit.path] for unit in units])
+
+
+def _signatures_of(unit_path: str) -> np.ndarray:
+    """In any process: the signatures of one unit's records."""
+    chunks = read_arrow(Path(unit_path) / "records.arrow")["texts"].chunks
+    return sketch("\n".join(record) for chunk in chunks for record in chunk.to_pylist())
+
+
+def _peak_rss(tokens: TokensResult) -> int:
+    """Of the largest process of any stage."""
+    now = peak_rss_bytes()
+    return max(now, tokens.peak_rss_bytes, tokens.records.peak_rss_bytes)

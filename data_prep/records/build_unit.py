@@ -1,0 +1,297 @@
+"""One unit of records: reads its pieces, validates every record, writes the three files of `data_prep.records.shard`.
+
+In: a `UnitSpec`. Out: a directory of the store, or a series of them where the text turns out to be more than 32 MiB
+(a compressed file, a user's reader, an array that could not be cut), so that later stages can take one at a time.
+Cost: 80-120 MB/s; what can be done per block of 4 MiB is; a record costs its decoding, its checks and its hash.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import msgspec
+import numpy as np
+import pyarrow as pa
+
+from data_prep import store
+from data_prep.errors import CorpusError, PandaError
+from data_prep.processes import peak_rss_bytes
+from data_prep.records.files import UnitSpec
+from data_prep.records.json_stream import read_blocks
+from data_prep.records.normalise import Rejected, Row, content_hash, decode, from_mapping, normalise
+from data_prep.records.reasons import Reason
+from data_prep.records.source import Block, Piece, Source
+from data_prep.targets import load_target
+
+MAX_EXAMPLES = 5
+READER_BLOCK_RECORDS = 4096
+BATCH_BYTES = 1 << 20
+MAX_TEXT_BYTES = 32 << 20
+RECORDS_SCHEMA = pa.schema(
+    [
+        pa.field("line", pa.int32(), nullable=False),
+        pa.field("hash", pa.binary(16), nullable=False),
+        pa.field("roles", pa.list_(pa.int8()), nullable=False),
+        pa.field("texts", pa.list_(pa.large_string()), nullable=False),
+    ]
+)
+LEDGER_SCHEMA = pa.schema(
+    [
+        pa.field("piece", pa.int32(), nullable=False),
+        pa.field("line", pa.int64(), nullable=False),
+        pa.field("offset", pa.int64(), nullable=False),
+        pa.field("length", pa.int32(), nullable=False),
+        pa.field("hash", pa.binary(16)),
+        pa.field("reason", pa.dictionary(pa.int8(), pa.string())),
+    ]
+)
+REASONS = list(Reason)
+
+
+def build_unit(root: Path, spec: UnitSpec) -> tuple[list[store.Built], int]:
+    """Make one unit (in any process); also returns the peak memory of the process in bytes."""
+    built = find_unit(root, spec.fingerprint) or _write_series(root, spec)
+    return built, peak_rss_bytes()
+
+
+def find_unit(root: Path, fp: str) -> list[store.Built] | None:
+    """The directories of a unit if all of them are there."""
+    first = store.find(root / fp)
+    if first is None:
+        return None
+    wanted = range(1, first.manifest["directories"])
+    others = [built for number in wanted if (built := store.find(root / series_fingerprint(fp, number)))]
+    return [first, *others] if len(others) == len(wanted) else None
+
+
+def series_fingerprint(fp: str, number: int) -> str:
+    """The name of directory ``number`` of a unit; the first has the name of the unit."""
+    return store.fingerprint(series=fp, number=number) if number else fp
+
+
+@dataclass
+class _Validated:
+    """A block as columns. ``reasons`` is (n,) int8, -1 = valid; the others have an entry a valid record."""
+
+    reasons: np.ndarray
+    roles: list[bytes] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+    details: dict[int, str] = field(default_factory=dict)
+
+    @property
+    def valid(self) -> np.ndarray:
+        return np.flatnonzero(self.reasons < 0)
+
+    def is_rejected(self, index: int) -> bool:
+        return bool(self.reasons[index] >= 0)
+
+
+class _Directory:
+    """The three files of a unit while they are written, and the counts for its manifest."""
+
+    def __init__(self, directory: Path):
+        self.path = directory
+        self.records = pa.ipc.new_file(str(directory / "records.arrow"), RECORDS_SCHEMA)
+        self.ledger = pa.ipc.new_file(str(directory / "ledger.arrow"), LEDGER_SCHEMA)
+        self.quarantine = (directory / "quarantine.bin").open("wb")
+        self.num_records = 0
+        self.num_valid = 0
+        self.text_bytes = 0
+        self.rejected: Counter[str] = Counter()
+        self.examples: list[dict[str, Any]] = []
+
+    def close(self) -> None:
+        self.records.close()
+        self.ledger.close()
+        self.quarantine.close()
+
+    def write(self, pieces: np.ndarray, block: Block, validated: _Validated) -> None:
+        """Append a block to all files; ``pieces`` (n,) int32 says of which piece each record is."""
+        valid = validated.valid
+        if len(valid):
+            batch = _records_batch(validated, valid + self.num_records)
+            self.text_bytes += batch.column("texts").values.nbytes
+            self.records.write_batch(batch)
+        self.ledger.write_batch(_ledger_batch(pieces, block, validated))
+        for index in np.flatnonzero(validated.reasons >= 0).tolist():
+            self._reject(int(pieces[index]), block, index, validated)
+        self.num_records += len(block.records)
+        self.num_valid += len(valid)
+
+    def _reject(self, piece: int, block: Block, index: int, validated: _Validated) -> None:
+        reason = REASONS[validated.reasons[index]]
+        self.rejected[reason.value] += 1
+        self.quarantine.write(_raw(block.records[index]) + b"\n")
+        if len(self.examples) < MAX_EXAMPLES:
+            detail = validated.details.get(index, reason.explanation)
+            line = int(block.lines[index])
+            self.examples.append({"piece": piece, "line": line, "reason": reason.value, "detail": detail})
+
+    def counts(self) -> dict[str, Any]:
+        return {
+            "records": self.num_records,
+            "valid": self.num_valid,
+            "rejected": dict(sorted(self.rejected.items())),
+            "text_bytes": self.text_bytes,
+            "examples": self.examples,
+        }
+
+
+def _write_series(root: Path, spec: UnitSpec) -> list[store.Built]:
+    """A directory for every 32 MiB of text; all are published when the last is written, the first at the very end."""
+    facts: list[dict[str, int]] = []
+    parse = decode if spec.reader is None else from_mapping
+    edges = None
+    with ExitStack() as temporary:
+        series = [_Directory(temporary.enter_context(store.building(root, spec.fingerprint)))]
+        for pieces, block in _gathered(_blocks(spec, facts)):
+            validated = _validate(block, parse, spec.kind)
+            edges = [edges[0] if edges else validated.is_rejected(0), validated.is_rejected(-1)]
+            if series[-1].text_bytes >= MAX_TEXT_BYTES:
+                series[-1].close()
+                fp = series_fingerprint(spec.fingerprint, len(series))
+                series.append(_Directory(temporary.enter_context(store.building(root, fp))))
+            series[-1].write(pieces, block, validated)
+        series[-1].close()
+        whole = {"directories": len(series), "pieces": facts, "rejected_edges": edges or [False, False]}
+        return [_publish(root, spec.fingerprint, series, number, whole) for number in reversed(range(len(series)))][
+            ::-1
+        ]
+
+
+def _publish(root: Path, fp: str, series: list["_Directory"], number: int, whole: dict[str, Any]) -> store.Built:
+    body = {**series[number].counts(), **whole} if number == 0 else series[number].counts()
+    return store.publish(series[number].path, root / series_fingerprint(fp, number), body)
+
+
+def _blocks(spec: UnitSpec, facts: list[dict[str, int]]) -> Iterator[tuple[int, Block]]:
+    """(number of the piece, block) of all pieces of a unit; adds to ``facts`` what was read of each piece."""
+    for number, (piece, expected) in enumerate(zip(spec.pieces, spec.hashes, strict=True)):
+        source = Source(piece)
+        for block in read_blocks(source) if spec.reader is None else _user_blocks(piece, spec.reader):
+            yield number, block
+        if spec.reader is None:
+            _check_unchanged(source, piece, expected)
+        facts.append({"bytes": source.size, "newlines": source.newlines})
+
+
+def _gathered(blocks: Iterator[tuple[int, Block]]) -> Iterator[tuple[np.ndarray, Block]]:
+    """Small blocks joined until they are worth a batch: an Arrow batch costs 0.2 ms, thousands of tiny files many."""
+    gathered: list[tuple[int, Block]] = []
+    size = 0
+    for number, block in blocks:
+        gathered.append((number, block))
+        size += int(block.lengths.sum())
+        if size >= BATCH_BYTES:
+            yield _joined(gathered)
+            gathered, size = [], 0
+    if gathered:
+        yield _joined(gathered)
+
+
+def _joined(gathered: list[tuple[int, Block]]) -> tuple[np.ndarray, Block]:
+    """One block, and for each of its records the number of its piece ``(n,) int32``."""
+    blocks = [block for _, block in gathered]
+    counts = [len(block.records) for block in blocks]
+    firsts = np.concatenate(([0], np.cumsum(counts)[:-1])).tolist()
+    faults = {first + at: why for first, block in zip(firsts, blocks, strict=True) for at, why in block.faults.items()}
+    joined = Block(
+        [record for block in blocks for record in block.records],
+        np.concatenate([block.offsets for block in blocks]),
+        np.concatenate([block.lengths for block in blocks]),
+        np.concatenate([block.lines for block in blocks]),
+        faults,
+    )
+    return np.repeat(np.array([number for number, _ in gathered], np.int32), counts), joined
+
+
+def _check_unchanged(source: Source, piece: Piece, expected: str) -> None:
+    if source.content_hash != expected:
+        raise CorpusError(f"{piece.path} changed while it was read; run again when nobody writes to it")
+
+
+def _validate(block: Block, parse: Callable[[Any], Row | list], kind: str) -> _Validated:
+    result = _Validated(np.full(len(block.records), -1, np.int8))
+    for index, fault in block.faults.items():
+        result.reasons[index] = REASONS.index(fault)
+    for index, record in enumerate(block.records):
+        if index not in block.faults:
+            try:
+                roles, texts = normalise(parse(record), kind)
+                content = content_hash(roles, texts)
+            except Rejected as rejected:
+                result.reasons[index] = REASONS.index(rejected.reason)
+                result.details[index] = rejected.detail
+                continue
+            result.roles.append(roles)
+            result.texts += texts
+            result.hashes.append(content)
+    return result
+
+
+def _records_batch(validated: _Validated, lines: np.ndarray) -> pa.RecordBatch:
+    counts = np.fromiter(map(len, validated.roles), np.int32, len(validated.roles))
+    offsets = pa.array(np.concatenate(([0], np.cumsum(counts))), pa.int32())
+    roles = pa.array(np.frombuffer(b"".join(validated.roles), np.int8))
+    texts = pa.array(validated.texts, pa.large_string())
+    columns = [
+        pa.array(lines, pa.int32()),
+        _binary16(validated.hashes),
+        pa.ListArray.from_arrays(offsets, roles),
+        pa.ListArray.from_arrays(offsets, texts),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=RECORDS_SCHEMA)
+
+
+def _ledger_batch(pieces: np.ndarray, block: Block, validated: _Validated) -> pa.RecordBatch:
+    num_records = len(block.records)
+    valid = validated.reasons < 0
+    hashes = np.zeros((num_records, 16), np.uint8)
+    hashes[valid] = np.frombuffer(b"".join(validated.hashes), np.uint8).reshape(-1, 16)
+    reasons = pa.array(validated.reasons, pa.int8(), mask=valid)
+    columns = [
+        pa.array(pieces, pa.int32()),
+        pa.array(block.lines, pa.int64()),
+        pa.array(block.offsets, pa.int64()),
+        pa.array(block.lengths, pa.int32()),
+        pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(16), num_records, [pa.array(valid).buffers()[1], pa.py_buffer(hashes)]
+        ),
+        pa.DictionaryArray.from_arrays(reasons, pa.array([reason.value for reason in REASONS])),
+    ]
+    return pa.RecordBatch.from_arrays(columns, schema=LEDGER_SCHEMA)
+
+
+def _binary16(values: list[bytes]) -> pa.Array:
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(values), [None, pa.py_buffer(b"".join(values))])
+
+
+def _user_blocks(piece: Piece, reader: dict[str, Any]) -> Iterator[Block]:
+    """What the user's generator yields, in blocks; its errors are the user's to see, with the file that caused them."""
+    count = 0
+    try:
+        records = iter(load_target(reader, "reader")(piece.path))
+        while block := list(islice(records, READER_BLOCK_RECORDS)):
+            numbers = np.arange(count + 1, count + len(block) + 1)
+            yield Block(block, np.full(len(block), -1), np.zeros(len(block), np.int64), numbers)
+            count += len(block)
+    except PandaError:
+        raise
+    except Exception as error:
+        where = f"reader {reader['_target_']} failed on {piece.path} after {count} records"
+        raise CorpusError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _raw(record: Any) -> bytes:
+    """The bytes of a record; of what a user's reader yielded, its JSON, or its repr where it has none."""
+    if isinstance(record, (bytes, msgspec.Raw)):
+        return bytes(record)
+    try:
+        return msgspec.json.encode(record)
+    except (TypeError, ValueError):
+        return repr(record).encode("utf-8", "backslashreplace")

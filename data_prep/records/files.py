@@ -1,0 +1,227 @@
+"""What there is to read: the files of the corpus, in a stable order, as units of work.
+
+In: the two directories of `CorpusSettings`. Out: `UnitSpec`s, each with the fingerprint of the bytes it covers.
+
+- Order: instruction before pretraining, then by relative path. Hidden files and directories are passed over.
+- A source is the directory's kind or `kind/subdirectory` of the first level.
+- A plain file above 32 MiB is cut into parts of about 16 MiB: JSON Lines at newlines, arrays where the text looks like
+  the border of two elements (`data_prep.records.shard` joins parts that turn out to be cut wrongly).
+- Of many small files, those next to each other share a unit. A group ends where the content hash of a file says so, so
+  a new file changes the one group it falls into, about 1 MiB, and not all those behind it.
+
+Cost: every byte is hashed once (5 GB/s a core); nothing is decompressed or parsed.
+"""
+
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from data_prep import store
+from data_prep.errors import CorpusError, NoCorpusError
+from data_prep.records.json_stream import BOM, HEAD_BYTES, SUFFIXES, find_form, find_opening
+from data_prep.records.source import Piece
+from data_prep.settings import CorpusSettings
+from data_prep.targets import target_fingerprint
+
+PART_BYTES = 16 << 20
+BORDER_READ_BYTES = 64 << 10  # records are seldom longer
+MIN_FILES_TO_GROUP = 64
+GROUP_BYTES = 1 << 20
+MAX_GROUP_BYTES = 8 << 20
+DIRECTORY_SETTINGS = {"instruction": "instruction_tuning_data_dir", "pretraining": "pretraining_data_dir"}
+
+
+@dataclass(frozen=True)
+class InputFile:
+    """One file of the corpus."""
+
+    path: str
+    kind: str
+    source: str
+    size: int
+
+
+@dataclass(frozen=True)
+class UnitSpec:
+    """A unit of records: the pieces it reads, one after another, and what its content depends on."""
+
+    pieces: tuple[Piece, ...]
+    hashes: tuple[str, ...]
+    kind: str
+    source: str
+    size: int
+    reader: dict[str, Any] | None = None
+    reader_source: dict[str, Any] | None = None
+
+    @property
+    def fingerprint(self) -> str:
+        """Of bytes and of what they are read as; never of a path."""
+        pieces = [
+            [content, _compression(piece.path), piece.form, piece.opening.hex(), piece.first, piece.last]
+            for piece, content in zip(self.pieces, self.hashes, strict=True)
+        ]
+        return store.fingerprint(stage="records", kind=self.kind, pieces=pieces, reader=self.reader_source)
+
+
+def find_files(corpus: CorpusSettings) -> list[InputFile]:
+    """Every input file in the stable order.
+
+    :raises CorpusError: a directory that was asked for is missing or empty.
+    :raises NoCorpusError: none was asked for, and there is no file in the default ones.
+    """
+    files: list[InputFile] = []
+    problems = []
+    for kind, setting in DIRECTORY_SETTINGS.items():
+        directory = getattr(corpus, setting)
+        if directory is None:
+            continue
+        found = list(_files_below(Path(directory), kind, any_name=corpus.reader is not None))
+        files += found
+        if not found:
+            problems.append((setting, directory))
+    wanted = [(name, path) for name, path in problems if path != CorpusSettings.model_fields[name].default]
+    if wanted:
+        raise CorpusError(_nothing_to_read(wanted))
+    if not files:
+        raise NoCorpusError(_nothing_to_read(problems))
+    return files
+
+
+def plan_units(files: list[InputFile], corpus: CorpusSettings, num_workers: int) -> list[UnitSpec]:
+    """The units of all files, in the order of the files."""
+    reader = corpus.reader
+    pieces = [(file, piece) for file in files for piece in (_cut(file) if reader is None else [Piece(file.path)])]
+    with ThreadPoolExecutor(num_workers) as threads:
+        hashes = list(threads.map(_hash_piece, [piece for _, piece in pieces], chunksize=16))
+    source = None if reader is None else target_fingerprint(reader, "reader")
+    specs = [
+        UnitSpec((piece,), (content,), file.kind, file.source, _piece_size(piece, file), reader, source)
+        for (file, piece), content in zip(pieces, hashes, strict=True)
+    ]
+    return list(_grouped(specs)) if len(files) >= MIN_FILES_TO_GROUP else specs
+
+
+def join(first: UnitSpec, second: UnitSpec) -> UnitSpec:
+    """One unit for two neighbouring parts of a file that must be read together."""
+    piece = replace(first.pieces[0], stop=second.pieces[0].stop, last=second.pieces[0].last)
+    return replace(first, pieces=(piece,), hashes=(_hash_piece(piece),), size=first.size + second.size)
+
+
+def _files_below(directory: Path, kind: str, any_name: bool) -> Iterator[InputFile]:
+    if directory.is_file():
+        raise CorpusError(f"{DIRECTORY_SETTINGS[kind]}: {directory} is a file; give the directory it is in")
+    found = []
+    seen = set()
+    for parent, directories, names in os.walk(directory, followlinks=True):
+        real = os.path.realpath(parent)
+        directories[:] = [name for name in directories if not name.startswith(".") and real not in seen]
+        if real not in seen:
+            found += [Path(parent, name) for name in names if not name.startswith(".")]
+        seen.add(real)
+    for path in sorted(found, key=lambda path: path.relative_to(directory).parts):
+        if (any_name or path.name.endswith(SUFFIXES)) and path.is_file():
+            yield _input_file(path, path.relative_to(directory).parts, kind)
+
+
+def _input_file(path: Path, parts: tuple[str, ...], kind: str) -> InputFile:
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise CorpusError(f"{os.fsencode(path)!r}: the name is not UTF-8; rename the file") from None
+    if not os.access(path, os.R_OK):
+        raise CorpusError(f"{path}: not readable; check its permissions")
+    return InputFile(str(path), kind, kind if len(parts) == 1 else f"{kind}/{parts[0]}", path.stat().st_size)
+
+
+def _nothing_to_read(problems: list[tuple[str, str]]) -> str:
+    if not problems:
+        return "No corpus: give --instruction_tuning_data_dir, --pretraining_data_dir or both"
+    empty = f"holds no {', '.join(SUFFIXES)} file"
+    lines = [f"--{name}: {path} {empty if os.path.exists(path) else 'does not exist'}" for name, path in problems]
+    return "\n".join(["Nothing to read:", *lines, "Give a directory with data, or null to do without it."])
+
+
+def _cut(file: InputFile) -> list[Piece]:
+    """The parts of a large plain file; a small or compressed file is one piece."""
+    if file.size <= 2 * PART_BYTES or _compression(file.path):
+        return [Piece(file.path)]
+    with open(file.path, "rb") as stream:
+        head = stream.read(HEAD_BYTES)
+        form = find_form(head.removeprefix(BOM))
+        opening = find_opening(head) if form == "array" else b""
+        border = b"\n" if form == "lines" else opening
+        if not border or form == "values":
+            return [Piece(file.path)]
+        cuts = list(_borders(stream, border, file.size))
+    edges = [0, *cuts, file.size]
+    return [
+        Piece(file.path, start, stop, form, opening, first=start == 0, last=stop == file.size)
+        for start, stop in pairwise(edges)
+    ]
+
+
+def _borders(stream: Any, border: bytes, size: int) -> Iterator[int]:
+    """One offset for each multiple of PART_BYTES: where the next border after it is."""
+    place = PART_BYTES
+    while place < size - PART_BYTES // 2:
+        found = _find(stream, border, place)
+        if found is None:
+            return
+        cut = found + 1 if border == b"\n" else found
+        if cut >= size:
+            return
+        yield cut
+        place = max(place + PART_BYTES, cut + PART_BYTES // 2)
+
+
+def _find(stream: Any, border: bytes, start: int) -> int | None:
+    kept = b""
+    stream.seek(start)
+    while chunk := stream.read(BORDER_READ_BYTES):
+        data = kept + chunk
+        if (found := data.find(border)) >= 0:
+            return stream.tell() - len(data) + found
+        kept = data[-len(border) + 1 :] if len(border) > 1 else b""
+    return None
+
+
+def _grouped(specs: Iterable[UnitSpec]) -> Iterator[UnitSpec]:
+    """Small neighbouring files as one unit, which ends after a file with probability size / GROUP_BYTES."""
+    group: list[UnitSpec] = []
+    size = 0
+    for spec in specs:
+        if group and (spec.source != group[0].source or size + spec.size > MAX_GROUP_BYTES):
+            yield _merged(group)
+            group, size = [], 0
+        if spec.size >= GROUP_BYTES and not group:
+            yield spec
+            continue
+        group.append(spec)
+        size += spec.size
+        if int(spec.hashes[0][:8], 16) / 2**32 < spec.size / GROUP_BYTES:
+            yield _merged(group)
+            group, size = [], 0
+    if group:
+        yield _merged(group)
+
+
+def _merged(group: list[UnitSpec]) -> UnitSpec:
+    pieces = tuple(spec.pieces[0] for spec in group)
+    hashes = tuple(spec.hashes[0] for spec in group)
+    return replace(group[0], pieces=pieces, hashes=hashes, size=sum(spec.size for spec in group))
+
+
+def _hash_piece(piece: Piece) -> str:
+    return store.hash_file(piece.path, piece.start, piece.stop)
+
+
+def _piece_size(piece: Piece, file: InputFile) -> int:
+    return (file.size if piece.stop is None else piece.stop) - piece.start
+
+
+def _compression(path: str) -> str:
+    return next((suffix for suffix in ("gz", "zst") if path.endswith(f".{suffix}")), "")

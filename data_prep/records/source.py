@@ -1,0 +1,163 @@
+"""Where the bytes come from: a `Piece` of a file as chunks (`Source`), seen through a `Window`, taken as `Block`s.
+
+In: a path and a range. Out: decompressed bytes with offsets and line numbers. Nothing here knows JSON.
+Cost: reading, newline counting and hashing, 1-2 GB/s; igzip about 350 MB/s. Memory: the window.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import numpy as np
+import xxhash
+import zstandard
+from isal import isal_zlib
+
+from data_prep.records.reasons import Reason
+
+Form = Literal["lines", "array", "values"]
+WINDOW_BYTES = 4 << 20
+READ_BYTES = 256 << 10
+GZIP_CHUNK_BYTES = 16 << 10  # at most 17 MB decompressed
+ZSTD_CHUNK_BYTES = 512  # at most 17 MB decompressed: 4 bytes can stand for 128 KiB
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What one reader reads: the bytes ``start:stop`` of a file (of a compressed file always all of them).
+
+    ``first`` and ``last`` say whether the file begins and ends here; ``opening`` is the text by which the elements of
+    an array were seen to begin, for example ``,\\n  {\\n    "input"`` (only a hint for the first guess of a border).
+    """
+
+    path: str
+    start: int = 0
+    stop: int | None = None
+    form: Form | None = None
+    opening: bytes = b""
+    first: bool = True
+    last: bool = True
+
+
+@dataclass
+class Block:
+    """Consecutive records of a piece. ``faults``: index of a record -> why it is none. All arrays are (n,) int64."""
+
+    records: list
+    offsets: np.ndarray
+    lengths: np.ndarray
+    lines: np.ndarray
+    faults: dict[int, Reason] = field(default_factory=dict)
+
+
+class Source:
+    """The bytes of a piece as chunks, decompressed; knows afterwards what it read and whether it was cut off."""
+
+    def __init__(self, piece: Piece):
+        self.piece = piece
+        self.truncated = False
+        self.size = 0
+        self.newlines = 0
+        self._digest = xxhash.xxh3_128()
+
+    @property
+    def content_hash(self) -> str:
+        """xxh3_128 of the bytes of the file that were read (compressed as they are)."""
+        return self._digest.hexdigest()
+
+    def chunks(self) -> Iterator[bytes]:
+        """The decompressed bytes."""
+        if self.piece.path.endswith(".gz"):
+            gzip_error: Any = isal_zlib.error  # a class, which isal's stub calls an instance
+            yield from self._inflated(lambda: isal_zlib.decompressobj(wbits=31), gzip_error, GZIP_CHUNK_BYTES)
+        elif self.piece.path.endswith(".zst"):
+            yield from self._inflated(
+                lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError, ZSTD_CHUNK_BYTES
+            )
+        else:
+            yield from self._stored(WINDOW_BYTES)
+
+    def _stored(self, chunk_bytes: int) -> Iterator[bytes]:
+        with open(self.piece.path, "rb", buffering=READ_BYTES) as stream:
+            stream.seek(self.piece.start)
+            left = (1 << 62) if self.piece.stop is None else self.piece.stop - self.piece.start
+            while left and (chunk := stream.read(min(chunk_bytes, left))):
+                left -= len(chunk)
+                self.size += len(chunk)
+                self.newlines += chunk.count(b"\n")
+                self._digest.update(chunk)
+                yield chunk
+
+    def _inflated(self, new: Callable, damaged: type[Exception], chunk_bytes: int) -> Iterator[bytes]:
+        """One or more compressed streams, one after another. A damaged one is read up to the damage."""
+        stream = None
+        for chunk in self._stored(chunk_bytes):
+            rest = chunk
+            while rest and not self.truncated:  # after damage only the hash goes on
+                stream = stream or new()
+                try:
+                    data = stream.decompress(rest)
+                except damaged:
+                    self.truncated = True
+                    break
+                if data:
+                    yield data
+                rest = stream.unused_data if stream.eof else b""
+                stream = None if stream.eof else stream
+        self.truncated = self.truncated or stream is not None
+
+
+class Window:
+    """A stretch of the source in memory: ``data[position:]`` is what nobody has taken yet."""
+
+    def __init__(self, source: Source):
+        self._source = source
+        self._chunks = source.chunks()
+        self.data = b""
+        self.position = 0
+        self.base = 0  # offset of data[0] in the (decompressed) source
+        self.line = 1  # line of data[position]
+        self.at_end = False
+
+    @property
+    def truncated(self) -> bool:
+        return self._source.truncated
+
+    def fill(self, size: int) -> int:
+        """Make ``size`` bytes available, fewer only at the end; returns how many there are."""
+        have = len(self.data) - self.position
+        if have < size and not self.at_end:
+            parts = [self.data[self.position :]]
+            while have < size:
+                chunk = next(self._chunks, None)
+                if chunk is None:
+                    self.at_end = True
+                    break
+                parts.append(chunk)
+                have += len(chunk)
+            self.base += self.position
+            self.data = b"".join(parts)
+            self.position = 0
+        return have
+
+    def skip(self, end: int) -> None:
+        """Pass over separators up to ``data[end]``."""
+        self.line += self.data.count(b"\n", self.position, end)
+        self.position = end
+
+    def take(self, records: list, starts: np.ndarray, lengths: np.ndarray, end: int) -> Block:
+        """A block of the records at ``data[starts]``, and pass over everything up to ``data[end]``."""
+        newlines = np.flatnonzero(np.frombuffer(self.data, np.uint8)[self.position : end] == 10) + self.position
+        lines = self.line + np.searchsorted(newlines, starts)
+        self.line += len(newlines)
+        self.position = end
+        return Block(records, self.base + starts, lengths, lines)
+
+    def take_one(self, end: int, fault: Reason | None = None, start: int | None = None) -> Block:
+        """A block of the one record ``data[start:end]``."""
+        start = self.position if start is None else start
+        record = self.data[start:end]
+        block = self.take([record], np.array([start]), np.array([len(record)]), end)
+        if fault:
+            block.faults[0] = fault
+        return block

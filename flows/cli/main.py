@@ -1,0 +1,156 @@
+"""Command lines: `python train.py` and the console command `panda VERB`.
+
+In: argv. Out: an exit code (0 done, 2 the user's to mend, 1 anything else, 130 interrupted); results on stdout, logs
+and progress on stderr. Everything heavy is imported by the verb that needs it, so `--help` and errors answer at once.
+
+`panda completion`: the shell completion script. In: nothing. Out: a script on stdout. Cost: 0.2 s.
+"""
+
+import importlib
+import logging
+import sys
+from collections.abc import Callable
+
+from configs.cli import (
+    CONF_PATH,
+    DRY_RUN,
+    JSON,
+    PLAN_SWITCHES,
+    PRINT_CONFIG,
+    VERBOSE,
+    CommandLine,
+    Switch,
+    build_parser,
+    configure,
+    parse,
+)
+from configs.docs import script
+from data_prep.errors import PandaError
+
+TRAIN_TEXT = "Turn JSON corpora and a base model into a registered, evaluated model: one Prefect flow, in this process."
+TRAIN_SWITCHES = [CONF_PATH, PRINT_CONFIG, DRY_RUN, JSON, VERBOSE, *PLAN_SWITCHES]
+STATES_OF_PREFECT = ("Task run failed with state", "Finished in state")
+
+VERBS: dict[str, tuple[str, str]] = {
+    "up": ("stack:up", "start Prefect server, MLflow server and worker in the background"),
+    "down": ("stack:down", "stop them"),
+    "status": ("stack:status", "show what of it runs"),
+    "serve-flow": ("serve:serve_flow", "serve the deployments in this terminal, without a worker"),
+    "plan": ("plan:main", "tell what a run would do, need and take, without training"),
+    "prepare": ("prepare:prepare", "prepare the data without training, and report what became of every record"),
+    "inspect": ("prepare:inspect", "show prepared examples with their mask, lengths and packing"),
+    "why": ("prepare:why", "tell the story of one input record"),
+    "models": ("models:models", "show registered versions, their gates and aliases"),
+    "promote": ("models:promote", "make a version the champion"),
+    "rollback": ("models:rollback", "give the champion alias back to the version before"),
+    "lineage": ("lineage:lineage", "show what a version was made of"),
+    "export": ("export:export", "write a version as a plain model directory, adapter merged"),
+    "chat": ("export:chat", "talk to a version in the terminal"),
+    "serve": ("export:serve", "serve a version to OpenAI clients"),
+    "benchmark": ("benchmark:main", "ask a version tasks of lm-eval, scores to MLflow"),
+    "reproduce": ("reproduce:main", "train the first steps of a version again; the losses must agree"),
+    "takedown": ("lineage:takedown", "take a record down, and tag the versions that saw it"),
+    "completion": ("completion:main", 'print a shell completion script: eval "$(panda completion)"'),
+    "verify": ("prepare:verify", "read all prepared data again and compare hashes"),
+}
+"""Verb -> (`module:function` below `flows`, called with argv, returns the exit code; one line of help)."""
+
+
+def train_main(argv: list[str]) -> int:
+    """`python train.py`."""
+    return guarded(lambda: _train(argv), verbose="--verbose" in argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`panda VERB ...`."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help") or argv[0] not in VERBS:
+        return _overview(argv)
+    module, _, function = VERBS[argv[0]][0].partition(":")
+
+    def run() -> int:
+        return getattr(importlib.import_module(f"flows.{module}"), function)(argv[1:])
+
+    return guarded(run, verbose="--verbose" in argv)
+
+
+def guarded(command: Callable[[], int], verbose: bool) -> int:
+    """Run a command; an error the user can mend is shown as its message alone."""
+    _log_to_stderr(verbose)
+    try:
+        return command()
+    except PandaError as error:
+        if verbose:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+
+
+def _log_to_stderr(verbose: bool) -> None:
+    """Our own progress for people; of other libraries only warnings."""
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger().handlers[0].addFilter(_is_for_people)
+    for package in ("data_prep", "training", "configs", "tasks", "flows"):
+        logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def _is_for_people(record: logging.LogRecord) -> bool:
+    """Prefect's own lines say in other words what the stages say, and its states what the last line says."""
+    if not record.name.startswith("prefect"):
+        return True
+    return record.levelno > logging.INFO and not record.getMessage().startswith(STATES_OF_PREFECT)
+
+
+def read_arguments(
+    prog: str, text: str, argv: list[str], switches: list[Switch], settings: set[str] | None = None
+) -> CommandLine:
+    """Parse argv for one command; `settings` limits the flags to those the command uses."""
+    return parse(build_parser(prog, text, switches, settings), argv)
+
+
+def _train(argv: list[str]) -> int:
+    line, loaded = configure("train.py", TRAIN_TEXT, argv, TRAIN_SWITCHES)
+    if not line.switches.conf_path:
+        from flows.parts.run_dir import as_in_the_run
+
+        loaded = as_in_the_run(loaded, line.values, line.overrides)
+    if line.switches.print_config:
+        from configs.docs import render
+
+        print(render(loaded))
+        return 0
+    if line.switches.dry_run:
+        from flows.cli import plan
+
+        return plan.run(line, loaded)
+    from flows.cli import run as direct
+
+    return direct.run(line, loaded)
+
+
+def _overview(argv: list[str]) -> int:
+    """The list of verbs; a misspelt one is an error."""
+    from configs.errors import did_you_mean
+
+    known = not argv or argv[0] in ("-h", "--help")
+    stream = sys.stdout if known else sys.stderr
+    if not known:
+        print(f"error: unknown command {argv[0]!r}{did_you_mean(argv[0], VERBS)}", file=stream)
+    print("usage: panda VERB [--flag value ...]   (panda VERB --help shows the flags)\n", file=stream)
+    for verb, (_, text) in VERBS.items():
+        print(f"  {verb:<12} {text}", file=stream)
+    return 0 if known else 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
+
+
+def main(argv: list[str]) -> int:
+    """Print the script for bash and zsh."""
+
+    print(script(list(VERBS)))
+    return 0

@@ -1,0 +1,333 @@
+"""`panda plan` and `train.py --dry_run`: what a run would do, need and take. Nothing is trained, no weights are loaded.
+
+In: the flags of `train.py`; the memory of a GPU and the speed, if one wants to say. Out: a report, or one JSON object;
+exit code 2 when the settings do not work together. Cost: hashing the corpus, 5 s of imports, a second of arithmetic.
+
+The plan of a run for a person at a terminal. In: the plan. Out: text on stdout. Cost: none.
+"""
+
+import math
+import os
+import subprocess
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from configs.cli import CONF_PATH, JSON, PLAN_SWITCHES, VERBOSE, CommandLine, configure, plain_text
+from configs.errors import ConfigError
+from configs.load import Loaded
+from configs.settings import PandaSettings
+from flows.cli.estimate import DataForecast, forecast_data
+from flows.cli.run import print_json
+from training.launch import commands
+from training.models.hub import base_checkpoint, description
+from training.planning import compatibility
+from training.planning.throughput import Speed, newest_config, past_speed
+from training.settings import TrackingSettings, TrainSettings
+
+TEXT = "Tell what a run would do, need and take: stages, rows, steps, memory, disk, hours. Nothing is trained."
+GB = 1e9
+CHECKPOINT_BYTES = 12  # float32 weight and two states of each trained parameter
+DEFAULT_CPU_RANKS = 2
+FIRST_WITH_BF16 = 8.0  # compute capability: Ampere
+
+
+@dataclass(frozen=True)
+class Target:
+    """What the run is planned for."""
+
+    ranks: int
+    is_gpu: bool
+    bf16: bool
+    memory_bytes: float | None  # of each rank
+
+    @property
+    def words(self) -> str:
+        kind = "GPU" if self.is_gpu else "CPU rank"
+        memory = f", {self.memory_bytes / GB:.1f} GB each" if self.memory_bytes else ""
+        return f"{self.ranks} {kind}{'s' if self.ranks > 1 else ''}, {'bfloat16' if self.bf16 else 'float32'}{memory}"
+
+
+def main(argv: list[str]) -> int:
+    """`panda plan`."""
+    line, loaded = configure("panda plan", TEXT, argv, [CONF_PATH, JSON, VERBOSE, *PLAN_SWITCHES])
+    return run(line, loaded)
+
+
+def run(line: CommandLine, loaded: Loaded) -> int:
+    """Make the plan of a configuration and show it."""
+    plan = make_plan(loaded.settings, line.switches.gpu_memory_gb, line.switches.tokens_per_second)
+    if line.switches.json:
+        print_json(plan)
+    else:
+        show(plan, loaded.settings)
+    return 2 if plan["problems"] else 0
+
+
+def make_plan(settings: PandaSettings, gpu_memory_gb: float | None, tokens_per_second: float | None) -> dict[str, Any]:
+    """The whole plan as plain values; its keys are documented in docs/guide.md."""
+    checkpoint = base_checkpoint(settings)
+    if checkpoint is None and settings.architecture is None:
+        raise ConfigError([f"model={settings.model!r}: neither ckpt_path nor architecture says what to start from"])
+    described = description(settings)
+    last = newest_config(Path(settings.output_dir))
+    train = TrainSettings.of(settings)
+    target = target_of(train, gpu_memory_gb)
+    data = forecast_data(settings, described, last)
+    course = course_of(data, train, target)
+    speed = Speed(tokens_per_second, "as given") if tokens_per_second else _past_speed(settings, train)
+    return {
+        "model": settings.model,
+        "base": {"checkpoint": checkpoint, "here": described is not None or checkpoint is None},
+        "target": asdict(target) | {"words": target.words},
+        "stages": [asdict(stage) | {"reused": stage.reused} for stage in data.stages],
+        "data": _data(data),
+        "course": course,
+        **_size(settings, train, target, described),
+        "speed": asdict(speed) if speed else None,
+        "hours": course["tokens"] / speed.tokens_per_second / 3600 if speed else None,
+    }
+
+
+def target_of(settings: TrainSettings, gpu_memory_gb: float | None) -> Target:
+    """GPUs when there are some or their memory is given, else the CPU processes that would run here."""
+    num_gpus = commands.num_gpus()
+    is_gpu = bool(gpu_memory_gb or num_gpus)
+    ranks = (settings.num_processes or num_gpus or (1 if is_gpu else DEFAULT_CPU_RANKS)) * settings.nodes
+    if is_gpu:
+        memory, has_bf16 = (gpu_memory_gb * GB, True) if gpu_memory_gb else _first_gpu()
+        return Target(ranks, True, has_bf16 if settings.precision == "auto" else settings.precision == "bf16", memory)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks * settings.nodes
+    return Target(ranks, False, settings.precision == "bf16", memory)
+
+
+def _first_gpu() -> tuple[float | None, bool]:
+    """Memory of the first GPU and whether it computes in bfloat16, from NVIDIA's tool."""
+    command = ["nvidia-smi", "--query-gpu=memory.total,compute_cap", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+        mebibytes, capability = map(float, text.splitlines()[0].split(","))
+    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
+        return None, True
+    return mebibytes * 2**20, capability >= FIRST_WITH_BF16
+
+
+def _past_speed(settings: PandaSettings, train: TrainSettings) -> Speed | None:
+    return past_speed(Path(settings.output_dir), train, TrackingSettings.of(settings))
+
+
+def _data(data: DataForecast) -> dict[str, Any]:
+    values = asdict(data)
+    del values["stages"]
+    return values | {"plan_dir": str(data.plan_dir) if data.plan_dir else None}
+
+
+def course_of(data: DataForecast, settings: TrainSettings, target: Target) -> dict[str, Any]:
+    """Steps, tokens and padding of the whole training; exact when the pack plan is."""
+    rows_per_step = settings.per_gpu_train_batch_size * settings.gradient_accumulation_steps * target.ranks
+    steps_per_epoch = math.ceil(data.rows / rows_per_step)
+    steps = settings.max_steps if settings.max_steps >= 0 else math.ceil(settings.num_train_epochs * steps_per_epoch)
+    epochs = steps / steps_per_epoch if steps_per_epoch else 0.0
+    return {
+        "rows_per_step": rows_per_step,
+        "steps_per_epoch": steps_per_epoch,
+        "steps": steps,
+        "epochs": epochs,
+        "tokens": round(data.tokens * epochs),
+        "target_tokens": None if data.target_tokens is None else round(data.target_tokens * epochs),
+        "padding": 1 - data.utilisation,
+    }
+
+
+def _size(settings: PandaSettings, train: TrainSettings, target: Target, described: Path | None) -> dict[str, Any]:
+    """Compatibility, memory and disk; memory is unknown for a model whose configuration is out of reach."""
+    from training.planning.model_shape import config_from
+
+    nothing = {"parameters": None, "trainable": None, "memory": None, "fits": None, "change": None, "adapter": None,
+               "disk_bytes": None}  # fmt: skip
+    if described is None and settings.architecture is None:
+        return {"problems": compatibility.problems(train, {}, settings.packing), **nothing}
+    config = config_from(described, settings.architecture)
+    known = config.to_dict() if base_checkpoint(settings) else None
+    problems = compatibility.problems(train, known, settings.packing)
+    return {"problems": problems, **_needs(settings, train, target, config, known)}
+
+
+def _needs(
+    settings: PandaSettings, train: TrainSettings, target: Target, config: Any, known: dict[str, Any] | None
+) -> dict[str, Any]:
+    import torch
+
+    from training.planning import memory
+    from training.planning.model_shape import ModelShape, measure
+
+    @lru_cache
+    def shape_of(lora: bool, quant: bool) -> ModelShape:
+        changed = train.model_copy(update={"use_lora": lora, "use_quant": quant})
+        dtype = torch.bfloat16 if target.bf16 else torch.float32
+        return measure(config, changed, settings.max_seq_length, dtype, settings.packing)
+
+    def shapes(changed: TrainSettings) -> ModelShape:
+        return shape_of(changed.use_lora, changed.use_quant)
+
+    ranks = memory.Machine(target.ranks, target.is_gpu, target.bf16)
+    shape = shapes(train)
+    needed = memory.estimate(shape, train, ranks)
+    other = train.model_copy(update={"gradient_checkpointing": not train.gradient_checkpointing})
+    fits = target.memory_bytes is None or needed.total <= ranks.usable(target.memory_bytes)
+    change = adapter = None
+    if not fits and target.memory_bytes is not None:
+        wanted = (ranks, target.memory_bytes, known, settings.packing)
+        change = _described(memory.fitting_change(shapes, train, *wanted), {})
+        lora = {"use_lora": True}
+        adapter = _described(memory.fitting_change(shapes, train.model_copy(update=lora), *wanted), lora)
+    saved = shape.trainable if train.use_lora else shape.parameters
+    kept = train.keep_last + train.keep_best + 1  # one more while it is written
+    return {
+        "parameters": shape.parameters,
+        "trainable": shape.trainable,
+        "memory": asdict(needed) | {
+            "total": needed.total,
+            "activations_other": memory.activations(shape, other),
+        },
+        "fits": fits,
+        "change": change,
+        "adapter": None if train.use_lora else adapter,
+        "disk_bytes": kept * CHECKPOINT_BYTES * shape.trainable + 4 * saved,
+    }  # fmt: skip
+
+
+def _described(found: tuple[dict[str, Any], Any] | None, besides: dict[str, Any]) -> dict[str, Any] | None:
+    """A change that fits, as plain values."""
+    if found is None:
+        return None
+    values = besides | found[0]
+    return {"settings": values, "flags": _flags(values), "total": found[1].total, "host": found[1].host}
+
+
+def _flags(values: dict[str, Any]) -> str:
+    return " ".join(f"--{name} {plain_text(value)}" for name, value in values.items())
+
+
+PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "update", "engine")
+GB = 1e9
+
+
+def show(plan: dict[str, Any], settings: PandaSettings) -> None:
+    """Stages and why, rows and steps, memory part by part, disk, hours, verdict."""
+    console = Console(highlight=False)
+    console.print(_table("Stages", _stages(plan)))
+    console.print(_table("Training", _training(plan)))
+    if plan["memory"]:
+        console.print(_table(f"Memory of a rank ({plan['target']['words']})", _memory(plan, settings)))
+    for line in _verdict(plan):
+        console.print(line, markup=False)
+
+
+def _stages(plan: dict[str, Any]) -> list[tuple[str, str, str]]:
+    rows = []
+    for stage in plan["stages"]:
+        if stage["reused"]:
+            state = "reused"
+        else:
+            state = f"to do ({stage['total'] - stage['done']} of {stage['total']})" if stage["done"] else "to do"
+        rows.append((stage["name"], state, stage["why"]))
+    base = plan["base"]
+    if base["checkpoint"]:
+        rows.insert(1, ("base model", "here" if base["here"] else "to download", base["checkpoint"]))
+    return [*rows, ("train", "to do", f"{plan['course']['steps']:,} steps" if plan["data"]["corpus_bytes"] else "")]
+
+
+def _training(plan: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = _rows_and_steps(plan["data"], plan["course"]) if plan["data"]["corpus_bytes"] else []
+    if plan["parameters"]:
+        rows.append(("parameters", f"{_count(plan['parameters'])}, {_count(plan['trainable'])} of them trained"))
+        rows.append(("disk for checkpoints and model", _size(plan["disk_bytes"])))
+    return [*rows, ("duration", _duration(plan))]
+
+
+def _rows_and_steps(data: dict[str, Any], course: dict[str, Any]) -> list[tuple[str, str]]:
+    about = "" if data["exact"] else "about "
+    targets = data["target_tokens"]
+    return [
+        ("rows", f"{about}{data['rows']:,}"),
+        ("tokens in them", f"{about}{data['tokens']:,}"),
+        ("target tokens", "known once tokens exist" if targets is None else f"{about}{targets:,}"),
+        ("padding", f"{about}{100 * course['padding']:.1f} %"),
+        ("rows in a step", f"{course['rows_per_step']:,}"),
+        ("optimizer steps", f"{about}{course['steps']:,} ({course['epochs']:.2f} epochs)"),
+        ("tokens trained on", f"{about}{course['tokens']:,}"),
+    ]
+
+
+def _duration(plan: dict[str, Any]) -> str:
+    speed = plan["speed"]
+    if not plan["data"]["corpus_bytes"]:
+        return "unknown: no corpus; give --instruction_tuning_data_dir or --pretraining_data_dir"
+    if not speed:
+        return "unknown: no earlier run; give --tokens_per_second"
+    return f"{plan['hours']:.2f} h at {speed['tokens_per_second']:,.0f} tokens/s ({speed['source']})"
+
+
+def _memory(plan: dict[str, Any], settings: PandaSettings) -> list[tuple[str, str, str]]:
+    memory = plan["memory"]
+    other = "without" if settings.gradient_checkpointing else "with"
+    notes = {
+        "activations": f"{_size(memory['activations_other'])} {other} gradient_checkpointing",
+        "logits": "one chunk of targets at a time, and the gradient of the head",
+        "update": "float32 gradients, when there are no activations",
+        "engine": "buckets, gathered weights, the process itself",
+    }
+    rows = [(part, _size(memory[part]), notes.get(part, "")) for part in PARTS]
+    rows.append(("total", _size(memory["total"]), "at the peak of a step"))
+    if memory["host"]:
+        rows.append(("in CPU memory", _size(memory["host"]), "offloaded, or weights being loaded"))
+    return rows
+
+
+def _verdict(plan: dict[str, Any]) -> list[str]:
+    lines = [f"Does not work together: {problem}" for problem in plan["problems"]] or ["The settings work together."]
+    target, change = plan["target"], plan["change"]
+    if plan["memory"] is None:
+        lines.append("Memory: unknown until the model's configuration can be read (is the hub out of reach?).")
+    elif target["memory_bytes"] is None:
+        lines.append("Memory: give --gpu_memory_gb to see whether it fits.")
+    elif plan["fits"]:
+        lines.append(f"It fits: {_size(plan['memory']['total'])} of {_size(target['memory_bytes'])}.")
+    elif change:
+        lines.append(f"It does not fit. The smallest change that does: {_change(change)}")
+    else:
+        lines.append("It does not fit, and no change of settings makes it: more --num_processes, or shorter rows.")
+    if plan["adapter"] and plan["adapter"] != change:
+        lines.append(f"Or train an adapter: {_change(plan['adapter'])}")
+    if not target["is_gpu"]:
+        lines.append("Planned for this machine, which has no GPU; for GPUs: --gpu_memory_gb 80 --num_processes 8")
+    return lines
+
+
+def _count(number: int) -> str:
+    return f"{number / 1e9:.2f} billion" if number >= 1e9 else f"{number / 1e6:.2f} million"
+
+
+def _change(change: dict[str, Any]) -> str:
+    host = f" and {_size(change['host'])} of CPU memory for each rank" if change["host"] else ""
+    return f"{change['flags']}   ({_size(change['total'])}{host})"
+
+
+def _size(num_bytes: float) -> str:
+    gigabytes = num_bytes / GB
+    if gigabytes < 0.1:
+        return f"{num_bytes / 1e6:.0f} MB"
+    return f"{gigabytes:.{2 if gigabytes < 10 else 1}f} GB"
+
+
+def _table(title: str, rows: Sequence[tuple[str, ...]]) -> Table:
+    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    for row in rows:
+        table.add_row(*row)
+    return table

@@ -1,0 +1,86 @@
+"""How a run ends, as a Prefect state whose type, name and message tell the truth.
+
+In: the summary, or the error that ended the run. Out: a state. Names: Completed, Prepared, Stopped, Evaluated,
+SkippedNoNewData, NotApproved (all of type Completed); SkippedStillRunning, Cancelled; UserError, DataError, NonFinite,
+OutOfMemory, LostRank, Infrastructure (of type Failed). Cost: none.
+
+Seconds of each stage of a run. In: `with watch(stage):`. Out: `watch.seconds`. Cost: none.
+"""
+
+import contextlib
+import time
+from collections.abc import Iterator
+from typing import Any
+
+from prefect.client.schemas.objects import State
+from prefect.states import Cancelled, Completed, Failed
+
+from data_prep.errors import PandaError
+from training.launch.exits import ExitReason, reason_of_error
+from training.launch.launcher import ExitReport
+
+NAMES = {
+    ExitReason.user_error: "UserError",
+    ExitReason.data: "DataError",
+    ExitReason.out_of_memory: "OutOfMemory",
+    ExitReason.non_finite: "NonFinite",
+    ExitReason.lost_rank: "LostRank",
+    ExitReason.infrastructure: "Infrastructure",
+}
+
+
+class Ended(Exception):
+    """The run is over before its last stage, and that is no failure: tracking is told so by `report`."""
+
+    report = ExitReport(ExitReason.completed)
+
+    def __init__(self, name: str, message: str, summary: dict[str, Any]):
+        self.name, self.summary = name, told(summary, name, message)
+        super().__init__(message)
+
+
+def reason_of(error: PandaError) -> ExitReason:
+    """The reason training reported, else the one the error stands for."""
+    report = getattr(error, "report", None)
+    return report.reason if report else reason_of_error(error)
+
+
+def failed(error: PandaError) -> State[Any]:
+    """An error the user is shown as a message: no traceback."""
+    reason = reason_of(error)
+    if reason is ExitReason.cancelled:
+        return Cancelled(message=str(error), data=error)
+    return Failed(name=NAMES[reason], message=str(error), data=error)
+
+
+def told(summary: dict[str, Any], name: str = "Completed", message: str | None = None) -> dict[str, Any]:
+    """The summary, which says itself how the run ended."""
+    return {**summary, "outcome": {"name": name, "message": message or _message(summary)}}
+
+
+def completed(summary: dict[str, Any]) -> State[Any]:
+    """A summary that has been told its outcome is the result of the run."""
+    return Completed(**summary["outcome"], data=summary)
+
+
+def _message(summary: dict[str, Any]) -> str:
+    model, losses = summary["model"], summary["losses"]
+    text = f"{model['name']} version {model['version']}"
+    if "all" in losses["before"] and "all" in losses["after"]:
+        text += f", held-out loss {losses['before']['all']:.4f} -> {losses['after']['all']:.4f}"
+    return text
+
+
+class Stopwatch:
+    """Wall-clock seconds by stage, rounded to milliseconds, in the order the stages ran."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        started = time.monotonic()
+        try:
+            yield
+        finally:
+            self.seconds[stage] = round(time.monotonic() - started, 3)

@@ -1,0 +1,138 @@
+"""The parameters of a flow are the fields of the configuration: same names, types, limits and descriptions.
+
+In: `PandaSettings`. Out: a Prefect flow whose form and checks at submission are made from the settings classes. Every
+parameter defaults to None, "as the YAML files say", so that a model's own values still apply; the form shows such a
+field empty, in the order of `--help`, its group in front of its name. Cost: 0.1 s.
+
+From the parameters of a flow to its configuration. In: parameters, None = not given. Out: `Loaded`, checked.
+
+A run that is gone on with gives the values that the parameters do not.
+
+Cost: composing the YAML, 0.3 s, and a look at the names of the corpus files.
+
+The name of a flow run: model, data, purpose. In: the parameters of the run. Out: text. Cost: composing the YAML.
+"""
+
+import inspect
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+from prefect import Flow
+from prefect.runtime import flow_run
+from pydantic import MISSING, Field, TypeAdapter, WithJsonSchema
+
+from configs.field_types import allowed
+from configs.load import Loaded, load
+from configs.settings import PandaSettings, fields_by_group
+from data_prep.errors import PandaError
+from flows.parts import preflight
+from flows.parts.policy import is_scheduled
+from flows.parts.run_dir import as_in_the_run
+
+INTRODUCTION = "Corpora in, registered model out: validate and shard, tokenize, pack, train, evaluate, register."
+EXTRA = {
+    "conf_path": (str | None, "YAML file whose values go over the template's."),
+    "overrides": (list[str] | None, "Hydra overrides, key=value each."),
+}
+
+
+def flow_of_settings(
+    function: Callable[..., Any], introduction: str = INTRODUCTION, names: set[str] | None = None, **options: Any
+) -> Flow[..., Any]:
+    """`function(**parameters)` as a flow with one parameter per setting.
+
+    :param names: the settings the flow uses; None = all.
+    """
+    parameters = _parameters(names)
+    function.__signature__ = inspect.Signature(parameters, return_annotation=dict)  # type: ignore[attr-defined]  # Prefect reads it
+    function.__doc__ = _docstring(introduction, names)
+    flow = Flow(function, **options)
+    # The form is made from this one. A default of None would be shown as text "null", and submitted.
+    form = [parameter.replace(default=MISSING) for parameter in parameters]
+    flow.__signature__ = inspect.Signature(form, return_annotation=dict)  # type: ignore[attr-defined]  # the form does
+    return flow
+
+
+def _parameters(names: set[str] | None) -> list[inspect.Parameter]:
+    """Keyword-only parameters in the order of `--help`, all of them optional."""
+    parameters = [_parameter(name, "Files", annotation, []) for name, (annotation, _) in EXTRA.items()]
+    for title, fields in fields_by_group().items():
+        group = title.split(":")[0]
+        for name in fields:
+            info = PandaSettings.model_fields[name]
+            if names is None or name in names:
+                parameters.append(_parameter(name, group, info.annotation, info.metadata))
+    return parameters
+
+
+def _docstring(introduction: str, names: set[str] | None) -> str:
+    """Google style, which Prefect reads the descriptions of the form from."""
+    described = {name: text for name, (_, text) in EXTRA.items()}
+    for name, info in PandaSettings.model_fields.items():
+        if names is None or name in names:
+            limits = allowed(name)
+            described[name] = f"{info.description} {limits[:1].upper()}{limits[1:]}. Default: {_default(info.default)}."
+    lines = [f"    {name}: {' '.join(text.split())}" for name, text in described.items()]
+    return f"{introduction}\n\nArgs:\n" + "\n".join(lines) + "\n"
+
+
+def _default(value: Any) -> str:
+    return "none" if value is None else str(value)
+
+
+def _parameter(name: str, group: str, annotation: Any, limits: list[Any]) -> inspect.Parameter:
+    """None is what a field holds that nobody filled in; the form need not offer it as a type of its own."""
+    schema = _without_null(TypeAdapter(Annotated[annotation, *limits] if limits else annotation).json_schema())
+    titled = Field(None, json_schema_extra={"title": f"{group} · {name}"})
+    form = Annotated[annotation | None, titled, *limits, WithJsonSchema(schema)]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=form)
+
+
+def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
+    kinds = [kind for kind in schema.get("anyOf", []) if kind != {"type": "null"}]
+    rest = {key: value for key, value in schema.items() if key != "anyOf"}
+    if len(kinds) == 1:
+        return rest | kinds[0]
+    if rest.get("type") == "boolean":
+        return {"enum": [True, False]}  # a list to choose from: a switch cannot show "not filled in"
+    return rest | {"anyOf": kinds} if kinds else rest
+
+
+def configure(parameters: dict[str, Any]) -> Loaded:
+    """The configuration that the parameters make, checked as far as possible without work."""
+    given = {name: value for name, value in parameters.items() if value is not None}
+    overrides, conf_path = given.pop("overrides", None), given.pop("conf_path", None)
+    loaded = load(given, overrides, conf_path)
+    if not conf_path:
+        loaded = as_in_the_run(loaded, given, overrides)
+    preflight.check(loaded.settings, {name for name, origin in loaded.origins.items() if origin != "default"})
+    return loaded
+
+
+def run_title() -> str:
+    """`panda-tiny on my/instructions: LoRA, scheduled`."""
+    given = {name: value for name, value in flow_run.parameters.items() if value is not None}
+    try:
+        settings = load(given, given.pop("overrides", None), given.pop("conf_path", None)).settings
+    except PandaError:
+        return "configuration error"
+    return f"{Path(settings.ckpt_path or settings.model).name} on {_data(settings)}: {', '.join(_purpose(settings))}"
+
+
+def _data(settings: PandaSettings) -> str:
+    folders = [settings.instruction_tuning_data_dir, settings.pretraining_data_dir]
+    return " + ".join(Path(folder).name for folder in folders if folder and Path(folder).is_dir()) or "no corpus"
+
+
+def _purpose(settings: PandaSettings) -> list[str]:
+    train = "QLoRA" if settings.use_quant else "LoRA" if settings.use_lora else "all weights"
+    facts = {
+        train: True,
+        "scheduled": is_scheduled(),
+        "from the champion": settings.init_from == "champion",
+        f"from {settings.from_stage}": settings.from_stage,
+        f"until {settings.until_stage}": settings.until_stage,
+        "resumed": settings.resume,
+    }
+    return [text for text, holds in facts.items() if holds]

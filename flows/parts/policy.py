@@ -1,0 +1,63 @@
+"""When a run need not train: its turn came too late, or the corpus brings nothing new.
+
+In: the flow run, settings, results of the data stages, the registry. Out: a reason in words, or None.
+Cost: one request to Prefect, two to MLflow.
+"""
+
+from prefect.client.orchestration import get_client
+from prefect.runtime import flow_run
+
+from configs.settings import PandaSettings
+from flows.parts.champion import registry_of
+from flows.parts.stages import CORPUS_TAG, TARGET_TOKENS_TAG, Prepared, target_tokens_of_corpus
+from tasks.register import model_name
+from training.registry.register import patiently
+from training.registry.versions import Version
+
+SCHEDULED_TAG = "auto-scheduled"
+WAITING = "AwaitingConcurrencySlot"
+
+
+def is_scheduled() -> bool:
+    """Whether a schedule started this run, not a person."""
+    return SCHEDULED_TAG in (flow_run.tags or [])
+
+
+def came_too_late() -> str | None:
+    """A scheduled run that had to wait for another one is not wanted any more: the next one sees all the new data.
+
+    Runs started by hand do wait; a deployment itself has only one way to treat runs above its limit.
+    """
+    if not is_scheduled():
+        return None
+    with get_client(sync_client=True) as client:
+        states = client.read_flow_run_states(flow_run.id)
+    if any(state.name == WAITING for state in states):
+        return "another run was at work when this one was due; the next scheduled run will see all new data"
+    return None
+
+
+def nothing_new(settings: PandaSettings, prepared: Prepared) -> str | None:
+    """Compare the corpus with the one the newest registered version was made of."""
+    if not (is_scheduled() or settings.min_new_target_tokens):
+        return None
+    newest = newest_version(settings)
+    if newest is None or CORPUS_TAG not in newest.tags:
+        return None
+    if newest.tags[CORPUS_TAG] == prepared.corpus:
+        return f"the corpus is the one that {newest.uri} was made of"
+    return _too_few(settings.min_new_target_tokens, target_tokens_of_corpus(prepared.plan.report), newest)
+
+
+def _too_few(wanted: int, target_tokens: int, newest: Version) -> str | None:
+    gained = target_tokens - int(newest.tags.get(TARGET_TOKENS_TAG, 0))
+    if gained >= wanted:
+        return None
+    return f"{gained:,} target tokens more than {newest.uri} was made of; min_new_target_tokens is {wanted:,}"
+
+
+def newest_version(settings: PandaSettings) -> Version | None:
+    """The newest version of the registered model this run would add to."""
+    name = model_name(settings.registered_model_name, settings.model)
+    versions = patiently(lambda: registry_of(settings).versions(name))
+    return versions[-1] if versions else None

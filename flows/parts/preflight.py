@@ -1,0 +1,93 @@
+"""What can be known to be wrong before anything heavy is imported: all problems at once, in well under a second.
+
+In: settings. Out: nothing, or a `ConfigError`. Looks at names of files; reads the config.json of the base model.
+"""
+
+import json
+import os
+from pathlib import Path
+
+from configs.errors import ConfigError
+from configs.settings import PandaSettings
+from training.models.hub import (
+    DELTA_MARKER,
+    base_checkpoint,
+    find_checkpoint,
+    known_problem,
+    named_delta,
+    without_base,
+)
+from training.planning import compatibility
+from training.settings import TrainSettings
+
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
+
+
+def check(settings: PandaSettings, chosen: set[str]) -> None:
+    """Raise one `ConfigError` with every problem.
+
+    :param chosen: names the user gave a value for; a default corpus directory that is missing is fine when the other
+        one is there, one that the user named is not.
+    """
+    problems = [*_corpus_problems(settings, chosen), *_output_problems(settings), *_training_problems(settings)]
+    if base_checkpoint(settings) is None and settings.architecture is None:
+        problems.append(f"model={settings.model!r}: neither a checkpoint (ckpt_path) nor an architecture to start from")
+    if settings.replay_share < 1 and not settings.replay_of and settings.init_from != "champion":
+        problems.append(
+            f"replay_share={settings.replay_share}: the base model has not seen the old records; "
+            "use init_from=champion, or name the plan of a training with replay_of"
+        )
+    if problems:
+        raise ConfigError(problems)
+
+
+def _training_problems(settings: PandaSettings) -> list[str]:
+    """A checkpoint that is not whole, settings that do not work together, a delta without its base."""
+    checkpoint = base_checkpoint(settings)
+    folder = find_checkpoint(checkpoint) if checkpoint else None
+    config = folder / "config.json" if folder else None
+    known = json.loads(config.read_text(encoding="utf-8")) if config and config.is_file() else {}
+    problems = compatibility.problems(TrainSettings.of(settings), known if checkpoint else None, settings.packing)
+    if checkpoint and (wrong := known_problem(checkpoint, needs_tokenizer=not named_delta(checkpoint))):
+        problems.append(wrong)
+    if (
+        checkpoint
+        and named_delta(checkpoint)
+        and not settings.delta_base
+        and not (folder and (folder / DELTA_MARKER).is_file())
+    ):
+        problems.append(without_base(checkpoint))
+    return problems
+
+
+def _corpus_problems(settings: PandaSettings, chosen: set[str]) -> list[str]:
+    problems, usable = [], 0
+    for name in ("instruction_tuning_data_dir", "pretraining_data_dir"):
+        value = getattr(settings, name)
+        if value is None:
+            continue
+        if _has_corpus(Path(value)):
+            usable += 1
+        elif name in chosen:
+            state = "is empty (no .json or .jsonl file below it)" if Path(value).is_dir() else "does not exist"
+            problems.append(f"{name}={value!r}: the directory {state}")
+    if not usable and not problems:
+        problems.append(
+            "no corpus: neither ./dataset/instruction_tuning nor ./dataset/pretraining has a .json or .jsonl file; "
+            "put records there, or name your directories with --instruction_tuning_data_dir and --pretraining_data_dir"
+        )
+    return problems
+
+
+def _has_corpus(folder: Path) -> bool:
+    return any(name.endswith(SUFFIXES) for _, _, files in os.walk(folder) for name in files)
+
+
+def _output_problems(settings: PandaSettings) -> list[str]:
+    problems = []
+    for name in ("output_dir", "cache_dir"):
+        folder = Path(getattr(settings, name)).absolute()
+        parent = next(path for path in (folder, *folder.parents) if path.exists())
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            problems.append(f"{name}={getattr(settings, name)!r}: cannot write there ({parent} is not writable)")
+    return problems

@@ -1,0 +1,140 @@
+"""The directory of one run: its name, what is written into it, and when it counts as done.
+
+In: settings. Out: `<output_dir>/<run>/` with ``config.yaml`` first and ``summary.json`` last; no summary, not done.
+``outcome.json`` says why a run failed. A run that a deployment starts goes on with the newest unfinished one if it
+would do the same work. Cost: none.
+"""
+
+import json
+import logging
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from configs.errors import ConfigError
+from configs.load import Loaded, load
+from configs.settings import PandaSettings, UnattendedSettings
+from training.launch.exits import ExitReason
+from training.tracking import run_record
+
+logger = logging.getLogger(__name__)
+
+AFTER_DATA = ("train", "evaluate", "register", "gate")
+"""Stages that go on in a run directory that is there."""
+NOT_THE_WORK = {"run_name", "resume", "paths", "prepare_workers", "prepare_cluster", *UnattendedSettings.model_fields}
+"""What may differ between a run and the one it goes on with."""
+
+
+@dataclass(frozen=True)
+class RunDir:
+    """Paths of one run."""
+
+    path: Path
+
+    @property
+    def name(self) -> str:
+        return self.path.name
+
+    @property
+    def config(self) -> Path:
+        return self.path / "config.yaml"
+
+    @property
+    def summary(self) -> Path:
+        return self.path / "summary.json"
+
+
+def unfinished(settings: PandaSettings, plan_dir: Path) -> RunDir | None:
+    """The newest run that was interrupted (killed, cancelled, machine lost) while doing what this one is to do."""
+    output = Path(settings.output_dir).absolute()
+    runs = sorted((RunDir(path.parent) for path in output.glob("*/config.yaml")), key=lambda run: run.name)
+    if not runs or runs[-1].summary.exists():
+        return None
+    run = runs[-1]
+    obstacle = _obstacle(run, settings, plan_dir)
+    if obstacle:
+        logger.warning("%s was not finished; starting anew, because %s", run.name, obstacle)
+        return None
+    logger.info("%s was not finished: going on with it", run.name)
+    return run
+
+
+def _obstacle(run: RunDir, settings: PandaSettings, plan_dir: Path) -> str | None:
+    """Why a run cannot be gone on with."""
+    record = run_record.read(run.path)
+    if record and record.status == run_record.RUNNING and record.is_owner_alive:
+        return "it is still running"
+    outcome = run.path / "outcome.json"
+    reason = json.loads(outcome.read_text(encoding="utf-8"))["reason"] if outcome.exists() else ExitReason.cancelled
+    if reason not in (ExitReason.cancelled, ExitReason.lost_rank, ExitReason.infrastructure):
+        return f"it ended with {reason}, which trying again does not help"
+    before = yaml.safe_load(run.config.read_text(encoding="utf-8"))
+    if Path(before["paths"]["plan_dir"]) != plan_dir.absolute():
+        return "the data have changed since"
+    now = settings.model_dump(mode="json")
+    changed = [name for name, value in now.items() if name not in NOT_THE_WORK and before.get(name) != value]
+    return f"settings differ: {', '.join(changed)}" if changed else None
+
+
+def write_outcome(run: RunDir, reason: ExitReason, message: str) -> None:
+    """Write ``outcome.json``: why the run failed, for whoever thinks of going on with it."""
+    write_atomically(run.path / "outcome.json", json.dumps({"reason": reason, "message": message}, indent=2) + "\n")
+
+
+def create(settings: PandaSettings) -> RunDir:
+    """Make the directory of a new run, or open the one to resume."""
+    output = Path(settings.output_dir).absolute()
+    if settings.resume:
+        return _existing(output, settings.run_name)
+    name = settings.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(settings.model).name}"
+    path = output / name
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        path.mkdir(exist_ok=not any(path.iterdir()) if path.is_dir() else False)
+    except FileExistsError:
+        raise ConfigError(
+            [f"run_name={name!r}: {path} is there already; choose another name, or go on with it: --resume"]
+        ) from None
+    except OSError as error:
+        raise ConfigError([f"output_dir={settings.output_dir!r}: cannot write there ({error.strerror})"]) from None
+    return RunDir(path)
+
+
+def as_in_the_run(loaded: Loaded, values: dict[str, Any], overrides: list[str] | None) -> Loaded:
+    """Where a run is gone on with: what nobody gave a value for is as in that run, but for the stages to do."""
+    settings = loaded.settings
+    if not settings.resume and settings.from_stage not in AFTER_DATA:
+        return loaded
+    run = _existing(Path(settings.output_dir).absolute(), settings.run_name)
+    return load({"from_stage": None, "until_stage": None, **values}, overrides, run.config)
+
+
+def _existing(output: Path, name: str | None) -> RunDir:
+    runs = [output / name] if name else sorted(path.parent for path in output.glob("*/config.yaml"))
+    if not runs or not (runs[-1] / "config.yaml").exists():
+        where = f"run_name={name!r}" if name else f"output_dir={str(output)!r}"
+        raise ConfigError([f"{where}: no run to resume there; start one without --resume"])
+    return RunDir(runs[-1])
+
+
+def write_config(run: RunDir, settings: PandaSettings, paths: dict[str, Path | None]) -> None:
+    """Write ``config.yaml``: the flat configuration and ``paths``, all that a rank of the training needs to know."""
+    content = settings.model_dump(mode="json")
+    content["paths"] = {name: str(path.absolute()) if path else None for name, path in paths.items()}
+    write_atomically(run.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+
+
+def write_summary(run: RunDir, summary: dict[str, Any]) -> None:
+    """Write ``summary.json``, the last file of a run."""
+    write_atomically(run.summary, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write beside and rename, so that a reader never sees half a file."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(path)

@@ -1,0 +1,131 @@
+"""The stages that make training rows of a corpus: records, base model or tokenizer, tokens, plan.
+
+In: settings. Out: `Prepared`. `panda-train` and `panda-prepare` share it. Cost: that of what is new in the corpus.
+
+What MLflow is told about a run before it trains. In: settings and results of the data stages. Out: `Facts`.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from prefect.runtime import flow_run
+
+from configs.settings import PandaSettings, RunSettings
+from data_prep import store
+from data_prep.plan.build import PlanResult
+from data_prep.store import fingerprint
+from flows.parts.champion import champion_directory
+from flows.parts.flow_states import Ended, Stopwatch
+from flows.parts.run_dir import RunDir
+from tasks.prepare import base_model, plan, shard, tokenize, tokenizer
+from training.models.hub import base_checkpoint
+from training.registry.lineage import corpus_files
+from training.tracking import run_record
+from training.tracking.run import Facts
+from training.tracking.run_record import Dataset
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What training needs to know of the data; `corpus` is the fingerprint of all records."""
+
+    plan: PlanResult
+    corpus: str
+    model_dir: Path | None
+    tokenizer_dir: Path
+
+    @property
+    def paths(self) -> dict[str, Path | None]:
+        """For RUN/config.yaml."""
+        return {"plan_dir": Path(self.plan.path), "model_dir": self.model_dir, "tokenizer_dir": self.tokenizer_dir}
+
+
+def prepare_data(settings: PandaSettings, watch: Stopwatch) -> Prepared:
+    """Run the stages; `until_stage` may end the run here."""
+    with watch("records"):
+        records = shard(settings)
+    until(settings, "records", {"records": records.model_dump(mode="json", exclude={"units"})})
+    with watch("base model"):
+        model_dir = starting_point(settings)
+        tokenizer_dir = model_dir or tokenizer(settings, records)
+    with watch("tokenize"):
+        tokens = tokenize(settings, records, tokenizer_dir)
+    until(settings, "tokenize", {"tokens": tokens.tokens, "target_tokens": tokens.target_tokens})
+    with watch("plan"):
+        planned = plan(settings, tokens)
+    return Prepared(planned, records.fingerprint, model_dir, tokenizer_dir)
+
+
+def starting_point(settings: PandaSettings) -> Path | None:
+    """The directory of the weights to start from; None = from scratch."""
+    champion = champion_directory(settings)
+    if champion:
+        return champion
+    return base_model(settings) if base_checkpoint(settings) else None
+
+
+def prepared_before(run: RunDir) -> Prepared:
+    """What the data stages of a run have left, checked to be still there."""
+    paths = yaml.safe_load(run.config.read_text(encoding="utf-8"))["paths"]
+    plan_dir = Path(paths["plan_dir"])
+    manifest = store.open_manifest(plan_dir)
+    planned = PlanResult(
+        path=str(plan_dir),
+        fingerprint=plan_dir.name,
+        reused=True,
+        seconds=0.0,
+        tokenizer_dir=paths["tokenizer_dir"],
+        report={**manifest["report"], "reused": {"plan": True}},
+    )
+    model_dir = Path(paths["model_dir"]) if paths["model_dir"] else None
+    record = run_record.read(run.path)
+    corpus = record.tags.get(CORPUS_TAG, "") if record else ""
+    return Prepared(planned, corpus, model_dir, Path(paths["tokenizer_dir"]))
+
+
+def until(settings: PandaSettings, stage: str, summary: dict[str, Any]) -> None:
+    """End the run after the stage the user named."""
+    if settings.until_stage == stage:
+        raise Ended("Prepared" if stage in ("records", "tokenize", "plan") else "Stopped", f"until {stage}", summary)
+
+
+CORPUS_TAG = "panda.corpus"
+TARGET_TOKENS_TAG = "panda.target_tokens"
+
+
+def facts(settings: PandaSettings, corpus: str, plan: PlanResult) -> Facts:
+    """Parameters = the configuration; data sets = the corpora, by the fingerprint of their records."""
+    folders = {"instruction": settings.instruction_tuning_data_dir, "pretraining": settings.pretraining_data_dir}
+    datasets = [
+        Dataset(source, corpus, folder, profile=plan.report["sources"].get(source, {}))
+        for source, folder in folders.items()
+        if folder and Path(folder).is_dir()
+    ]
+    tags = {
+        CORPUS_TAG: corpus,
+        TARGET_TOKENS_TAG: str(target_tokens_of_corpus(plan.report)),
+        "panda.plan": plan.fingerprint,
+        "panda.config": config_hash(settings),
+        "prefect.flow_run_id": str(flow_run.id or ""),
+        "prefect.flow_run_url": str(flow_run.ui_url or ""),
+    }
+    reports = {"data": plan.report, "corpus": corpus_files(Path(plan.path))}
+    return Facts(settings.model_dump(mode="json"), datasets, reports, tags)
+
+
+def target_tokens_of_corpus(report: dict[str, Any]) -> int:
+    """With those of the old records that replay left out, so that it grows with the corpus."""
+    return report["target_tokens"] + report.get("not_replayed_target_tokens", 0)
+
+
+def config_hash(settings: PandaSettings) -> str:
+    """Of all settings but those that say where things go."""
+    return fingerprint(config=settings.model_dump(mode="json", exclude=set(RunSettings.model_fields)))
+
+
+def version_tags(known: Facts, losses: dict[str, dict[str, float]]) -> dict[str, str]:
+    """Tags of the model version: what it was made of, and how good it is."""
+    lineage = {name: value for name, value in known.tags.items() if value}
+    return lineage | {f"eval_loss.{source}": f"{loss:.6f}" for source, loss in losses["after"].items()}

@@ -1,0 +1,211 @@
+"""Put onto a Prefect server what operations need there: work pool, deployments, an automation. Safe to repeat.
+
+In: prefect.yaml in the working directory; the server at PREFECT_API_URL. Out: nothing; whether a schedule is paused
+stays as the user left it (the one in prefect.yaml is paused when it first appears). Cost: ~6 s, mostly two imports of
+Prefect.
+
+`panda serve-flow`: one command, one terminal: server (if none is up), deployments and their runs, until Ctrl-C.
+
+In: prefect.yaml (names, limits, schedules), prefect.toml. Out: runs. For one machine and one person; `panda up` is for
+everything else: it survives the terminal, restarts what dies, and a run there sees the code as it is when it starts,
+here as it was when serving began. Cost: 10 s to start.
+"""
+
+import argparse
+import contextlib
+import importlib
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import yaml
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.objects import StateType
+from prefect.events.actions import ChangeFlowRunState
+from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
+from prefect.exceptions import ObjectAlreadyExists, ObjectNotFound
+from prefect.settings import get_current_settings
+from prefect.workers.process import ProcessWorker
+
+from data_prep.errors import PandaError
+from flows.stack import services
+from flows.stack.prefect_server import answers, api_url, wait_for_server
+from flows.stack.services import POOL
+
+MISSED_HEARTBEATS = 3
+
+
+def deploy() -> None:
+    """Pool, then `prefect deploy --all`, then the automation."""
+    with get_client(sync_client=True) as client:
+        _ensure_pool(client)
+        active = _schedules(client)
+        _prefect_deploy()
+        _restore_schedules(client, active)
+    deploy_automation()
+
+
+def deploy_automation() -> None:
+    """The automation of our runs."""
+    with get_client(sync_client=True) as client:
+        _ensure_automation(client, crash_silent_runs())
+
+
+def crash_silent_runs() -> AutomationCore:
+    """Heartbeats are sent by every flow run, and nothing on a self-hosted server listens to them unless told to.
+
+    Should the event of a run's end be lost, this fires on a run that has ended; the server then refuses the change.
+    """
+    seconds = MISSED_HEARTBEATS * (get_current_settings().flows.heartbeat_frequency or 30)
+    return AutomationCore(
+        name="panda: runs without heartbeat have crashed",
+        description=f"No sign of life for {seconds} s: the process, its worker or its machine is gone.",
+        trigger=EventTrigger(
+            after={"prefect.flow-run.heartbeat"},
+            expect={
+                "prefect.flow-run.heartbeat",
+                *(f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Crashed", "Cancelled", "Paused")),
+            },
+            match={"prefect.resource.id": ["prefect.flow-run.*"]},
+            for_each={"prefect.resource.id"},
+            posture=Posture.Proactive,
+            threshold=1,
+            within=timedelta(seconds=seconds),
+        ),
+        actions=[
+            ChangeFlowRunState(
+                name=None,
+                state=StateType.CRASHED,
+                force=False,
+                message=f"No heartbeat for {seconds} s: the flow's process, its worker or its machine is gone. "
+                "The next run with resume goes on from the last checkpoint.",
+            )
+        ],
+    )
+
+
+def _ensure_automation(client: SyncPrefectClient, automation: AutomationCore) -> None:
+    """One automation of that name, as stated here; whether it is enabled stays the user's.
+
+    One that is right already is left alone: an update makes it forget the runs it is watching.
+    """
+    known: list[Automation] = client.read_automations_by_name(automation.name)
+    if not known:
+        client.create_automation(automation)
+    elif _content(known[0]) != _content(automation):
+        client.update_automation(known[0].id, automation.model_copy(update={"enabled": known[0].enabled}))
+
+
+def _content(automation: AutomationCore) -> dict[str, Any]:
+    """What an automation does, without what the server adds."""
+    content = automation.model_dump(mode="json", include={"name", "description", "trigger", "actions"})
+    trigger = {name: sorted(value) if isinstance(value, list) else value for name, value in content["trigger"].items()}
+    return content | {"trigger": {name: value for name, value in trigger.items() if name != "id"}}
+
+
+def _ensure_pool(client: SyncPrefectClient) -> None:
+    """The pool, if the worker that starts meanwhile has not made it first: it makes the same one."""
+    try:
+        client.read_work_pool(POOL)
+    except ObjectNotFound:
+        template = ProcessWorker.get_default_base_job_template()
+        with suppress(ObjectAlreadyExists):
+            client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+
+
+def _schedules(client: SyncPrefectClient) -> dict[UUID, dict[str | None, bool]]:
+    """Deployment -> schedule by slug -> active."""
+    return {
+        deployment.id: {schedule.slug: schedule.active for schedule in deployment.schedules}
+        for deployment in client.read_deployments()
+    }
+
+
+def _restore_schedules(client: SyncPrefectClient, active: dict[UUID, dict[str | None, bool]]) -> None:
+    """Undo what `prefect deploy` did to schedules the user had activated or paused."""
+    for deployment in client.read_deployments():
+        before = active.get(deployment.id, {})
+        for schedule in deployment.schedules:
+            if before.get(schedule.slug, schedule.active) != schedule.active:
+                client.update_deployment_schedule(deployment.id, schedule.id, active=before[schedule.slug])
+
+
+def _prefect_deploy() -> None:
+    command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PandaError(f"prefect deploy --all failed:\n{done.stdout}{done.stderr}".strip())
+
+
+STOP_SECONDS = 10.0
+FROM_YAML = ("name", "description", "tags", "parameters", "version")
+
+logger = logging.getLogger(__name__)
+
+
+def serve_flow(argv: list[str]) -> int:
+    """Serve the deployments of prefect.yaml."""
+    parser = argparse.ArgumentParser(
+        prog="panda serve-flow", description="Serve the deployments in this terminal.", allow_abbrev=False
+    )
+    parser.add_argument("--state_dir", default=".panda", help="Directory of the server's log [.panda]")
+    options = parser.parse_args(argv)
+    with server(Path(options.state_dir).absolute()):
+        from prefect import serve
+
+        deploy_automation()
+        serve(*(runner_deployment(entry) for entry in declared()), print_starting_message=True)
+    return 0
+
+
+@contextlib.contextmanager
+def server(state_dir: Path) -> Iterator[None]:
+    """The server that is up, or one that lives as long as we do."""
+    url = os.environ["PREFECT_API_URL"] = api_url()
+    if answers(url):
+        yield
+        return
+    logger.info("starting a Prefect server at %s", url)
+    log = state_dir / "prefect-server.log"
+    process = services.start(services.prefect_server(url), log)
+    try:
+        with open(log, encoding="utf-8") as text:
+            wait_for_server(process, url, text)
+        yield
+    finally:
+        services.stop(process, STOP_SECONDS)
+
+
+def declared() -> list[dict[str, Any]]:
+    """The deployments of prefect.yaml."""
+    path = Path("prefect.yaml")
+    if not path.exists():
+        raise PandaError("no prefect.yaml here; run this in the directory of the project")
+    return yaml.safe_load(path.read_text(encoding="utf-8"))["deployments"]
+
+
+def runner_deployment(entry: dict[str, Any]) -> Any:
+    """One of them, for `serve`: the same but for the work pool, which serving does not use."""
+    from prefect.client.schemas.objects import ConcurrencyLimitConfig
+    from prefect.schedules import Cron
+
+    path, _, name = entry["entrypoint"].partition(":")
+    flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
+    limit = entry.get("concurrency_limit")
+    schedules = [
+        Cron(one["cron"], timezone=one.get("timezone"), slug=one.get("slug"), active=one.get("active", True))
+        for one in entry.get("schedules", [])
+    ]
+    return flow.to_deployment(
+        **{key: entry[key] for key in FROM_YAML if key in entry},
+        concurrency_limit=ConcurrencyLimitConfig(**limit) if limit else None,
+        schedules=schedules or None,
+    )

@@ -1,0 +1,164 @@
+"""The background process that owns the stack: starts the services, starts again what dies, ends all of it on SIGTERM.
+
+In: the state directory and a spec of services. Out: `state.json` there, rewritten whenever something changes, and a log
+per service. A lock on `lock` is held while the keeper lives, so that "is it up" cannot be answered wrongly by a stale
+pid file, not even after a power cut. No Prefect here: 20 MB, one wake-up a second.
+
+Ending: flow runs get SIGTERM first and 28 s for a checkpoint, then the worker, then the servers.
+"""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flows.stack.prefect_server import answers
+from flows.stack.services import Service, start, stop, stop_engines
+from training.launch.commands import python_path
+
+POLL_SECONDS = 1.0
+RUN_GRACE_SECONDS = 28.0  # cancelled ranks have stop_deadline_seconds (25) to write a checkpoint
+SERVICE_GRACE_SECONDS = 10.0
+LONGEST_BACKOFF_SECONDS = 60.0
+WORKER = "worker"
+
+
+@dataclass
+class Kept:
+    """One service and what became of it."""
+
+    service: Service
+    log: Path
+    process: subprocess.Popen | None = None
+    started: float = 0.0
+    num_exits: int = 0
+    last_exit_code: int | None = None
+    next_start: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """What `panda status` shows."""
+        pid = self.process.pid if self.process else None
+        facts = {"started": self.started, "num_exits": self.num_exits, "last_exit_code": self.last_exit_code}
+        return {"name": self.service.name, "address": self.service.address, "base": self.service.base, "pid": pid} | (
+            facts | {"log": str(self.log)}
+        )
+
+
+@dataclass
+class Keeper:
+    """The stack, in the order in which it starts."""
+
+    state_dir: Path
+    kept: list[Kept]
+    stopping: bool = False
+    written: str = field(default="", repr=False)
+
+    def run(self) -> None:
+        """Until SIGTERM or SIGINT."""
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, lambda *_: setattr(self, "stopping", True))
+        try:
+            while not self.stopping:
+                self.look_after()
+                time.sleep(POLL_SECONDS)
+        finally:
+            self.end()
+
+    def look_after(self) -> None:
+        """Note who has died; start who is due and whose predecessors answer."""
+        for kept in self.kept:
+            if kept.process and kept.process.poll() is not None:
+                kept.num_exits += 1
+                kept.last_exit_code = kept.process.returncode
+                kept.process = None
+                kept.next_start = time.time() + min(2.0 ** (kept.num_exits - 1), LONGEST_BACKOFF_SECONDS)
+            if kept.process is None and time.time() >= kept.next_start and self._may_start(kept):
+                kept.process = start(kept.service, kept.log)
+                kept.started = time.time()
+        self.write_state()
+
+    def _may_start(self, kept: Kept) -> bool:
+        """The worker waits for the servers; they wait for nobody."""
+        others = [other.service.base for other in self.kept if other.service.base]
+        return kept.service.name != WORKER or all(answers(base) for base in others)
+
+    def end(self) -> None:
+        """End everything, last started first."""
+        for kept in reversed(self.kept):
+            if kept.process:
+                if kept.service.name == WORKER:
+                    stop_engines(kept.process.pid, RUN_GRACE_SECONDS)
+                stop(kept.process, SERVICE_GRACE_SECONDS)
+                kept.process = None
+        (self.state_dir / "state.json").unlink(missing_ok=True)
+
+    def write_state(self) -> None:
+        """Rewrite state.json when it would change."""
+        text = json.dumps({"keeper": os.getpid(), "services": [kept.as_dict() for kept in self.kept]}, indent=2)
+        if text != self.written:
+            temporary = self.state_dir / ".state.json"
+            temporary.write_text(text, encoding="utf-8")
+            temporary.replace(self.state_dir / "state.json")
+            self.written = text
+
+
+def spawn(state_dir: Path, services: list[Service]) -> None:
+    """Start a keeper in the background, in a session of its own: it outlives us and our terminal."""
+    state_dir.mkdir(parents=True, exist_ok=True)
+    (state_dir / "spec.json").write_text(json.dumps([asdict(service) for service in services]), encoding="utf-8")
+    with open(state_dir / "keeper.log", "ab") as log:
+        subprocess.Popen(
+            [sys.executable, "-m", "flows.stack.process_manager", str(state_dir)],
+            env={**os.environ, "PYTHONPATH": python_path()},
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            start_new_session=True,
+        )
+
+
+def is_up(state_dir: Path) -> bool:
+    """Whether a keeper lives: it holds the lock."""
+    if not (state_dir / "lock").exists():
+        return False
+    with contextlib.suppress(BlockingIOError), _lock(state_dir):
+        return False
+    return True
+
+
+def read_state(state_dir: Path) -> dict[str, Any] | None:
+    """What the living keeper has written; None while there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_up(state_dir):
+            return json.loads((state_dir / "state.json").read_text(encoding="utf-8"))
+    return None
+
+
+@contextlib.contextmanager
+def _lock(state_dir: Path) -> Iterator[None]:
+    """Held as long as the process lives; BlockingIOError when another one holds it."""
+    with open(state_dir / "lock", "a", encoding="utf-8") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+
+
+def main(state_dir: Path) -> None:
+    """The keeper's own process. A second one finds the lock taken and leaves."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell job has it ignored, for all children
+    spec = json.loads((state_dir / "spec.json").read_text(encoding="utf-8"))
+    services = [Service(**service) for service in spec]
+    logs = [state_dir / f"{service.name.replace(' ', '-')}.log" for service in services]
+    with contextlib.suppress(BlockingIOError), _lock(state_dir):
+        Keeper(state_dir, [Kept(*pair) for pair in zip(services, logs, strict=True)]).run()
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,159 @@
+"""The services operations consist of: Prefect server, MLflow server, worker. What they are called, how they start.
+
+In: addresses and directories. Out: `Service` descriptions, and owned child processes of them. Every child leads a
+session of its own, so that it is signalled together with what it starts, and gets SIGTERM when its owner dies, however
+that happens. Cost: none; the services need 5 to 20 s to answer.
+"""
+
+import contextlib
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from urllib.parse import urlsplit
+
+import psutil
+
+from training.launch.commands import python_path
+
+POOL = "panda"
+OWNER = "PANDA_STACK"  # in the environment of everything a service starts: state directory and service
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PR_SET_PDEATHSIG = 1
+LEFTOVER_GRACE_SECONDS = 28.0  # a flow run among them may be writing a checkpoint
+
+
+@dataclass(frozen=True)
+class Service:
+    """One process of the stack; `base` answers 200 at `/health` when it works, empty where there is none."""
+
+    name: str
+    argv: list[str]
+    env: dict[str, str] = field(default_factory=dict)
+    address: str = ""  # for people
+    base: str = ""  # for health checks
+
+
+def prefect_server(api_url: str) -> Service:
+    """The whole server, with UI and schedules. Its UI has to know the address it is served at."""
+    address = urlsplit(api_url)
+    host, port = address.hostname or LOOPBACK[0], str(address.port or 4200)
+    env = {"PREFECT_SERVER_API_HOST": host, "PREFECT_SERVER_API_PORT": port, "PREFECT_UI_API_URL": api_url}
+    return Service(
+        "prefect server",
+        [sys.executable, "-m", "flows.stack.prefect_server", port],
+        env,
+        f"http://{host}:{port}",
+        api_url,
+    )
+
+
+def mlflow_server(port: int, output_dir: Path) -> Service:
+    """MLflow on the very database direct runs write to; with MLFLOW_BACKEND_STORE_URI set, on that one.
+
+    Its job executor is ten more processes and 2 GB, for features not used here.
+    """
+    argv = [sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK[0], "--port", str(port), "--workers", "1"]
+    argv += ["--no-serve-artifacts", "--default-artifact-root", str(output_dir / "mlartifacts")]
+    if "MLFLOW_BACKEND_STORE_URI" not in os.environ:
+        argv += ["--backend-store-uri", f"sqlite:///{output_dir / 'mlflow.db'}"]
+    env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    address = f"http://{LOOPBACK[0]}:{port}"
+    return Service("mlflow server", argv, env, address, address)
+
+
+def worker(mlflow_address: str) -> Service:
+    """A process worker of our pool; it starts every flow run as a process group of its own.
+
+    Runs learn from it where people look at MLflow, for the links in their artifacts, and that they are to write there
+    when its database is not the one beside them.
+    """
+    argv = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
+    env = {"PANDA_MLFLOW_UI": mlflow_address}
+    if "MLFLOW_BACKEND_STORE_URI" in os.environ:
+        env["MLFLOW_TRACKING_URI"] = mlflow_address
+    return Service("worker", [*argv, "--install-policy", "never"], env)
+
+
+def start(service: Service, log: Path) -> subprocess.Popen:
+    """Start a service as our child, its output appended to its log; what an earlier one left behind is ended first."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    owner = f"{log.parent}:{service.name}"
+    end_leftovers(owner)
+    with open(log, "ab") as output:
+        return subprocess.Popen(
+            service.argv,
+            env={**os.environ, "PYTHONPATH": python_path(), **service.env, OWNER: owner},
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=_end_with_owner,  # safe: the owner has one thread  # noqa: PLW1509
+        )
+
+
+def _end_with_owner() -> None:
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+def stop(process: subprocess.Popen, grace_seconds: float) -> None:
+    """SIGTERM to the process and what it started, SIGKILL after the grace."""
+    family = [process, *_descendants(process.pid)]
+    if process.poll() is None:
+        process.terminate()
+    deadline = time.monotonic() + grace_seconds
+    while any(is_running(member.pid) for member in family) and time.monotonic() < deadline:
+        process.poll()
+        time.sleep(0.05)
+    for member in family:
+        if is_running(member.pid):
+            member.kill()
+    process.wait()
+
+
+def end_leftovers(owner: str, grace_seconds: float = LEFTOVER_GRACE_SECONDS) -> None:
+    """End the orphans of a service that was killed: it may be gone while what it started still serves its port."""
+    orphans = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(OWNER) == owner and process.ppid() == 1:
+                process.terminate()
+                orphans.append(process)
+    for survivor in psutil.wait_procs(orphans, grace_seconds)[1]:
+        survivor.kill()
+
+
+def stop_engines(worker_pid: int, grace_seconds: float) -> None:
+    """SIGTERM to the flow runs a worker has started: they write a checkpoint, report their end and leave.
+
+    The worker itself would kill them at once and leave their runs `Running`.
+    """
+    engines = [child for child in _descendants(worker_pid) if os.getpgid(child.pid) == child.pid]
+    for engine in engines:
+        engine.terminate()
+    psutil.wait_procs(engines, grace_seconds)
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def is_running(pid: int) -> bool:
+    """False for processes that are gone and for zombies."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def is_local(url: str) -> bool:
+    """Whether an address is on this machine's loopback: only there do we start servers."""
+    return urlsplit(url).hostname in LOOPBACK

@@ -1,0 +1,179 @@
+"""`panda up`, `panda down`, `panda status`: everything a deployment needs, on this machine, in the background.
+
+In: flags, prefect.toml, PREFECT_API_URL. Out: Prefect server, MLflow server and a worker, owned by a keeper
+(`flows.stack.process_manager`), state and logs in `.panda/`; deployments and automations on the server. Each can be repeated. A
+Prefect server that answers already, or lives on another machine, is used as it is. Cost: `up` 11 to 30 s, then 3 s.
+"""
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from data_prep.errors import PandaError
+from flows.stack import process_manager, services
+from flows.stack.prefect_server import answers, api_url
+
+START_SECONDS = 180.0
+STOP_SECONDS = 60.0
+LOG_LINES = 12
+
+logger = logging.getLogger(__name__)
+
+
+class StackError(PandaError):
+    """A service did not come up, or did not go down."""
+
+
+def up(argv: list[str]) -> int:
+    """Start what is not running, apply prefect.yaml, wait until all of it answers."""
+    options = _options("up", "Start Prefect server, MLflow server and worker in the background.", argv)
+    state_dir = Path(options.state_dir).absolute()
+    if options.prefect_port:
+        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{options.prefect_port}/api"
+    url = api_url()
+    if not process_manager.is_up(state_dir):
+        process_manager.spawn(state_dir, _services(url, options.mlflow_port, Path(options.output_dir).absolute()))
+    _wait_for_servers(state_dir, url)
+    os.environ["PREFECT_API_URL"] = url
+    logger.info("servers answer; applying prefect.yaml")
+    from flows.stack.deployments import deploy
+
+    deploy()
+    _wait_for_worker(state_dir)
+    print(_welcome(state_dir, url))
+    return 0
+
+
+def down(argv: list[str]) -> int:
+    """End everything `up` started; runs in progress get the time for a checkpoint."""
+    state_dir = Path(_options("down", "Stop what `panda up` started.", argv).state_dir).absolute()
+    state = process_manager.read_state(state_dir)
+    if state is None:
+        print("nothing is running")
+        return 0
+    os.kill(state["keeper"], signal.SIGTERM)
+    deadline = time.monotonic() + STOP_SECONDS
+    while process_manager.is_up(state_dir):
+        if time.monotonic() > deadline:
+            raise StackError(f"the keeper (pid {state['keeper']}) is still up after {STOP_SECONDS:.0f} s")
+        time.sleep(0.2)
+    print("stopped")
+    return 0
+
+
+def status(argv: list[str]) -> int:
+    """What runs where, and whether it answers. Exit code 0 when all is well, 3 otherwise."""
+    state_dir = Path(_options("status", "Show the services of `panda up`.", argv).state_dir).absolute()
+    state = process_manager.read_state(state_dir)
+    if state is None:
+        print("down (panda up starts everything)")
+        return 3
+    rows = [(service, _condition(service)) for service in state["services"]]
+    for service, condition in rows:
+        print(f"{service['name']:<15} {condition:<14} {_vitals(service):<32} {service['address'] or service['log']}")
+    return 0 if all(condition == "up" for _, condition in rows) else 3
+
+
+def _options(verb: str, text: str, argv: list[str]) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog=f"panda {verb}", description=text, allow_abbrev=False)
+    parser.add_argument("--state_dir", default=".panda", help="Directory of state and logs [.panda]")
+    if verb == "up":
+        parser.add_argument("--prefect_port", type=int, help="Port of the Prefect server [as PREFECT_API_URL says]")
+        parser.add_argument("--mlflow_port", type=int, default=5000, help="Port of the MLflow server [5000]")
+        parser.add_argument("--output_dir", default="./outputs", help="Where the MLflow database is [./outputs]")
+    return parser.parse_args(argv)
+
+
+def _services(url: str, mlflow_port: int, output_dir: Path) -> list[services.Service]:
+    """What is to be started: a Prefect server only where none is and it would be ours."""
+    output_dir.mkdir(parents=True, exist_ok=True)
+    os.environ["PREFECT_API_URL"] = url
+    found = answers(url)
+    if not found and not services.is_local(url):
+        raise StackError(f"no Prefect server answers at {url} (PREFECT_API_URL); one on this machine: unset it")
+    logger.info("%s Prefect server at %s", "using the" if found else "starting a", url)
+    prefect = [] if found else [services.prefect_server(url)]
+    mlflow = services.mlflow_server(mlflow_port, output_dir)
+    return [*prefect, mlflow, services.worker(mlflow.address)]
+
+
+def _wait_for_servers(state_dir: Path, url: str) -> None:
+    def ready(state: dict[str, Any]) -> bool:
+        return answers(url) and all(answers(service["base"]) for service in state["services"] if service["base"])
+
+    _wait(state_dir, ready)
+
+
+def _wait_for_worker(state_dir: Path) -> None:
+    _wait(state_dir, lambda state: all(service["pid"] for service in state["services"]))
+    from prefect.client.orchestration import get_client
+
+    with get_client(sync_client=True) as client:
+        _wait(state_dir, lambda _: any(w.status == "ONLINE" for w in client.read_workers_for_work_pool(services.POOL)))
+
+
+def _wait(state_dir: Path, ready: Any) -> None:
+    """Until `ready(state)`; a service that ends before that is named, with the end of its log."""
+    deadline = time.monotonic() + START_SECONDS
+    while True:
+        state = process_manager.read_state(state_dir)
+        if state and ready(state):
+            return
+        ended = [service for service in (state or {}).get("services", []) if service["num_exits"] > 1]
+        if ended or time.monotonic() > deadline:
+            raise StackError(_why_not_up(ended[0] if ended else None, state_dir))
+        time.sleep(0.3)
+
+
+def _why_not_up(service: dict[str, Any] | None, state_dir: Path) -> str:
+    if service is None:
+        return f"not all is up after {START_SECONDS:.0f} s; panda status shows what is missing, logs are in {state_dir}"
+    log = Path(service["log"]).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
+    last = f"{service['name']} ends with exit code {service['last_exit_code']}; the last lines of {service['log']}:"
+    return "\n".join([last, *(f"  {line}" for line in log), "It is started again now and then; panda down ends that."])
+
+
+def _condition(service: dict[str, Any]) -> str:
+    if not service["pid"]:
+        return "not running"
+    return "up" if not service["base"] or answers(service["base"]) else "does not answer"
+
+
+def _vitals(service: dict[str, Any]) -> str:
+    """Pid, memory and age of a service."""
+    try:
+        process = psutil.Process(service["pid"])
+        family = [process, *process.children(recursive=True)]
+        megabytes = sum(member.memory_info().rss for member in family) / 1e6
+    except (psutil.NoSuchProcess, TypeError):
+        return f"{service['num_exits']} exits, last code {service['last_exit_code']}"
+    hours = (time.time() - service["started"]) / 3600
+    restarts = f", {service['num_exits']} restarts" if service["num_exits"] else ""
+    return f"pid {service['pid']}, {megabytes:.0f} MB, {hours:.1f} h{restarts}"
+
+
+def _welcome(state_dir: Path, url: str) -> str:
+    """Addresses, and what to type next, such that it can be pasted as it is."""
+    state = process_manager.read_state(state_dir) or {"services": []}
+    ours = {service["name"]: service["address"] for service in state["services"]}
+    beside = Path(sys.executable).with_name("prefect")
+    prefect = "prefect" if shutil.which("prefect") or not beside.exists() else os.path.relpath(beside)
+    os.environ.pop("PREFECT_API_URL")
+    elsewhere = f"PREFECT_API_URL={url} " if api_url() != url else ""
+    return "\n".join(
+        [
+            f"Prefect UI   {url.removesuffix('/api')}",
+            f"MLflow UI    {ours.get('mlflow server')}",
+            f"Logs         {os.path.relpath(state_dir)}",
+            "Next:",
+            f"  {elsewhere}{prefect} deployment run panda-train/default --watch",
+        ]
+    )

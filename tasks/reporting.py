@@ -1,0 +1,144 @@
+"""What a stage shows in the Prefect UI: tables and links.
+
+In: plain results. Out: Prefect artifacts. Cost: ~40 ms each.
+
+Progress of a long stage: one line now and then in the log, one bar in the Prefect UI.
+
+In: (done, total, unit) as often as the stage likes. Out: a log line every `LOG_SECONDS` and an update of the stage's
+progress artifact every `UI_SECONDS`, both with rate and time left. Cost: an update is ~40 ms, hence the limits.
+"""
+
+import base64
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from prefect.artifacts import (
+    create_image_artifact,
+    create_markdown_artifact,
+    create_progress_artifact,
+    create_table_artifact,
+    update_progress_artifact,
+)
+
+from training.comparison.report import verdict_markdown
+from training.registry.register import patiently
+from training.tracking.plots import write_plots
+from training.tracking.redact import public_link, redact_text
+from training.tracking.run import TrackedRun
+from training.tracking.sync import connect
+
+MLFLOW_UI = "PANDA_MLFLOW_UI"  # set by `panda up` for its worker: where people look at MLflow
+
+
+def show_report(report: dict[str, Any]) -> None:
+    """The data report as a table: one line per number, rejected and dropped ones by reason."""
+    create_table_artifact(table=report_rows(report), key="data-report", description="What became of the corpus")
+
+
+def report_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+    """The data report flattened to what / number, for tables in the UI and in the terminal."""
+    rows = [("records in", report["records_in"]), ("accepted", report["accepted"])]
+    rows += [(f"rejected: {reason}", count) for reason, count in report["rejected"].items()]
+    rows += [(f"dropped: {reason}", count) for reason, count in report["dropped"].items()]
+    rows += [("tokens", report["tokens"]), ("target tokens", report["target_tokens"]), ("rows", report["rows"])]
+    return [
+        *({"what": what, "number": f"{number:,}"} for what, number in rows),
+        {"what": "utilisation", "number": f"{100 * report['utilisation']:.2f} %"},
+    ]
+
+
+def show_prepared(markdown: str) -> None:
+    """Packing, lengths, and examples with their mask."""
+    create_markdown_artifact(markdown, key="prepared-data", description="Packing, lengths, examples with their mask")
+
+
+def show_pictures(run_dir: Path) -> None:
+    """Loss curve and speed, inside the artifact: the UI cannot read files."""
+    for path in write_plots(run_dir):
+        picture = base64.b64encode(path.read_bytes()).decode()
+        create_image_artifact(f"data:image/png;base64,{picture}", key=f"curve-{path.stem}", description=path.stem)
+
+
+def show_links(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> None:
+    """From here to MLflow; MLflow's run has the way back as the tag prefect.flow_run_url."""
+    address = os.environ.get(MLFLOW_UI) or public_link(tracked.uri)
+    model = f"{version['name']} version {version['version']}"
+    run_id = tracked.run_id
+    if address and run_id:
+        model = f"[{model}]({address}/#/models/{version['name']}/versions/{version['version']})"
+        experiment = patiently(lambda: connect(tracked.uri).get_run(run_id)).info.experiment_id
+        run = f"[{run_id}]({address}/#/experiments/{experiment}/runs/{run_id})"
+    else:
+        run = f"{run_id} in {redact_text(tracked.uri)}"
+    text = f"| | |\n| --- | --- |\n| model | {model} |\n| MLflow run | {run} |\n| directory | `{run_dir}` |\n"
+    create_markdown_artifact(text, key="links", description="Where to look further")
+
+
+def show_evaluation(losses: dict[str, Any]) -> None:
+    """Held-out loss before and after training."""
+    table = [
+        {"held-out loss": moment, **{source: f"{loss:.4f}" for source, loss in by_source.items()}}
+        for moment, by_source in losses.items()
+    ]
+    create_table_artifact(table=table, key="evaluation", description="Held-out loss per target token")
+
+
+def show_model(version: dict[str, Any], text: str) -> None:
+    """The registered version, and what it says."""
+    create_markdown_artifact(
+        f"**{version['name']}**, version {version['version']} (`{version['uri']}`)\n\n> {text}\n",
+        key="model",
+        description="The registered model, loaded back",
+    )
+
+
+def show_gate(result: dict[str, Any]) -> None:
+    """Why the version became the champion or not: the reasons, then a line per slice and check."""
+    create_markdown_artifact(markdown=verdict_markdown(result), key="gate", description="Candidate, champion and base")
+
+
+LOG_SECONDS = 5.0
+UI_SECONDS = 2.0
+
+logger = logging.getLogger(__name__)
+
+
+class StageProgress:
+    """Rate-limited reporter of one stage; call it with (stage, done, total, unit)."""
+
+    def __init__(self, key: str):
+        self.key = key
+        self.started = self.logged = self.shown = time.monotonic()
+        self.first_done: int | None = None  # where the rate is counted from: the first call, not the start-up before it
+        self.artifact: Any = None
+
+    def __call__(self, stage: str, done: int, total: int, unit: str, note: str = "") -> None:
+        now = time.monotonic()
+        if self.first_done is None:
+            self.first_done, self.started = done, now
+        text = describe(done, total, unit, done - self.first_done, now - self.started) + (f", {note}" if note else "")
+        finished = done >= total
+        if now - self.logged >= LOG_SECONDS or (finished and self.logged >= self.started):
+            self.logged = now
+            logger.info("%s: %s", stage, text)
+        if now - self.shown >= UI_SECONDS or (finished and self.artifact):
+            self.shown = now
+            self._show(100 * done / max(total, 1), f"{stage}: {text}")
+
+    def _show(self, percent: float, text: str) -> None:
+        if self.artifact is None:
+            self.artifact = create_progress_artifact(percent, key=self.key, description=text)
+        else:
+            update_progress_artifact(self.artifact, percent, description=text)
+
+
+def describe(done: int, total: int, unit: str, done_here: int, seconds: float) -> str:
+    """``1,200 of 5,000 records (24 %), 400 records/s, 10 s left``; the rate counts only what was done here."""
+    rate = done_here / seconds if seconds else 0.0
+    text = f"{done:,} of {total:,} {unit} ({100 * done / max(total, 1):.0f} %)"
+    if rate:
+        text += f", {rate:,.{0 if rate >= 10 else 2}f} {unit}/s, {(total - done) / rate:,.0f} s left"
+    return text

@@ -1,0 +1,173 @@
+"""`panda plan`: what it says before and after data exists, why a stage is to do, and that its numbers are exact."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from configs.load import load
+from data_prep.pipeline import prepare
+from data_prep.records.shard import shard_records
+from data_prep.sample import write_sample
+from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
+from data_prep.tokens.tokenizer import train_tokenizer
+from flows.cli.main import main, train_main
+from flows.cli.plan import make_plan, target_of
+from flows.parts.run_dir import RunDir, write_config
+from training.settings import TrainSettings
+
+
+@pytest.fixture
+def workplace(tmp_path, monkeypatch):
+    """An empty working directory with the sample corpus."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("training.launch.commands.num_gpus", lambda: 0)
+    write_sample(Path("dataset"))
+    return tmp_path
+
+
+def settings(**values):
+    return load(values).settings
+
+
+def prepare_as(chosen):
+    """Prepare the data as a run would, and leave the configuration of that run."""
+    corpus, cache = CorpusSettings.of(chosen), Path(chosen.cache_dir)
+    tokenizer = train_tokenizer(shard_records(corpus, cache), chosen.architecture["vocab_size"], cache)
+    planned = prepare(corpus, TokenizeSettings.of(chosen), PackSettings.of(chosen), tokenizer, cache)
+    run = RunDir(Path(chosen.output_dir) / "first")
+    run.path.mkdir(parents=True, exist_ok=True)
+    paths = {"plan_dir": Path(planned.path), "tokenizer_dir": tokenizer, "model_dir": None, "run_dir": run.path}
+    write_config(run, chosen, paths)
+    return planned
+
+
+def stages(plan):
+    return {stage["name"]: (stage["reused"], stage["why"]) for stage in plan["stages"]}
+
+
+def test_before_anything_exists(workplace):
+    plan = make_plan(settings(), None, None)
+    assert stages(plan)["records"] == (False, "nothing is prepared yet")
+    assert not plan["data"]["exact"]
+    assert plan["data"]["target_tokens"] is None
+    assert plan["hours"] is None
+    assert not (workplace / "cache").exists(), "a plan without data writes nothing"
+
+
+def test_what_a_model_needs_can_be_asked_before_there_is_a_corpus(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    words = ["plan", "--model", "llama-7b", "--gpu_memory_gb", "80", "--num_processes", "8"]
+    assert main(words) == 0
+    printed = capsys.readouterr().out
+    assert "no corpus yet" in printed and "It fits" in printed and "rows" not in printed.replace("rows in", "")
+    assert main([*words, "--pretraining_data_dir", "missing"]) == 2
+    assert "missing does not exist" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("answer", "precision", "words"),
+    [
+        ("81559, 9.0", "auto", "2 GPUs, bfloat16, 85.5 GB each"),
+        ("16384, 7.5", "auto", "2 GPUs, float32, 17.2 GB each"),  # it would emulate bfloat16
+        ("16384, 7.5", "bf16", "2 GPUs, bfloat16, 17.2 GB each"),
+        ("[N/A]", "auto", "2 GPUs, bfloat16"),
+    ],
+)
+def test_gpus_are_asked_what_they_can(tmp_path, monkeypatch, answer, precision, words):
+    tool = tmp_path / "nvidia-smi"
+    tool.write_text(f"#!/bin/sh\necho '{answer}'\n")
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr("training.launch.commands.num_gpus", lambda: 2)
+    assert target_of(TrainSettings(precision=precision), None).words == words
+
+
+def test_estimates_come_near_and_numbers_are_exact_afterwards(workplace):
+    chosen = settings()
+    estimated = make_plan(chosen, None, None)
+    planned = prepare_as(chosen)
+    exact = make_plan(chosen, None, 1000.0)
+    assert [reused for reused, _ in stages(exact).values()] == [True, True, True]
+    assert exact["data"]["exact"]
+    assert exact["data"]["rows"] == planned.report["rows"]
+    assert exact["course"]["target_tokens"] == planned.report["target_tokens"]
+    rows_per_step = 4 * 2 * 2  # micro-batch, accumulation, ranks
+    assert exact["course"]["steps"] == -(-planned.report["rows"] // rows_per_step)
+    assert exact["course"]["padding"] == pytest.approx(1 - planned.report["utilisation"])
+    assert exact["hours"] == pytest.approx(planned.report["tokens"] / 1000 / 3600)
+    assert estimated["data"]["tokens"] == pytest.approx(planned.report["tokens"], rel=1), "the right size"
+
+
+def test_estimates_from_a_sample_of_the_records(workplace):
+    prepare_as(settings())
+    chosen = settings(template="alpaca")
+    estimated = make_plan(chosen, None, None)["data"]
+    planned = prepare_as(chosen).report
+    duplicates = planned["dropped"]["duplicate"] / planned["accepted"]
+    assert not estimated["exact"]
+    assert estimated["tokens"] == pytest.approx(planned["tokens"], rel=0.1 + duplicates)
+    assert estimated["target_tokens"] == pytest.approx(planned["target_tokens"], rel=0.1 + duplicates)
+
+
+def test_why_a_stage_is_to_do(workplace):
+    prepare_as(settings())
+    plan = make_plan(settings(template="alpaca"), None, None)
+    assert stages(plan)["tokens"] == (False, "template: plain -> alpaca")
+    assert stages(plan)["records"] == (True, "")
+    longer = make_plan(settings(max_seq_length=1024), None, None)
+    assert stages(longer)["tokens"] == (True, "")
+    assert stages(longer)["plan"] == (False, "max_seq_length: 512 -> 1024; made just now")
+    assert longer["data"]["exact"]
+    Path("dataset/pretraining/more.jsonl").write_text('{"title": "t", "content": "more text"}\n')
+    new = make_plan(settings(), None, None)
+    assert stages(new)["records"] == (False, "1 new file (more.jsonl)")
+    with Path("dataset/pretraining/stories.jsonl").open("a") as stream:
+        stream.write('{"title": "t", "content": "and more"}\n')
+    both = make_plan(settings(), None, None)
+    assert stages(both)["records"][1] == "1 new file (more.jsonl), 1 changed file (stories.jsonl)"
+
+
+def test_the_speed_of_an_earlier_run(workplace):
+    chosen = settings()
+    prepare_as(chosen)
+    lines = [json.dumps({"step": step, "tokens_per_second": speed}) for step, speed in enumerate((1, 90, 100, 110), 1)]
+    (workplace / "outputs" / "first" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    plan = make_plan(chosen, None, None)
+    assert plan["speed"] == {"tokens_per_second": 100, "source": "run first"}
+    assert make_plan(settings(use_lora=True), None, None)["speed"] is None, "that run trained in another way"
+
+
+def test_what_fits(workplace, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    seven = make_plan(settings(model="llama-7b", num_processes=1), 24, None)
+    assert seven["parameters"] == 6_738_415_616
+    assert not seven["fits"]
+    assert seven["memory"]["total"] > 100e9
+    assert seven["change"]["settings"]
+    assert seven["change"]["total"] <= 0.95 * 24e9
+    adapter = make_plan(settings(model="llama-7b", preset="qlora", num_processes=1), 24, None)
+    assert adapter["fits"]
+    assert adapter["memory"]["total"] < 16e9
+
+
+def test_what_does_not_work_together(workplace, monkeypatch, capsys):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    assert (
+        main(["plan", "--model", "llama-7b", "--use_quant", "--use_lora", "false", "--zero_stage", "3", "--json"]) == 2
+    )
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [problem.split(":")[0] for problem in plan["problems"]] == [
+        "use_quant without use_lora",
+        "use_quant with zero_stage 3",
+    ]
+
+
+def test_dry_run_is_the_plan(workplace, capsys):
+    assert train_main(["--model", "panda-tiny", "--dry_run"]) == 0
+    shown = capsys.readouterr().out
+    assert main(["plan", "--model", "panda-tiny"]) == 0
+    assert capsys.readouterr().out == shown
+    assert "nothing is prepared yet" in shown
+    assert "The settings work together." in shown
+    assert not (workplace / "outputs").exists()

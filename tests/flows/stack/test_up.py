@@ -1,0 +1,186 @@
+"""Operations for real: a stack brought up by `panda up`, runs by the very commands of the documentation."""
+
+import os
+import re
+import signal
+
+import pytest
+from prefect.client.schemas.actions import DeploymentUpdate
+
+from tests.support.stack import LONG, Stack, flow_run_id, running_stack, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("operations")
+    with running_stack(folder) as up:
+        yield up
+
+
+@pytest.fixture(scope="module")
+def first(stack: Stack):
+    """The id of the first run, triggered and watched as the documentation says."""
+    conf = stack.config("short", max_steps=6)
+    done = stack.prefect("deployment", "run", "panda-train/default", "--watch", f"--param=conf_path={conf}")
+    assert done.returncode == 0, done.stdout + done.stderr
+    return flow_run_id(done.stdout)
+
+
+class TestStack:
+    def test_all_services_are_up(self, stack):
+        done = stack.panda("status")
+        assert done.returncode == 0
+        services = [line.split("  ")[0] for line in done.stdout.splitlines()]
+        assert services == ["prefect server", "mlflow server", "worker"]
+
+    def test_up_again_changes_nothing(self, stack):
+        before = re.findall(r"pid (\d+)", stack.panda("status").stdout)
+        done = stack.panda("up")
+        assert done.returncode == 0, done.stderr
+        assert "prefect deployment run panda-train/default" in done.stdout
+        assert re.findall(r"pid (\d+)", stack.panda("status").stdout) == before
+
+    def test_schedule_is_there_and_paused(self, stack):
+        with stack.client() as client:
+            schedules = client.read_deployment_by_name("panda-train/default").schedules
+        assert [(schedule.slug, schedule.active) for schedule in schedules] == [("weekly", False)]
+
+
+class TestRefusedAtSubmission:
+    @pytest.mark.parametrize(
+        ("parameter", "message"),
+        [
+            ("lora_r=0", "0 is less than the minimum of 1"),
+            ("strategy=horovod", "'horovod' is not one of ['deepspeed', 'fsdp']"),
+            ("lora_rr=4", "not found on the deployment"),
+        ],
+    )
+    def test_wrong_value(self, stack, parameter, message):
+        done = stack.prefect("deployment", "run", "panda-train/default", f"--param={parameter}")
+        assert done.returncode == 1
+        assert message in " ".join((done.stdout + done.stderr).split())
+
+    def test_wrong_combination_fails_at_once_as_on_the_command_line(self, stack):
+        conf = stack.config("contradiction", warmup_steps=5, warmup_proportion=0.5)
+        state = stack.end_of(stack.start(conf))
+        assert (state.type.value, state.name) == ("FAILED", "UserError")
+        assert "contradict each other" in state.message
+
+
+class TestRun:
+    def test_completed_with_a_message(self, stack, first):
+        run = stack.flow_run(first)
+        assert run.state.name == "Completed"
+        assert "panda-panda-tiny version 1, held-out loss" in run.state.message
+        assert run.name == "panda-tiny on instruction_tuning + pretraining: all weights"
+
+    def test_artifacts(self, stack, first):
+        shown = stack.artifacts(first)
+        assert {"data-report", "prepared-data", "curve-loss", "evaluation", "model", "links", "gate"} <= shown.keys()
+        assert "⟦" in shown["prepared-data"]
+        assert shown["curve-loss"].startswith("data:image/png;base64,")
+        assert "/#/models/panda-panda-tiny/versions/1" in shown["links"]
+
+    def test_logs_of_the_ranks_arrive(self, stack, first):
+        assert "[rank-0]" in stack.logs(first)
+
+    def test_second_run_reuses_the_data(self, stack, first):
+        run = stack.start(stack.config("short", max_steps=6), until_stage="plan")
+        state = stack.end_of(run)
+        assert (state.type.value, state.name) == ("COMPLETED", "Prepared")
+        with stack.client() as client:
+            from prefect.client.schemas.filters import FlowRunFilter
+
+            tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run]}))
+        names = {task.name.rsplit("-", 1)[0]: task.state.name for task in tasks}
+        assert [names[name] for name in ("validate and shard", "tokenize and mask", "plan packing")] == ["Reused"] * 3
+
+
+class TestSchedule:
+    def test_scheduled_run_of_an_old_corpus_is_skipped(self, stack, first):
+        """Also finds out whether the server schedules at all: with SQLAlchemy 2.1 it silently does not."""
+        self.default_parameters(stack, {"conf_path": stack.config("short", max_steps=6)})
+        try:
+            with stack.schedule("--interval", "20"):
+                wait_for(lambda: self.ended(stack), 240, "a scheduled run")
+        finally:
+            self.default_parameters(stack, {})
+        state = self.ended(stack)[0].state
+        assert (state.type.value, state.name) == ("COMPLETED", "SkippedNoNewData"), state.message
+        assert "models:/panda-panda-tiny/1" in state.message
+
+    def default_parameters(self, stack, parameters):
+        with stack.client() as client:
+            deployment = client.read_deployment_by_name("panda-train/default")
+            client.update_deployment(deployment.id, DeploymentUpdate(parameters=parameters))
+
+    def ended(self, stack):
+        return [run for run in stack.scheduled_runs() if run.state.is_final()]
+
+
+class TestEnds:
+    def test_cancel_leaves_no_process_and_a_checkpoint(self, stack, first):
+        run = stack.start(stack.config("cancelled", **LONG), until_stage="train")
+        run_dir = stack.wait_until_training(run, "cancelled", 3)
+        assert len(stack.processes(run)) >= 3  # engine, supervisor, rank
+        stack.prefect("flow-run", "cancel", str(run))
+        assert wait_for(lambda: not stack.processes(run), 60, "the end of all processes") < 35
+        assert stack.end_of(run, 60).name == "Cancelled"
+        assert list((run_dir / "checkpoints").glob("step-*"))
+
+    def test_killed_flow_is_crashed_and_the_next_run_resumes(self, stack, first):
+        run = stack.start(stack.config("killed", **LONG), until_stage="train")
+        run_dir = stack.wait_until_training(run, "killed", 12)
+        engine = next(process for process in stack.processes(run) if "prefect.engine" in process.cmdline())
+        engine.send_signal(signal.SIGKILL)
+        wait_for(lambda: not stack.processes(run), 40, "the end of all processes")
+        assert stack.end_of(run, 120).type.value == "CRASHED"
+        again = stack.start(stack.config("killed", **LONG), until_stage="train")
+        stack.wait_until_training(again, "killed", 1)
+        assert stack.newest_run("killed") == run_dir
+        wait_for(lambda: "was not finished: going on with it" in stack.logs(again), 30, "the log to say so")
+        self.kill_the_worker(stack, again)
+
+    def kill_the_worker(self, stack, run):
+        """The run it was at work on ends; a new worker comes up by itself."""
+        before = stack.worker_pid()
+        os.kill(before, signal.SIGKILL)
+        assert wait_for(lambda: not stack.processes(run), 60, "the end of all processes") < 35
+        assert stack.end_of(run, 150).type.value == "CRASHED"
+        wait_for(lambda: stack.worker_pid() not in (None, before), 60, "a new worker")
+
+    def test_lost_rank_is_retried_from_the_checkpoint(self, stack, first):
+        run = stack.start(stack.config("lost", max_steps=400, save_steps=5, num_processes=2), until_stage="train")
+        stack.wait_until_training(run, "lost", 8)
+        rank = next(process for process in stack.processes(run) if process.environ().get("RANK") == "1")
+        rank.send_signal(signal.SIGKILL)
+        state = stack.end_of(run)
+        assert (state.type.value, state.name) == ("COMPLETED", "Stopped")
+        assert "resum" in stack.logs(run).lower()
+
+
+class TestPeople:
+    def test_failure_is_told(self, stack):
+        wrong = {"warmup_steps": 5, "warmup_proportion": 0.5}
+        with stack.webhook() as (block, received):
+            stack.end_of(stack.start(stack.config("contradiction"), notify=block, **wrong))
+            wait_for(lambda: received, 30, "the webhook")
+        assert "UserError" in received[0]["subject"]
+        assert "contradict each other" in received[0]["body"]
+
+    def test_nothing_is_registered_without_approval(self, stack, first):
+        run = stack.start(stack.config("short", max_steps=3), require_approval=True)
+        stack.wait_for_state(run, "Paused")
+        with stack.client() as client:
+            client.resume_flow_run(run, run_input={"approve": False, "comment": "not today"})
+        state = stack.end_of(run)
+        assert (state.type.value, state.name) == ("COMPLETED", "NotApproved")
+        assert "not today" in state.message
+        assert "model" not in stack.artifacts(run)
+
+
+def test_down_leaves_nothing(stack):
+    assert stack.panda("down").returncode == 0
+    assert stack.panda("status").returncode == 3

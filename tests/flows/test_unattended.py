@@ -1,0 +1,172 @@
+"""Retraining that nobody watches, for real: from the champion, by turns, a person asked, on a machine that dies."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+
+from tests.support.stack import LONG, ROOT, Stack, running_stack, wait_for
+from training.registry.versions import PARENT_TAG, Registry
+from training.tracking.sync import connect
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
+MODEL = "panda-panda-tiny"
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("unattended")
+    with running_stack(folder) as up:
+        yield up
+
+
+@pytest.fixture(scope="module")
+def first(stack: Stack):
+    """A run that has registered version 1."""
+    run = stack.start(stack.config("short", max_steps=6))
+    assert stack.end_of(run).name == "Completed"
+    return run
+
+
+@pytest.fixture(scope="module")
+def registry(stack: Stack, first):
+    return Registry(f"sqlite:///{stack.outputs('short')}/mlflow.db")
+
+
+@pytest.fixture(scope="module")
+def grown(stack: Stack, first):
+    """A configuration whose corpus has 300 instructions more than that of the first run."""
+    folder = stack.folder / "grown" / "instruction_tuning"
+    shutil.copytree(stack.folder / "dataset" / "instruction_tuning", folder)
+    records = [{"input": f"What is {i} plus {i}?", "target": f"{i} plus {i} is {2 * i}."} for i in range(300)]
+    (folder / "sums.json").write_text(json.dumps(records))
+    outputs = str(stack.outputs("short"))
+    return stack.config("grown", max_steps=6, instruction_tuning_data_dir=str(folder), output_dir=outputs)
+
+
+def test_links_lead_to_mlflow_and_back(stack, first, registry):
+    version = registry.versions(MODEL)[0]
+    assert f"/runs/{version.run_id}" in stack.artifacts(first)["links"]
+    tags = connect(registry.uri).get_run(version.run_id).data.tags
+    assert tags["prefect.flow_run_url"].endswith(f"/flow-run/{first}")
+
+
+class TestNextVersion:
+    def test_not_for_too_few_new_target_tokens(self, stack, grown):
+        state = stack.end_of(stack.start(grown, min_new_target_tokens=1_000_000))
+        assert (state.type.value, state.name) == ("COMPLETED", "SkippedNoNewData")
+        assert f"target tokens more than models:/{MODEL}/1 was made of" in state.message
+
+    def test_from_the_champion_approved_and_told(self, stack, grown, registry):
+        assert "champion" in registry.versions(MODEL)[0].aliases
+        wanted = {"init_from": "champion", "replay_share": 0.25, "min_new_target_tokens": 100, "require_approval": True}
+        with stack.webhook() as (block, received):
+            run = stack.start(grown, notify=block, **wanted)
+            stack.wait_for_state(run, "Paused")
+            with stack.client() as client:
+                client.resume_flow_run(run, run_input={"approve": True, "comment": ""})
+            assert stack.end_of(run).name == "Completed"
+        assert "from the champion" in stack.flow_run(run).name
+        assert f"starting from the champion models:/{MODEL}/1" in stack.logs(run)
+        version = registry.versions(MODEL)[1]
+        assert version.tags[PARENT_TAG] == f"models:/{MODEL}/1"
+        report = {row["what"]: row["number"] for row in json.loads(stack.artifacts(run)["data-report"])}
+        assert int(report["dropped: not_replayed"].replace(",", "")) > 500
+        assert f"{MODEL} version 2" in received[0]["subject"]
+        assert ("is the champion now" in received[0]["subject"]) == ("champion" in version.aliases)
+
+    def test_without_an_answer_nothing_is_registered(self, stack, first, registry):
+        before = registry.versions(MODEL)
+        timeout = {"require_approval": True, "approval_timeout_hours": 5 / 3600}
+        state = stack.end_of(stack.start(stack.config("short", max_steps=3), **timeout))
+        assert (state.type.value, state.name) == ("COMPLETED", "NotApproved")
+        assert "no answer in" in state.message
+        assert registry.versions(MODEL) == before
+
+
+class TestOtherDeployments:
+    def test_prepare(self, stack, first):
+        conf = stack.config("prepared", cache_dir=str(stack.folder / "cache-of-prepare"))
+        state = stack.end_of(stack.start(conf, "panda-prepare/default"))
+        assert (state.type.value, state.name) == ("COMPLETED", "Prepared")
+        assert "target tokens in" in state.message
+
+    def test_evaluate(self, stack, first):
+        state = stack.end_of(stack.start(stack.config("short"), "panda-evaluate/default"))
+        assert (state.type.value, state.name) == ("COMPLETED", "Evaluated")
+        assert re.fullmatch(r"held-out loss: instruction [\d.]+, pretraining [\d.]+, all [\d.]+", state.message)
+
+
+def test_by_turns(stack, first):
+    """While one trains, a run by hand waits for its turn, and a scheduled one gives up when it has had to wait."""
+    training = stack.start(stack.config("turns", **LONG), until_stage="train")
+    stack.wait_until_training(training, "turns", 1)
+    by_hand = stack.start(stack.config("short", max_steps=6), until_stage="plan")
+    with stack.schedule("--interval", "60"):
+        wait_for(lambda: waiting(stack), 240, "a scheduled run that waits")
+        assert stack.flow_run(training).state.name == "Running"
+        assert stack.flow_run(by_hand).state.name == "AwaitingConcurrencySlot"
+        stack.prefect("flow-run", "cancel", str(training))
+        scheduled = stack.end_of(waiting(stack)[0].id)
+    assert stack.end_of(by_hand).name == "Prepared"
+    assert (scheduled.type.value, scheduled.name) == ("CANCELLED", "SkippedStillRunning")
+
+
+def waiting(stack: Stack) -> list:
+    """Scheduled runs whose turn has not come."""
+    return [run for run in stack.scheduled_runs() if run.state.name == "AwaitingConcurrencySlot"]
+
+
+def test_lost_machine_is_crashed_by_the_automation(stack, first):
+    """Nobody is left to report: engine and worker are killed together, as by a power cut."""
+    run = stack.start(stack.config("lost", **LONG), until_stage="train")
+    stack.wait_until_training(run, "lost", 1)
+    engine = next(process for process in stack.processes(run) if "prefect.engine" in process.cmdline())
+    engine.send_signal(signal.SIGSTOP)  # so that it does not hear of the worker's end
+    os.kill(stack.worker_pid(), signal.SIGKILL)
+    engine.send_signal(signal.SIGKILL)
+    wait_for(lambda: not stack.processes(run), 40, "the end of all processes")
+    assert stack.flow_run(run).state.name == "Running"
+    state = stack.end_of(run, 180)
+    assert (state.type.value, state.name) == ("CRASHED", "Crashed")
+    assert "No heartbeat for 90 s" in state.message
+
+
+def test_kubernetes_example_is_accepted(stack):
+    """Pool and deployment, as documented; there is no cluster here to run it on."""
+    pool = ["work-pool", "create", "panda-kubernetes", "--type", "kubernetes"]
+    created = stack.prefect(*pool, "--base-job-template", "deploy/kubernetes/pool.json")
+    assert created.returncode == 0, created.stdout + created.stderr
+    deployed = stack.prefect("deploy", "--all", "--prefect-file", "deploy/kubernetes/prefect.yaml")
+    assert deployed.returncode == 0, deployed.stdout + deployed.stderr
+    run = stack.prefect("deployment", "run", "panda-train/kubernetes", "--job-variable", "gpus=-1")
+    assert run.returncode == 1
+    assert "-1 is less than the minimum of 0" in " ".join((run.stdout + run.stderr).split())
+
+
+def test_slurm_worker_runs_one_run_and_stops_it_in_time(stack, first):
+    """The script of the example, by bash instead of sbatch, with a pool of its own; TERM as SLURM sends it."""
+    with stack.client() as client:
+        client.create_work_pool(WorkPoolCreate(name="panda-slurm", type="process"))
+        deployment = client.read_deployment_by_name("panda-train/default")
+        client.update_deployment(
+            deployment.id, DeploymentUpdate(work_pool_name="panda-slurm", work_queue_name="default")
+        )
+    run = stack.start(stack.config("slurm", **LONG), until_stage="train")
+    path = f"{Path(sys.executable).parent}:{stack.env['PATH']}"
+    env = {**stack.env, "PANDA_POOL": "panda-slurm", "PATH": path}
+    with open(stack.folder / "slurm.log", "wb") as log:
+        job = subprocess.Popen(["bash", "deploy/slurm/worker.sh"], cwd=ROOT, env=env, stdout=log, stderr=log)
+    run_dir = stack.wait_until_training(run, "slurm", 1)
+    job.terminate()
+    assert job.wait(timeout=90) == 0
+    assert not stack.processes(run)
+    assert list((run_dir / "checkpoints").glob("step-*"))
+    assert stack.end_of(run, 60).type.value == "CRASHED"

@@ -1,0 +1,243 @@
+"""A real stack for tests: server, MLflow, worker and deployments, with a database, ports and directories of its own."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from uuid import UUID
+
+import psutil
+import yaml
+
+from data_prep.sample import write_sample
+
+ROOT = Path(__file__).parents[2]
+LONG = {"max_steps": 100_000, "save_steps": 5}  # a training that does not end by itself
+SETTINGS = {
+    "model": "panda-tiny",
+    "architecture": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 512},
+    "max_seq_length": 64,
+    "num_processes": 1,
+    "save_steps": 5,
+    "gate_records": 20,
+    "num_workers": 0,
+}
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@dataclass
+class Stack:
+    """What tests do with the stack: by the commands a person types."""
+
+    folder: Path
+    env: dict[str, str]
+
+    def panda(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+        command = [sys.executable, "-m", "flows.cli.main", *arguments, "--state_dir", str(self.folder / "state")]
+        return self._run(command, timeout)
+
+    def prefect(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
+        return self._run([sys.executable, "-m", "prefect", "--no-prompt", *arguments], timeout)
+
+    def _run(self, command: list[str], timeout: float) -> subprocess.CompletedProcess:
+        return subprocess.run(
+            command, cwd=ROOT, env=self.env, capture_output=True, text=True, check=False, timeout=timeout
+        )
+
+    def config(self, name: str, **settings: Any) -> str:
+        """A configuration file, the value of the parameter conf_path."""
+        path = self.folder / f"{name}.yaml"
+        places = {
+            "instruction_tuning_data_dir": str(self.folder / "dataset" / "instruction_tuning"),
+            "pretraining_data_dir": str(self.folder / "dataset" / "pretraining"),
+            "output_dir": str(self.outputs(name)),
+            "cache_dir": str(self.folder / "cache"),
+        }
+        path.write_text(yaml.safe_dump({**SETTINGS, **places, **settings}))
+        return str(path)
+
+    def outputs(self, name: str) -> Path:
+        """Where the runs of a configuration are."""
+        return self.folder / "outputs" / name
+
+    def start(self, conf_path: str, deployment: str = "panda-train/default", **parameters: Any) -> UUID:
+        """`prefect deployment run`; returns the id of the flow run."""
+        given = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
+        done = self.prefect("deployment", "run", deployment, f"--param=conf_path={conf_path}", *given)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return flow_run_id(done.stdout)
+
+    @contextmanager
+    def client(self) -> Iterator[Any]:
+        from prefect.client.orchestration import get_client
+        from prefect.settings import PREFECT_API_URL, temporary_settings
+
+        with temporary_settings({PREFECT_API_URL: self.env["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+            yield client
+
+    def flow_run(self, flow_run_id: UUID) -> Any:
+        with self.client() as client:
+            return client.read_flow_run(flow_run_id)
+
+    def end_of(self, flow_run_id: UUID, timeout: float = 300) -> Any:
+        """The final state."""
+        wait_for(lambda: self.flow_run(flow_run_id).state.is_final(), timeout, "the end")  # noqa: PLW0108  # read anew
+        return self.flow_run(flow_run_id).state
+
+    def logs(self, flow_run_id: UUID) -> str:
+        from prefect.client.schemas.filters import LogFilter
+
+        with self.client() as client:
+            found = client.read_logs(LogFilter(flow_run_id={"any_": [flow_run_id]}), limit=200)
+        return "\n".join(entry.message for entry in found)
+
+    def artifacts(self, flow_run_id: UUID) -> dict[str, Any]:
+        from prefect.client.schemas.filters import ArtifactFilter
+
+        with self.client() as client:
+            found = client.read_artifacts(artifact_filter=ArtifactFilter(flow_run_id={"any_": [flow_run_id]}))
+        return {artifact.key: artifact.data for artifact in found}
+
+    def wait_for_state(self, flow_run_id: UUID, name: str, timeout: float = 240) -> None:
+        """Until the run is in the state of this name."""
+        wait_for(lambda: self.flow_run(flow_run_id).state.name == name, timeout, f"the state {name}")
+
+    @contextmanager
+    def schedule(self, *how: str) -> Iterator[None]:
+        """A schedule of panda-train/default, made by the command of the documentation and removed again."""
+        name = "panda-train/default"
+        done = self.prefect("deployment", "schedule", "create", name, *how, "--timezone", "UTC")
+        assert done.returncode == 0, done.stdout + done.stderr
+        try:
+            yield
+        finally:
+            with self.client() as client:
+                deployment = client.read_deployment_by_name(name)
+                for schedule in deployment.schedules:
+                    if schedule.slug != "weekly":
+                        client.delete_deployment_schedule(deployment.id, schedule.id)
+
+    def scheduled_runs(self) -> list[Any]:
+        """Those whose time has come."""
+        with self.client() as client:
+            runs = client.read_flow_runs()
+        return [run for run in runs if "auto-scheduled" in run.tags and run.state.name != "Scheduled"]
+
+    @contextmanager
+    def webhook(self) -> Iterator[tuple[str, list[dict[str, str]]]]:
+        """(Name of a notification block, what was sent to it)."""
+        received: list[dict[str, str]] = []
+
+        class Receiver(BaseHTTPRequestHandler):
+            def do_POST(self) -> None:
+                received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: Any) -> None:
+                pass
+
+        server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        with self.client():
+            from prefect.blocks.notifications import CustomWebhookNotificationBlock
+
+            url = f"http://127.0.0.1:{server.server_address[1]}/"
+            block = CustomWebhookNotificationBlock(
+                name="test", url=url, method="POST", json_data={"subject": "{{subject}}", "body": "{{body}}"}
+            )
+            block.save("test", overwrite=True)
+        yield "custom-webhook/test", received
+        server.shutdown()
+
+    def wait_until_training(self, flow_run_id: UUID, name: str, steps: int, timeout: float = 240) -> Path:
+        """Until so many optimizer steps are done; returns the run directory."""
+
+        def trained() -> bool:
+            state = self.flow_run(flow_run_id).state
+            assert not state.is_final(), f"{state.name}: {state.message}\n{self.logs(flow_run_id)}"
+            return self.processes(flow_run_id) and num_steps(self.newest_run(name)) >= steps
+
+        wait_for(trained, timeout, f"{steps} steps of training")
+        return self.newest_run(name)
+
+    def newest_run(self, name: str) -> Path | None:
+        runs = sorted(self.outputs(name).glob("*/config.yaml"))
+        return runs[-1].parent if runs else None
+
+    def processes(self, flow_run_id: UUID) -> list[psutil.Process]:
+        """All processes of a flow run: the engine first."""
+        return [process for process in psutil.process_iter() if owner_of(process) == str(flow_run_id)]
+
+    def worker_pid(self) -> int:
+        state = json.loads((self.folder / "state" / "state.json").read_text())
+        return next(service["pid"] for service in state["services"] if service["name"] == "worker")
+
+
+def flow_run_id(printed: str) -> UUID:
+    """From what `prefect deployment run` prints."""
+    line = next(line for line in printed.splitlines() if "UUID:" in line)
+    return UUID(line.split("UUID:")[1].strip())
+
+
+def owner_of(process: psutil.Process) -> str | None:
+    """The flow run that a living process belongs to."""
+    try:
+        zombie = process.status() == psutil.STATUS_ZOMBIE
+        return None if zombie else process.environ().get("PREFECT__FLOW_RUN_ID")
+    except psutil.Error:
+        return None
+
+
+def num_steps(run: Path | None) -> int:
+    metrics = run / "metrics.jsonl" if run else None
+    return len(metrics.read_text().splitlines()) if metrics and metrics.exists() else 0
+
+
+def wait_for(condition: Callable[[], Any], timeout: float, what: str) -> float:
+    """Poll twice a second; returns the seconds it took."""
+    started = time.monotonic()
+    while not condition():
+        assert time.monotonic() - started < timeout, f"waited {timeout} s for {what}"
+        time.sleep(0.5)
+    return time.monotonic() - started
+
+
+def new_stack(folder: Path) -> Stack:
+    """Nothing of it runs yet."""
+    env = {
+        **os.environ,
+        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONPATH": str(ROOT),
+    }
+    return Stack(folder, env)
+
+
+@contextmanager
+def running_stack(folder: Path) -> Iterator[Stack]:
+    """`panda up` beside the sample corpus, and `panda down` at the end, whatever happens."""
+    write_sample(folder / "dataset")
+    stack = new_stack(folder)
+    try:
+        outputs = str(stack.outputs("short"))
+        done = stack.panda("up", "--mlflow_port", str(free_port()), "--output_dir", outputs)
+        assert done.returncode == 0, done.stdout + done.stderr
+        yield stack
+    finally:
+        stack.panda("down")

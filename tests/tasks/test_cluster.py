@@ -1,0 +1,168 @@
+"""Preparation on a Dask cluster of two real worker processes: the same bytes as here, also when one is killed."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from prefect.client.orchestration import get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from data_prep import store
+from tests.support.stack import ROOT, free_port, wait_for
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("use_prefect_server")]
+
+NUM_FILES = 1000
+SLOW_READER = """
+import json, time
+
+def read(path):
+    time.sleep(0.15)
+    return [json.loads(line) for line in open(path)]
+"""
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    """So many files that a Prefect task for each would be felt, and one that is cut into parts."""
+    folder = tmp_path_factory.mktemp("corpus")
+    for number in range(NUM_FILES):
+        write_records(folder / f"{number:04}.jsonl", number, 60)
+    write_records(folder / "large.jsonl", NUM_FILES, 260_000)
+    return folder
+
+
+def write_records(path: Path, number: int, count: int) -> None:
+    records = ({"input": f"question {number} {i}", "target": f"answer {i} " * 9} for i in range(count))
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+
+
+@contextmanager
+def cluster(folder: Path) -> Iterator[tuple[str, list[subprocess.Popen]]]:
+    """(Address, workers): started by the commands of the documentation."""
+    address = f"tcp://127.0.0.1:{free_port()}"
+    scheduler = dask(folder, "scheduler", "--host", "127.0.0.1", "--port", address.rpartition(":")[2])
+    worker = ["worker", address, "--nthreads", "1", "--no-nanny", "--local-directory", str(folder / "dask")]
+    workers = [dask(folder, *worker) for _ in range(2)]
+    try:
+        wait_for(lambda: all("Registered to" in log_of(folder, worker) for worker in workers), 60, "two workers")
+        yield address, workers
+    finally:
+        for process in [*workers, scheduler]:
+            process.kill()
+            process.wait()
+
+
+def dask(folder: Path, *arguments: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "dask", *arguments, "--no-dashboard"]
+    with open(folder / "starting.log", "wb") as log:
+        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"}
+        process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
+    (folder / "starting.log").rename(folder / f"{process.pid}.log")
+    return process
+
+
+def log_of(folder: Path, process: subprocess.Popen) -> str:
+    log = (folder / f"{process.pid}.log").read_text()
+    assert process.poll() is None, log
+    return log
+
+
+def start(folder: Path, corpus: Path, **settings: str) -> subprocess.Popen:
+    """`python train.py` up to the plan, with everything it makes below the folder."""
+    places = {"instruction_tuning_data_dir": corpus, "cache_dir": folder / "cache", "output_dir": folder / "outputs"}
+    chosen = {"model": "panda-tiny", "until_stage": "plan", **places, **settings}
+    command = [
+        sys.executable,
+        "train.py",
+        "--json",
+        *(word for key, value in chosen.items() for word in flag(key, value)),
+    ]
+    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def flag(name: str, value: object) -> list[str]:
+    return [f"--{name}", str(value)]
+
+
+def end(process: subprocess.Popen) -> dict:
+    """The summary of a run that has to succeed."""
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    return json.loads(out.splitlines()[-1])
+
+
+def contents(cache: Path) -> dict[str, str]:
+    return {str(path.relative_to(cache)): store.hash_file(path) for path in sorted(cache.rglob("*")) if path.is_file()}
+
+
+def test_same_bytes_and_few_tasks(corpus, tmp_path):
+    here, there = tmp_path / "here", tmp_path / "there"
+    end(start(here, corpus))
+    with cluster(tmp_path) as (address, _):
+        summary = end(start(there, corpus, prepare_cluster=address))
+    assert summary["data"]["records_in"] == 60 * NUM_FILES + 260_000
+    assert contents(there / "cache") == contents(here / "cache")
+    names = list(tasks_of_newest_run())
+    assert {name for name in names if name.startswith("tokenize: batch")} == {
+        f"tokenize: batch {number} of 8" for number in range(1, 9)
+    }
+    assert len(names) <= 2 * 8 + 4
+
+
+def tasks_of_newest_run() -> dict[str, bool]:
+    """Name of each task -> whether it is completed."""
+    api = temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]})
+    with api, get_client(sync_client=True) as client:
+        run = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)[0]
+        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run.id]}))
+    return {task.name: task.state.is_completed() for task in tasks}
+
+
+def test_killed_worker_loses_nothing(tmp_path):
+    """One of two is killed with -9 in the middle of a batch; what it had finished is kept, the other goes on."""
+    corpus, here, there = tmp_path / "corpus", tmp_path / "here", tmp_path / "there"
+    corpus.mkdir()
+    for number in range(40):
+        write_records(corpus / f"{number:02}.jsonl", number, 50)
+    (tmp_path / "slow_reader.py").write_text(SLOW_READER)
+    for folder in (here, there):
+        folder.mkdir()
+        (folder / "slow_reader.py").symlink_to(tmp_path / "slow_reader.py")
+    reader = '{"_target_": "slow_reader.read"}'
+    end(start(here, corpus, reader=reader))
+    with cluster(tmp_path) as (address, workers):
+        run = start(there, corpus, reader=reader, prepare_cluster=address)
+        wait_for(lambda: len(units(there)) >= 6, 120, "some units")
+        before = units(there)
+        workers[0].send_signal(signal.SIGKILL)
+        end(run)
+    wait_for(lambda: all(tasks_of_newest_run().values()), 30, "the killed task to be told completed by its successor")
+    assert len(before) < 40
+    assert before.items() <= units(there).items()
+    assert contents(there / "cache") == contents(here / "cache")
+
+
+def units(folder: Path) -> dict[str, int]:
+    """Finished units of records, and when their manifests were written."""
+    manifests = (folder / "cache" / "records").glob("[!.]*/manifest.json")
+    return {path.parent.name: path.stat().st_mtime_ns for path in manifests}
+
+
+def test_no_scheduler_is_said(corpus, tmp_path):
+    process = start(tmp_path, corpus, prepare_cluster=f"tcp://127.0.0.1:{free_port()}")
+    started = time.monotonic()
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert "no Dask scheduler answers there" in err
+    assert time.monotonic() - started < 60

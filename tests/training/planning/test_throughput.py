@@ -1,0 +1,25 @@
+"""The speed of earlier runs, as MLflow knows it: from runs as tracking writes them, and without an answer none."""
+
+import json
+from pathlib import Path
+
+from training.launch.commands import free_port
+from training.planning.throughput import past_speed
+from training.settings import TrackingSettings, TrainSettings
+from training.tracking.run import Facts, open_run
+
+
+def test_the_speed_of_a_run_of_the_same_kind_is_found(run_dir, tmp_path):
+    with open_run(TrackingSettings(), run_dir, Facts({"model": "panda-tiny", "use_lora": False})) as tracked:
+        (run_dir / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens_per_second": 120.0}) + "\n")
+    here = TrackingSettings(mlflow_tracking_uri=tracked.uri)
+    found = past_speed(tmp_path / "nothing", TrainSettings(model="panda-tiny"), here)
+    assert found.tokens_per_second == 120.0 and found.source == "MLflow run run-1"
+    assert past_speed(tmp_path / "nothing", TrainSettings(model="panda-tiny", use_lora=True), here) is None
+
+
+def test_a_server_that_is_down_is_a_warning(monkeypatch, caplog):
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    away = TrackingSettings(mlflow_tracking_uri=f"http://me:hunter2@127.0.0.1:{free_port()}")
+    assert past_speed(Path("nothing"), TrainSettings(model="panda-tiny"), away) is None
+    assert "not known" in caplog.text and "hunter2" not in caplog.text

@@ -1,0 +1,174 @@
+"""Gate, aliases, rollback, lineage and takedown with a real corpus, real tiny models and a real MLflow database."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data_prep.errors import PandaError
+from data_prep.plan import tombstones
+from data_prep.plan.order import rows_of_step, steps_per_epoch
+from data_prep.plan.reader import open_plan
+from tests.support.corpora import NAME, ROWS_PER_STEP, Project, add_version
+from tests.support.mlflow_fixtures import server
+from training.compare import RECORDS, run_job
+from training.comparison.job import read_job
+from training.launch.commands import free_port
+from training.launch.run_config import read_config
+from training.registry import lineage, promotion
+from training.registry.promotion import settle
+from training.registry.versions import CHALLENGER, CHAMPION, GATE_TAG, PARENT_TAG, Registry, RegistryError
+
+
+@pytest.fixture
+def project(tmp_path, output_dir) -> Project:
+    return Project(tmp_path, output_dir)
+
+
+@pytest.fixture
+def registry(output_dir) -> Registry:
+    return Registry(f"sqlite:///{output_dir / 'mlflow.db'}")
+
+
+def test_a_better_version_becomes_champion_a_worse_one_does_not_and_back(project, registry):
+    first = add_version(project, "run-1", 4)
+    assert first.version.aliases == [CHAMPION]
+    assert "nothing to compare" in first.verdict["reasons"][0]
+
+    better = add_version(project, "run-2", 60)
+    assert better.version.aliases == [CHAMPION] and better.version.tags[GATE_TAG] == "passed"
+    assert better.verdict["reference"] == f"champion models:/{NAME}/1"
+    rows = {row["slice"]: row for row in better.verdict["slices"]}
+    assert set(rows) == {"all", "instruction/cjk", "instruction/other"}
+    assert all(row["low"] > 0.5 for row in rows.values()) and rows["all"]["records"] == better.verdict["records"] > 40
+
+    worse = add_version(project, "run-3", 20)
+    assert worse.version.aliases == [CHALLENGER] and worse.version.tags[GATE_TAG] == "failed"
+    assert "not better than the champion models:/panda-count/2 with confidence" in worse.verdict["reasons"][0]
+    assert worse.verdict["records_digest"] == better.verdict["records_digest"]
+    lines = [json.loads(line) for line in (worse.run_dir / "report" / RECORDS).read_text().splitlines()]
+    assert len(lines) == worse.verdict["records"] and set(lines[0]["loss"]) == {"candidate", "champion"}
+    stored = registry.json_artifact(worse.version, "gate.json")
+    assert stored["reasons"] == worse.verdict["reasons"]
+    shown = registry.client.get_model_version(NAME, "3").description
+    assert shown.startswith("**challenger**\n\n- not better than the champion") and "| all | " in shown
+
+    assert registry.champion(NAME).version == 2
+    with pytest.raises(RegistryError, match="has not passed the gate: not better than"):
+        promotion.promote(registry, f"models:/{NAME}@challenger", despite_gate=False)
+    promotion.promote(registry, f"{NAME}/3", despite_gate=True)
+    assert registry.champion(NAME).version == 3
+    now, before = promotion.rollback(registry, NAME)
+    assert (now.version, before.version) == (2, 3) and registry.champion(NAME).version == 2
+    assert promotion.rollback(registry, NAME)[0].version == 1
+    with pytest.raises(RegistryError, match="replaced no other champion"):
+        promotion.rollback(registry, NAME)
+
+
+def test_a_smaller_gain_than_asked_for_is_not_enough(project):
+    add_version(project, "run-1", 30)
+    close = add_version(project, "run-2", 60, promote_min_gain=2.0)
+    assert close.version.aliases == [CHALLENGER]
+    assert "promote_min_gain=2.0" in close.verdict["reasons"][0] and close.verdict["slices"][0]["gain"] > 0
+
+
+def test_a_version_is_compared_with_its_base_when_there_is_no_champion(project, registry):
+    base = project.train("base", 30)
+    worse = add_version(project, "run-1", 1, model_dir=base / "model")
+    assert worse.verdict["reference"] == f"base {base / 'model'}"
+    assert not worse.verdict["promoted"] or worse.verdict["slices"][0]["low"] > 0
+    assert PARENT_TAG not in worse.version.tags  # the base was never registered
+
+
+def test_records_the_champion_was_trained_on_do_not_count(project):
+    first = add_version(project, "run-1", 4)
+    plan_of_all = project.plan(validation_fraction=0).path
+    job = read_job(first.run_dir)
+    job = replace(job, champion={**job.candidate, "name": "models:/other/1"}, champion_plan=plan_of_all)
+    result = run_job(read_config(first.run_dir / "config.yaml"), job)
+    assert result["records"] == 0 and result["excluded_records"] > 40 and not result["promoted"]
+
+
+def test_a_champion_that_cannot_be_asked_stays_champion(project, registry):
+    first = add_version(project, "run-1", 4)
+    files = registry.files(first.version, project.cache_dir)
+    (files / "model.safetensors").unlink()
+    second = add_version(project, "run-2", 30)
+    assert second.version.aliases == [CHALLENGER]
+    assert second.verdict["reasons"][0].startswith(f"the champion models:/{NAME}/1 cannot be asked")
+
+
+def test_a_champion_that_changed_meanwhile_is_not_replaced(project, registry):
+    add_version(project, "run-1", 4)
+    second = add_version(project, "run-2", 30)
+    late = {**second.verdict, "champion": "models:/panda-count/9"}
+    assert not settle(registry, registry.resolve(f"{NAME}/1"), late)
+    assert "the champion has changed" in late["reasons"][0] and registry.champion(NAME).version == 2
+
+
+def test_versions_that_were_trained_on_a_record_and_in_which_steps(project, registry):
+    short = add_version(project, "run-1", 3)
+    long = add_version(project, "run-2", 40)
+    child = add_version(project, "run-3", 1, model_dir=long.run_dir / "model")
+    assert child.version.tags[PARENT_TAG] == long.version.uri
+    plan_dir = read_config(short.run_dir / "config.yaml").plan_dir
+    row = int(rows_at(plan_dir, 5)[0])
+    place = f"{project.data_dir / 'a.jsonl'}:{open_plan(plan_dir, 'train').origins(row)[0][1]}"
+    (found,) = lineage.find_record(place, registry, project.cache_dir)
+    seen = {one.uri: one for one in lineage.versions_trained_on(registry, found.hash, project.cache_dir)}
+    assert not seen[short.version.uri].trained and seen[short.version.uri].certain
+    assert seen[long.version.uri].steps == [step + 1 for step in range(40) if row in rows_at(plan_dir, step)]
+    own = seen[child.version.uri]
+    assert own.trained and own.through == long.version.uri
+    facts = lineage.describe(registry, child.version, project.cache_dir)
+    assert facts["ancestors"] == [long.version.uri]
+    assert [(Path(file["file"]).name, file["now"]) for file in facts["corpus"]["files"]] == [("a.jsonl", "unchanged")]
+    with open(project.data_dir / "a.jsonl", "a") as file:
+        file.write("\n")
+    assert lineage.describe(registry, long.version, project.cache_dir)["corpus"]["files"][0]["now"] == "changed"
+
+
+def test_a_version_whose_plan_is_gone_is_not_called_innocent(project, registry):
+    first = add_version(project, "run-1", 3)
+    (found,) = lineage.find_record(f"{project.data_dir / 'a.jsonl'}:1", registry, project.cache_dir)
+    (project.cache_dir / "plans").rename(project.root / "elsewhere")
+    (seen,) = lineage.versions_trained_on(registry, found.hash, project.cache_dir)
+    assert not seen.certain and "panda reproduce" in seen.note and seen.uri == first.version.uri
+
+
+def rows_at(plan_dir: Path, step: int) -> np.ndarray:
+    """Rows that a step (from 0) trains on."""
+    num_rows = open_plan(plan_dir, "train").num_rows
+    epoch, step_in_epoch = divmod(step, steps_per_epoch(num_rows, ROWS_PER_STEP))
+    return rows_of_step(num_rows, ROWS_PER_STEP, 42, epoch, step_in_epoch)
+
+
+def test_texts_are_found_or_refused(project, registry):
+    project.plan()
+    (found,) = lineage.find_text("what follows seven", project.cache_dir)[:1]
+    assert "what follows seven" in found.text
+    with pytest.raises(PandaError, match="no prepared record contains"):
+        lineage.find_text("nobody wrote this", project.cache_dir)
+    with pytest.raises(PandaError, match="records contain"):
+        lineage.find_text("what follows", project.cache_dir)
+    tombstones.append(Path(project.settings()["tombstones"]), [{"hash": found.hash}])
+    assert project.plan().report["dropped"]["taken_down"] == 1
+
+
+@pytest.mark.slow
+def test_through_a_server_the_champion_is_fetched_once(project):
+    port = free_port()
+    uri = f"http://127.0.0.1:{port}"
+    with server(project.output_dir, port):
+        first = add_version(project, "run-1", 4, uri=uri)
+        second = add_version(project, "run-2", 40, uri=uri)
+        registry = Registry(uri)
+        assert first.version.aliases == [CHAMPION] and second.verdict["champion"] == f"models:/{NAME}/1"
+        assert registry.champion(NAME).version == 2
+        fetched = registry.files(first.version, project.cache_dir)
+        assert fetched.parent == project.cache_dir / "registry" and (fetched / "model.safetensors").is_file()
+        assert second.verdict["reasons"][0].startswith(f"better than the champion models:/{NAME}/1")
+        assert lineage.parent_of(registry, str(fetched)) == first.version.uri
+        assert promotion.rollback(registry, NAME)[0].version == 1

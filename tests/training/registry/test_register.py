@@ -1,0 +1,307 @@
+"""The registry on real databases and a real server: one version per model, no copies, no pickles, and it answers."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from tests.support.mlflow_fixtures import guarded, server
+from tests.support.tiny_models import save_adapter, save_full_model
+from training.errors import MlflowAway
+from training.launch.commands import free_port
+from training.launch.exits import ExitReason, reason_of_error
+from training.registry import register as registry
+from training.registry.register import load_and_generate, load_served, register, register_run
+from training.settings import TrackingSettings
+from training.tracking.run import Facts, TrackedRun, open_run
+from training.tracking.sync import connect
+
+TAGS = {"panda.corpus": "c" * 32, "panda.plan": "p" * 32}
+
+
+def tracked_run(run_dir: Path, uri: str | None = None) -> TrackedRun:
+    """A finished MLflow run for this directory."""
+    with open_run(TrackingSettings(mlflow_tracking_uri=uri), run_dir, Facts({"model": "tiny"})) as tracked:
+        tracked.wait_for_run_id()
+    return tracked
+
+
+def versions(uri: str, name: str) -> list:
+    return connect(uri).search_model_versions(f"name = '{name}'")
+
+
+def greedy(model, tokenizer_dir: Path, prompt: str, num_tokens: int) -> str:
+    """What transformers itself generates."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir)
+    ids = tokenizer(prompt, return_tensors="pt").input_ids
+    output = model.eval().generate(input_ids=ids, max_new_tokens=num_tokens, do_sample=False, pad_token_id=0)
+    return tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True)
+
+
+def test_full_weights_are_linked_not_copied_and_generate(run_dir):
+    model = save_full_model(run_dir / "model")
+    tracked = tracked_run(run_dir)
+    version = register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
+    assert version.uri == "models:/panda-tiny/1"
+    assert load_and_generate(version.uri, "hello", 12, tracked.uri) == greedy(model, run_dir / "model", "hello", 12)
+    (stored,) = (run_dir.parent / "mlartifacts").rglob("model.safetensors")
+    assert stored.samefile(run_dir / "model" / "model.safetensors")
+    files = [path.name for path in stored.parents[2].rglob("*") if path.is_file()]
+    assert not [name for name in files if name.endswith((".pkl", ".bin", ".pt", ".pickle"))]
+    assert {"MLmodel", "served_model.py", "requirements.txt", "input_example.json"} <= set(files)
+    assert [path.name for path in run_dir.iterdir() if path.name.startswith(".package")] == []
+
+
+def test_registering_again_gives_the_same_version_until_the_model_changes(run_dir):
+    run_dir = run_dir.rename(run_dir.with_name("week-48-llama-3.1-8b"))  # MLflow takes no dot in some names
+    save_full_model(run_dir / "model")
+    tracked = tracked_run(run_dir)
+    first = register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
+    assert register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri) == first
+    (stored,) = versions(tracked.uri, "panda-tiny")
+    assert stored.tags["panda.corpus"] == "c" * 32 and stored.run_id == tracked.run_id
+    save_full_model(run_dir / "model2", seed=5)
+    (run_dir / "model").rename(run_dir / "old")
+    (run_dir / "model2").rename(run_dir / "model")
+    assert register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri).version == 2
+
+
+def test_an_adapter_refers_to_its_base(run_dir, tmp_path, monkeypatch):
+    save_full_model(tmp_path / "base")
+    model = save_adapter(tmp_path / "base", run_dir / "model")
+    tracked = tracked_run(run_dir)
+    version = register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
+    expected = greedy(model, run_dir / "model", "hello", 12)
+    assert load_and_generate(version.uri, "hello", 12, tracked.uri) == expected
+    stored = [path for path in (run_dir.parent / "mlartifacts").rglob("*.safetensors")]
+    assert [path.name for path in stored] == ["adapter_model.safetensors"]
+    (tmp_path / "base").rename(tmp_path / "moved")
+    with pytest.raises(FileNotFoundError, match="PANDA_BASE_MODEL"):
+        load_and_generate(version.uri, "hello", 12, tracked.uri)
+    monkeypatch.setenv("PANDA_BASE_MODEL", str(tmp_path / "moved"))
+    assert load_and_generate(version.uri, "hello", 12, tracked.uri) == expected
+
+
+def test_chat_and_parameters(run_dir):
+    save_full_model(run_dir / "model")
+    tracked = tracked_run(run_dir)
+    version = register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
+    served = load_served(version.uri, tracked.uri)
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hello"}]
+    answer = served.predict({"messages": messages}, params={"max_tokens": 5})
+    assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] == 5
+    assert answer["choices"][0]["finish_reason"] == "length"
+    texts = served.predict({"prompt": ["hello", "world"]}, params={"max_new_tokens": 8, "temperature": 2.0})
+    assert len(texts) == 2
+
+
+REGISTER = """
+import sys
+from pathlib import Path
+from training.tracking.sync import connect
+from training.registry.register import register
+run_dir, run_id, uri = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+connect(uri).search_registered_models()
+print("ready", flush=True)
+register(run_dir, run_id, "panda-tiny", {"panda.corpus": "c"}, uri)
+"""
+
+
+def killed_after(run_dir: Path, tracked: TrackedRun, seconds: float | None) -> tuple[bool, float]:
+    """Register in a process of its own and SIGKILL it after so many seconds; (was it killed?, seconds it had)."""
+    command = [sys.executable, "-c", REGISTER, str(run_dir), tracked.run_id, tracked.uri]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout.readline() == "ready\n"
+    started = time.monotonic()
+    try:
+        process.wait(seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+    process.stdout.close()
+    return process.returncode == -signal.SIGKILL, time.monotonic() - started
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("through", ["database", "server"])
+def test_killed_at_five_random_moments_every_model_is_one_version(through, output_dir):
+    """Each of five registrations is killed at a random moment of the time it takes; trying again completes it."""
+    port = free_port()
+    with server(output_dir, port) if through == "server" else contextlib.nullcontext():
+        uri = f"http://127.0.0.1:{port}" if through == "server" else f"sqlite:///{output_dir}/mlflow.db"
+        runs = [tracked_run(run_with_model(output_dir, number), uri) for number in range(6)]
+        killed, duration = killed_after(runs[0].run_dir, runs[0], None)
+        assert not killed and len(versions(uri, "panda-tiny")) == 1
+        generator = random.Random(time.time())
+        moments = [generator.uniform(0.05, 0.95) * duration for _ in range(5)]
+        outcomes = [killed_after(run.run_dir, run, moment)[0] for run, moment in zip(runs[1:], moments, strict=True)]
+        assert sum(outcomes) >= 3, "most registrations were over before they were to be killed"
+        for run in runs:
+            version = register(run.run_dir, run.run_id, "panda-tiny", TAGS, uri)
+            assert register(run.run_dir, run.run_id, "panda-tiny", TAGS, uri) == version
+        assert sorted(versions_of_runs(uri)) == sorted(run.run_id for run in runs), f"killed at {moments} of {duration}"
+        client = connect(uri)
+        experiment = client.get_experiment_by_name("panda-train").experiment_id
+        logged = client.search_logged_models([experiment])
+        assert [str(model.status) for model in logged] == ["READY"] * 6
+        assert len(load_and_generate(version.uri, "hello", 3, uri)) > 0
+
+
+def run_with_model(output_dir: Path, number: int) -> Path:
+    """A run directory with a model of its own, large enough for its registration to take a moment."""
+    run_dir = output_dir / f"run-{number}"
+    run_dir.mkdir()
+    save_full_model(run_dir / "model", seed=number)
+    (run_dir / "model" / "large.bin").write_bytes(os.urandom(20_000_000))
+    return run_dir
+
+
+def versions_of_runs(uri: str) -> list[str]:
+    """The run behind each version."""
+    return [version.run_id for version in versions(uri, "panda-tiny")]
+
+
+@pytest.mark.parametrize(
+    "call", ["create_logged_model", "finalize_logged_model", "create_registered_model", "create_model_version"]
+)
+def test_a_lost_answer_makes_no_second_version(call, run_dir, monkeypatch):
+    """MLflow does what it was asked for, but the answer is lost, once."""
+    save_full_model(run_dir / "model")
+    tracked = tracked_run(run_dir)
+    original, lost = getattr(MlflowClient, call), []
+
+    def answer_is_lost(*arguments, **named):
+        result = original(*arguments, **named)
+        if not lost:
+            lost.append(call)
+            raise MlflowException("connection reset by peer")
+        return result
+
+    monkeypatch.setattr(MlflowClient, call, answer_is_lost)
+    monkeypatch.setattr(registry, "RETRY_SECONDS", (0,))
+    version = register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
+    assert lost and version.version == 1 and len(versions(tracked.uri, "panda-tiny")) == 1
+    client = connect(tracked.uri)
+    logged = client.search_logged_models([client.get_experiment_by_name("panda-train").experiment_id])
+    assert [str(model.status) for model in logged] == ["READY"]
+
+
+@pytest.mark.slow
+def test_through_a_server_and_served_by_mlflow(output_dir):
+    """Upload through a server; `mlflow models serve` answers a chat request."""
+    run_dir = output_dir / "run-1"
+    run_dir.mkdir()
+    save_full_model(run_dir / "model")
+    port, serving = free_port(), free_port()
+    with server(output_dir, port):
+        tracked = tracked_run(run_dir, f"http://127.0.0.1:{port}")
+        version = register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
+        assert register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri) == version
+        command = [sys.executable, "-m", "mlflow", "models", "serve", "-m", version.uri, "--env-manager", "local"]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"  # `mlflow models serve` looks for uvicorn there
+        env = {**os.environ, "PATH": path, "MLFLOW_TRACKING_URI": tracked.uri, "MLFLOW_DISABLE_TELEMETRY": "true"}
+        with open(output_dir / "serving.log", "ab") as log:
+            process = subprocess.Popen(
+                [*command, "--port", str(serving)], env=env, stdout=log, stderr=log, start_new_session=True
+            )
+        try:
+            answer = ask(process, serving, {"messages": [{"role": "user", "content": "hello"}], "max_tokens": 4})
+        finally:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+    assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] == 4
+
+
+@pytest.mark.slow
+def test_a_server_that_dies_in_the_middle_costs_time_only(output_dir, caplog):
+    """The server is killed while the model is uploaded, and comes back after five seconds."""
+    run_dir = output_dir / "run-1"
+    run_dir.mkdir()
+    save_full_model(run_dir / "model")
+    (run_dir / "model" / "large.bin").write_bytes(os.urandom(60_000_000))  # an upload of a while
+    port = free_port()
+    with ThreadPoolExecutor(1) as pool:
+        with server(output_dir, port):
+            tracked = tracked_run(run_dir, f"http://127.0.0.1:{port}")
+            registered = pool.submit(register, run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
+            uploads = output_dir / "mlartifacts"
+            while not list(uploads.rglob("models/*")):  # the upload has begun
+                assert not registered.done()
+                time.sleep(0.01)
+        time.sleep(5)
+        with server(output_dir, port):
+            version = registered.result(timeout=120)
+            assert "trying again" in caplog.text
+            assert register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri) == version
+            assert len(versions(tracked.uri, "panda-tiny")) == 1
+            assert len(load_and_generate(version.uri, "hello", 3, tracked.uri)) > 0
+
+
+@pytest.mark.slow
+def test_a_run_that_mlflow_never_answered_is_registered_when_it_is_back(run_dir, monkeypatch, caplog):
+    """Down for the whole run and longer than registration waits: the reason says how to go on, and that works."""
+    save_full_model(run_dir / "model")
+    port = free_port()
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    monkeypatch.setattr(registry, "RETRY_SECONDS", (0, 0))
+    settings = TrackingSettings(mlflow_tracking_uri=f"http://me:hunter2@127.0.0.1:{port}")
+    with pytest.raises(MlflowAway) as failed, open_run(settings, run_dir, Facts({"model": "tiny"})) as tracked:
+        register_run(tracked, "panda-tiny", TAGS, "hello")
+    said = f"{run_dir / 'model'} is complete but not registered: MLflow does not answer"
+    assert str(failed.value).startswith(said) and str(failed.value).endswith("--resume --run_name run-1")
+    assert reason_of_error(failed.value) is ExitReason.infrastructure  # the next unattended run goes on with it
+    assert "trying again" in caplog.text and "hunter2" not in caplog.text + str(failed.value)
+    with server(run_dir.parent, port), open_run(settings, run_dir, Facts({"model": "tiny"})) as tracked:
+        version, text = register_run(tracked, "panda-tiny", TAGS, "hello")
+        assert version.uri == "models:/panda-tiny/1" and text
+    assert connect(f"sqlite:///{run_dir.parent}/mlflow.db").get_run(tracked.run_id).info.status == "FINISHED"
+
+
+@pytest.mark.slow
+def test_a_server_that_asks_for_a_password_gets_it_from_the_environment(run_dir, monkeypatch, caplog):
+    """Without it nothing is lost, only not sent; with it the run and its model arrive, and the password stays here."""
+    save_full_model(run_dir / "model")
+    port = free_port()
+    with server(run_dir.parent, port), guarded(port, "hunter2") as uri:
+        settings = TrackingSettings(mlflow_tracking_uri=uri)
+        with open_run(settings, run_dir, Facts({"model": "tiny"})) as tracked:
+            pass
+        assert tracked.run_id is None and "sent later" in caplog.text
+        monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "panda")
+        monkeypatch.setenv("MLFLOW_TRACKING_PASSWORD", "hunter2")
+        assert tracked.sync() and tracked.run_id
+        version, text = register_run(tracked, "panda-tiny", TAGS, "hello")
+        assert version.uri == "models:/panda-tiny/1" and text
+        stored = [path for path in (run_dir.parent / "mlartifacts").rglob("*") if path.is_file()]
+    assert stored and not [path for path in stored if b"hunter2" in path.read_bytes()]
+    assert b"hunter2" not in (run_dir.parent / "mlflow.db").read_bytes() and "hunter2" not in caplog.text
+
+
+def ask(process: subprocess.Popen, port: int, request: dict, timeout_seconds: float = 120) -> dict:
+    """POST to /invocations as soon as the server is up."""
+    deadline = time.monotonic() + timeout_seconds
+    body = json.dumps(request).encode()
+    while True:
+        try:
+            call = urllib.request.Request(
+                f"http://127.0.0.1:{port}/invocations", body, {"Content-Type": "application/json"}
+            )
+            return json.loads(urllib.request.urlopen(call, timeout=60).read())
+        except urllib.error.HTTPError as error:
+            raise AssertionError(error.read().decode()) from error
+        except OSError:
+            assert process.poll() is None and time.monotonic() < deadline, "the model server did not start"
+            time.sleep(0.5)

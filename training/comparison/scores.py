@@ -1,0 +1,217 @@
+"""Ask one model: the loss of every held-out record and the answers to a few prompts.
+
+In: a model directory (whole weights or adapter, with its tokenizer), held-out records as text. Out: `Scores`. The
+records are encoded with the model's own tokenizer and template; the loss of a record is summed over its target, so it
+means the same under any tokenizer. Cost: one forward pass over the records, rows of similar length together, and one
+batched generation.
+
+What a model's answers are like: whether they end, say something, and do not repeat themselves without end.
+
+In: a model, prompts as ids, the targets. Out: per prompt the text and its checks. Greedy, so that the same model gives
+the same answers. Cost: one batched generation of `MAX_NEW_TOKENS` tokens for all prompts.
+"""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_prep.plan.reader import IGNORED, Batch, target_ranges
+from data_prep.tokens.examples import tokenize_columns
+from data_prep.tokens.token_shard import TokenShard
+from data_prep.tokens.tokenize import Recipe, Tools, load_tools
+from data_prep.tokens.tokenizer import LoadedTokenizer
+from training.comparison.heldout import HeldOut
+from training.comparison.statistics import Scores
+from training.engines.engine import any_device
+from training.launch.heartbeat import SignsOfLife
+from training.models.build import load_deployed
+from training.models.loss import TargetLoss, causal_model, micro_batch
+
+MAX_NEW_TOKENS = 96
+SHORT_TARGET_TOKENS = 8  # up to here an answer can be expected to be exact
+LONGEST_PERIOD = 16
+MIN_REPEATED = 24  # tokens of a repetition; and three periods of it
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer and what is to be said of it; `exact` is None for long targets."""
+
+    text: str
+    ends: bool
+    not_empty: bool
+    no_repetition: bool
+    exact: bool | None
+
+
+@torch.inference_mode()
+def answer(
+    model: nn.Module, tokenizer: LoadedTokenizer, prompts: list[list[int]], targets: list[list[int]]
+) -> list[Answer]:
+    """Greedy answers to prompts (ids); `targets` are the ids of the right answers."""
+    if not prompts:
+        return []
+    ids, mask = left_padded(prompts, tokenizer.pad_id)
+    device = next(model.parameters()).device
+    generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]  # nn.Module says Tensor
+    output = generate(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=MAX_NEW_TOKENS,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_id,
+        eos_token_id=sorted(tokenizer.stop_ids),
+    )
+    new = output[:, ids.shape[1] :].tolist()
+    return [judged(tokenizer, *pair) for pair in zip(new, targets, strict=True)]
+
+
+def left_padded(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, ``(num_prompts, longest) int64``; generation goes on at the right."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def judged(tokenizer: LoadedTokenizer, new: list[int], target: list[int]) -> Answer:
+    """The checks of one answer, from its ids."""
+    end = next((i for i, token in enumerate(new) if token in tokenizer.stop_ids), None)
+    said = new if end is None else new[:end]
+    text = tokenizer.core.decode(said, skip_special_tokens=True)
+    wanted = tokenizer.core.decode([i for i in target if i not in tokenizer.stop_ids], skip_special_tokens=True)
+    return Answer(
+        text=text,
+        ends=end is not None,
+        not_empty=bool(text.strip()),
+        no_repetition=not is_runaway(said),
+        exact=text.strip() == wanted.strip() if len(target) <= SHORT_TARGET_TOKENS else None,
+    )
+
+
+def is_runaway(ids: list[int]) -> bool:
+    """Whether the end repeats a period of at most 16 tokens, three times and over 24 tokens at least."""
+    for period in range(1, LONGEST_PERIOD + 1):
+        length = max(MIN_REPEATED, 3 * period)
+        tail = ids[-length:]
+        if len(tail) == length and all(tail[i] == tail[i - period] for i in range(period, length)):
+            return True
+    return False
+
+
+def check_columns(answers: list[Answer]) -> dict[str, np.ndarray]:
+    """Check -> ``(num_prompts,) float64``: 1 good, 0 bad, nan where it does not apply."""
+    names = ("ends", "not_empty", "no_repetition", "exact")
+    return {name: np.array([_number(getattr(one, name)) for one in answers], dtype=np.float64) for name in names}
+
+
+def _number(value: bool | None) -> float:
+    return float("nan") if value is None else float(value)
+
+
+log = logging.getLogger(__name__)
+
+NUM_PROMPTS = 16
+LONGEST_ROW = 2048  # tokens; longer records are asked in parts
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A model to ask. `template` is the setting it was trained with."""
+
+    name: str
+    model_dir: Path
+    template: str | dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """A row: tokens ``start:start + length`` of the example of a record."""
+
+    record: int
+    start: int
+    length: int
+
+
+def measure(
+    asked: Asked, held_out: HeldOut, micro_batch_rows: int, dtype: torch.dtype, cache_dir: Path
+) -> tuple[Scores, list[Answer]]:
+    """Scores of a model, and its answers."""
+    log.info("asking %s (%s)", asked.name, asked.model_dir)
+    tools = tools_of(asked, cache_dir)
+    shard = tokenize_columns(held_out.roles, held_out.texts, tools.tokenizer, tools.template, tools.engine).shard
+    model = load_deployed(asked.model_dir, dtype).to(any_device())
+    longest = min(LONGEST_ROW, getattr(causal_model(model).config, "max_position_embeddings", LONGEST_ROW))
+    losses, tokens = record_losses(model, shard, micro_batch_rows, longest)
+    prompts, targets = prompts_of(shard, held_out.prompts(NUM_PROMPTS), longest - MAX_NEW_TOKENS)
+    answers = answer(model, tools.tokenizer, prompts, targets)
+    return Scores(losses, tokens, check_columns(answers)), answers
+
+
+def record_losses(
+    model: nn.Module, shard: TokenShard, micro_batch_rows: int, longest: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Summed loss and number of target tokens of each example: ``(n,) float64``, ``(n,) int64``."""
+    device = next(model.parameters()).device
+    totals = torch.zeros(shard.num_examples, dtype=torch.float64)
+    counts = torch.zeros(shard.num_examples, dtype=torch.int64)
+    losses_of = TargetLoss(model)
+    rows = sorted(parts_of(shard, longest), key=lambda part: part.length)
+    alive = SignsOfLife("held-out records", len(rows), "rows")
+    with torch.inference_mode():
+        for first in range(0, len(rows), micro_batch_rows):
+            alive(first)
+            batch = micro_batch(batch_of(shard, rows[first : first + micro_batch_rows]), ())
+            totals.index_add_(0, batch.sources, losses_of(batch.to(device), "each").double().cpu())
+            counts += torch.bincount(batch.sources, minlength=len(counts))
+    return totals.numpy(), counts.numpy()
+
+
+def parts_of(shard: TokenShard, longest: int) -> list[Part]:
+    """Every example as rows of at most `longest` tokens."""
+    return [
+        Part(record, start, min(longest, int(length) - start))
+        for record, length in enumerate(shard.lengths)
+        for start in range(0, int(length), longest)
+    ]
+
+
+def batch_of(shard: TokenShard, rows: list[Part]) -> Batch:
+    """Rows as the reader's batch; `sources` holds the record of each token instead of its source."""
+    shape = (len(rows), max(row.length for row in rows))
+    ids, labels = np.zeros(shape, dtype=np.int64), np.full(shape, IGNORED, dtype=np.int64)
+    positions, records = np.zeros(shape, dtype=np.int64), np.full(shape, -1, dtype=np.int64)
+    for line, row in enumerate(rows):
+        begin = int(shard.offsets[row.record]) + row.start
+        ids[line, : row.length] = shard.ids[begin : begin + row.length]
+        records[line, : row.length] = row.record
+        positions[line, : row.length] = np.arange(row.length)
+        positions[line, row.length :] = np.arange(shape[1] - row.length)
+        for low, high in target_ranges(shard.runs(row.record), row.start, row.length):
+            labels[line, low:high] = ids[line, low:high]
+    return Batch(ids, labels, positions, records)
+
+
+def prompts_of(shard: TokenShard, records: list[int], longest: int) -> tuple[list[list[int]], list[list[int]]]:
+    """Ids before the first answer of each record (the last `longest` of them), and those of the right answer."""
+    prompts, targets = [], []
+    for record in records:
+        begin, (prompt, target) = int(shard.offsets[record]), shard.runs(record)[:2].tolist()
+        prompts.append(shard.ids[begin + max(0, prompt - longest) : begin + prompt].tolist())
+        targets.append(shard.ids[begin + prompt : begin + prompt + target].tolist())
+    return prompts, targets
+
+
+def tools_of(asked: Asked, cache_dir: Path) -> Tools:
+    """Tokenizer and template of a model, the reference engine."""
+    return load_tools(Recipe(asked.model_dir, cache_dir, json.dumps(asked.template, sort_keys=True), "reference"))

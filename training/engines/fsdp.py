@@ -1,0 +1,105 @@
+"""PyTorch FSDP2 (`fully_shard`) behind the `Engine` interface.
+
+In: a `TargetLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, the rest is the root unit:
+weights are gathered for a layer at a time, gradients and optimizer states exist only as shards. FSDP2 averages
+gradients over the ranks (undone through `averaging`). bfloat16: shards are float32, layers compute in bfloat16,
+gradients are summed in float32. Optimizers see `DTensor`s, whose norms are global, so LAMB works. Cost: each rank
+loads the whole model before it is sharded.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from training.distributed import Ranks
+from training.engines.engine import WEIGHT, set_learning_rate, trainable, uses_bf16
+from training.engines.optimizers import build_optimizer, restored_states, whole
+from training.models.loss import causal_model
+from training.settings import TrainSettings
+
+
+@dataclass
+class FsdpEngine:
+    """See `training.engines.engine.Engine`."""
+
+    module: nn.Module
+    ranks: Ranks
+    optimizer: torch.optim.Optimizer
+    max_grad_norm: float
+    parameters: dict[str, nn.Parameter]  # the shards; between forward and backward the module has whole weights instead
+
+    @classmethod
+    def build(cls, module: nn.Module, settings: TrainSettings, ranks: Ranks) -> "FsdpEngine":
+        """Shard the model in place."""
+        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+        precision = (
+            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            if uses_bf16(settings, ranks.device)
+            else MixedPrecisionPolicy()
+        )
+        for layer in decoder_layers(module):
+            fully_shard(layer, mesh=mesh, mp_policy=precision)
+        fully_shard(module, mesh=mesh, mp_policy=precision)
+        optimizer = build_optimizer(module.named_parameters(), settings)
+        return cls(module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)))
+
+    @property
+    def averaging(self) -> float:
+        return float(self.ranks.world_size)
+
+    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+        result = self.module(*arguments, **options)
+        if not torch.is_grad_enabled():  # the root unit stays gathered for a backward pass that will not come
+            self.module.reshard()
+        return result
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        loss.backward()
+
+    def step(self, learning_rate: float) -> float:
+        set_learning_rate(self.optimizer, learning_rate)
+        norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf)
+        total = float(whole(norm))
+        if math.isfinite(total):
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        return total
+
+    def trained(self) -> list[str]:
+        return list(self.parameters)
+
+    def read(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+        for name, parameter in self.parameters.items():
+            states = {WEIGHT: parameter.detach(), **self.optimizer.state[parameter]}
+            yield name, {key: whole(torch.as_tensor(value)).cpu() for key, value in states.items()}
+
+    def write(self, name: str, state: dict[str, Tensor]) -> None:
+        parameter = self.parameters[name]
+        with torch.no_grad():
+            parameter.copy_(_like(state[WEIGHT], parameter))
+        self.optimizer.state[parameter] = restored_states(
+            state, self.optimizer, parameter.device, lambda value: _like(value, parameter)
+        )
+
+    def weights(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in self.module.model.state_dict().items():
+            yield name, whole(value.detach()).cpu().clone()
+
+
+def decoder_layers(module: nn.Module) -> list[nn.Module]:
+    """The layers that transformers says must not be split."""
+    names = set(causal_model(module.model)._no_split_modules or ())
+    return [part for part in module.modules() if type(part).__name__ in names]
+
+
+def _like(value: Tensor, parameter: DTensor) -> Tensor:
+    """This rank's shard of a whole tensor, cut as the parameter is; every rank has the whole, nothing is sent."""
+    moved = value.to(parameter.device)
+    return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -1,0 +1,172 @@
+"""Optimizers by name, and which parameters decay.
+
+In: settings and named parameters. Out: a torch optimizer. Matrices decay; norms and biases (fewer than two dimensions)
+do not. AdamW is torch's fused kernel (CPU and GPU). LAMB is ours (`training/engines/optimizers.py`); Adafactor is torch's; 8-bit
+states are bitsandbytes', imported only when asked for (up to 15 s on a cold disk).
+
+LAMB: Adam whose update of each parameter has a length proportional to the parameter's (arXiv 1904.00962).
+
+In: parameter groups. Out: updated parameters. NVLAMB (`normalise_gradients`) first divides all gradients by their
+global norm, as NVIDIA's BERT recipe does. State is Adam's: two moments. Needs whole parameters (or DTensors, whose
+norms are global): an optimizer that sees flattened shards, as under ZeRO 1 to 3, would compute the wrong lengths.
+"""
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_prep.targets import load_target
+from training.engines.engine import WEIGHT
+from training.settings import OptimizerSettings
+
+
+class Lamb(torch.optim.Optimizer):
+    """Layer-wise adaptive moments; vectors (norms, biases) have no trust ratio, as in the paper's code."""
+
+    def __init__(self, params, *, normalise_gradients: bool = False, **hyper_parameters):
+        """`hyper_parameters`: lr, betas, eps, weight_decay, as for torch's AdamW."""
+        self.normalise_gradients = normalise_gradients
+        super().__init__(params, {"betas": (0.9, 0.999), "eps": 1e-6, "weight_decay": 0.0, **hyper_parameters})
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        """One update of every parameter that has a gradient."""
+        scale = self._gradient_scale()
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.grad is not None:
+                    self._update(parameter, parameter.grad * scale, group)
+
+    def _gradient_scale(self) -> float:
+        if not self.normalise_gradients:
+            return 1.0
+        gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        return 1.0 / max(whole(norm).item(), 1e-12)
+
+    def _update(self, parameter: Tensor, gradient: Tensor, group: dict) -> None:
+        state = self.state[parameter]
+        if not state:
+            state["step"] = torch.tensor(0.0)
+            state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(parameter), torch.zeros_like(parameter)
+        beta1, beta2 = group["betas"]
+        state["step"] += 1
+        state["exp_avg"].lerp_(gradient, 1 - beta1)
+        state["exp_avg_sq"].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+        step = state["step"].item()
+        denominator = (state["exp_avg_sq"] / (1 - beta2**step)).sqrt_().add_(group["eps"])
+        update = (state["exp_avg"] / (1 - beta1**step)).div_(denominator)
+        if group["weight_decay"]:
+            update.add_(parameter, alpha=group["weight_decay"])
+        parameter.sub_(update * (group["lr"] * trust_ratio(parameter, update)))
+
+
+def trust_ratio(parameter: Tensor, update: Tensor) -> float:
+    """Length of the parameter over length of its update; 1 where either is 0, and for vectors (norms, biases)."""
+    if parameter.dim() < 2:
+        return 1.0
+    weight_norm, update_norm = whole(parameter.norm()).item(), whole(update.norm()).item()
+    return weight_norm / update_norm if weight_norm and update_norm else 1.0
+
+
+def whole(value: Tensor) -> Tensor:
+    """The full value of a DTensor (summed over its shards), or the tensor itself."""
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
+
+
+Groups = list[dict[str, Any]]
+
+
+def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> Groups:
+    """Trainable parameters in two groups: matrices with decay, norms and biases without."""
+    trainable = [parameter for _, parameter in parameters if parameter.requires_grad]
+    matrices = [parameter for parameter in trainable if _dimensions(parameter) >= 2]
+    rest = [parameter for parameter in trainable if _dimensions(parameter) < 2]
+    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def _dimensions(parameter: nn.Parameter) -> int:
+    """Of the whole parameter: ZeRO-3 may have emptied it, and keeps its shape aside."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def _adamw(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(
+        groups, lr=settings.learning_rate, betas=settings.adam_betas, eps=settings.adam_epsilon, fused=True
+    )
+
+
+def _adamw_8bit(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    return bitsandbytes.optim.AdamW8bit(
+        groups, lr=settings.learning_rate, betas=settings.adam_betas, eps=settings.adam_epsilon
+    )
+
+
+def _lamb(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return Lamb(
+        groups,
+        lr=settings.learning_rate,
+        betas=settings.adam_betas,
+        eps=settings.adam_epsilon,
+        normalise_gradients=settings.use_nvlamb,
+    )
+
+
+def _lamb_8bit(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    import bitsandbytes
+
+    return bitsandbytes.optim.LAMB8bit(
+        groups, lr=settings.learning_rate, betas=settings.adam_betas, eps=settings.adam_epsilon
+    )
+
+
+def _adafactor(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optimizer:
+    return torch.optim.Adafactor(groups, lr=settings.learning_rate)
+
+
+Build = Callable[[Groups, OptimizerSettings], torch.optim.Optimizer]
+OPTIMIZERS: dict[tuple[str, bool], Build] = {  # (name, 8 bits); `compatibility.py` refuses the other pairs
+    ("AdamW", False): _adamw,
+    ("AdamW", True): _adamw_8bit,
+    ("LAMB", False): _lamb,
+    ("LAMB", True): _lamb_8bit,
+    ("Adafactor", False): _adafactor,
+}
+
+
+def build_optimizer(
+    parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings
+) -> torch.optim.Optimizer:
+    """The optimizer that the settings name. A `_target_` node is called with the groups and `lr`."""
+    groups = parameter_groups(parameters, settings.weight_decay)
+    if isinstance(settings.optimizer, dict):
+        return load_target(settings.optimizer, "optimizer")(groups, lr=settings.learning_rate)
+    return OPTIMIZERS[settings.optimizer, settings.bit_training](groups, settings)
+
+
+def restored_states(
+    state: dict[str, Tensor], optimizer: torch.optim.Optimizer, device: torch.device, place: Callable[[Tensor], Tensor]
+) -> dict[str, Tensor | int]:
+    """The states of a parameter on `device`, from those of a checkpoint; `place` puts the tensors among them there."""
+    return {
+        key: place(value) if value.dim() else restored_number(value, optimizer, device)
+        for key, value in state.items()
+        if key != WEIGHT
+    }
+
+
+def restored_number(value: Tensor, optimizer: torch.optim.Optimizer, device: torch.device) -> Tensor | int:
+    """A number of an optimizer's state, the steps it has made, as the optimizer itself keeps it.
+
+    Fused kernels read it on the device of the parameter, where a number on the CPU ends a GPU's process with an illegal
+    memory access; the others keep it on the CPU; bitsandbytes counts in Python.
+    """
+    if not value.is_floating_point():
+        return int(value)
+    on_device = any(group.get("fused") or group.get("capturable") for group in optimizer.param_groups)
+    return value.to(device if on_device else "cpu", copy=True)

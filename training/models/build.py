@@ -1,0 +1,222 @@
+"""The model to train: from a directory or from scratch, whole, with an adapter, or with frozen 4-bit weights.
+
+In: settings, directories, device. Out: a transformers model (wrapped by peft for LoRA) that computes on `device`
+after the engine has moved it. Saving writes what is deployed: safetensors (the adapter only for LoRA), the
+tokenizer's files and a generation config with eos. Cost: one copy of the weights in CPU memory per rank while
+loading, one on rank 0 while saving.
+
+peft and bitsandbytes are imported only when asked for: they take up to 20 s on a cold disk.
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+
+from data_prep.targets import load_target
+from training.engines.engine import any_device, uses_bf16
+from training.errors import ModelError
+from training.lean_imports import silence_vain_warnings
+from training.models import attention
+from training.models.loss import causal_model
+from training.models.transformers4 import write_for_older_readers
+from training.settings import TrainSettings
+
+silence_vain_warnings()
+log = logging.getLogger(__name__)
+
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "merges.txt", "chat_template.jinja",
+)  # fmt: skip
+
+
+def load_model(settings: TrainSettings, model_dir: str | None, tokenizer_dir: str, dtype: torch.dtype) -> nn.Module:
+    """The model in training mode. Initialisation (of a model from scratch, of an adapter) depends on the seed only."""
+    torch.manual_seed(settings.seed)
+    model = from_scratch(settings, tokenizer_dir) if model_dir is None else from_directory(settings, model_dir, dtype)
+    keep_differentiable(model)
+    _check_vocabulary(model, tokenizer_dir)
+    model.config.use_cache = False
+    if settings.use_lora:
+        model = add_adapter(model, settings)
+    if settings.gradient_checkpointing:
+        causal_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    return model.train()
+
+
+def from_scratch(settings: TrainSettings, tokenizer_dir: str) -> nn.Module:
+    """A model with random float32 weights; vocabulary and special tokens are the tokenizer's."""
+    if not settings.architecture:
+        raise ModelError(f"model={settings.model!r} has neither ckpt_path nor architecture; give one of them")
+    config = config_of(
+        {**settings.architecture, **special_tokens(tokenizer_dir), "vocab_size": vocabulary_size(tokenizer_dir)}
+    )
+    return _with_attention(
+        settings, lambda kind: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kind)
+    )
+
+
+def config_of(architecture: dict[str, Any]) -> PreTrainedConfig:
+    """The configuration an architecture means: its fields, or what its `_target_` returns for them."""
+    if "_target_" in architecture:
+        return load_target(architecture, "architecture")()
+    return AutoConfig.for_model(**architecture)
+
+
+def from_directory(settings: TrainSettings, model_dir: str, dtype: torch.dtype) -> nn.Module:
+    """A model with the weights of a directory in safetensors; frozen 4-bit weights with `use_quant`."""
+    if not Path(model_dir, "config.json").is_file():
+        raise ModelError(f"{model_dir}: no config.json; ckpt_path must be a Hugging Face checkpoint directory")
+    options: dict[str, Any] = {"quantization_config": four_bits(dtype)} if settings.use_quant else {}
+    try:
+        return _with_attention(
+            settings,
+            lambda kind: AutoModelForCausalLM.from_pretrained(
+                Path(model_dir).absolute(),
+                dtype=dtype,
+                attn_implementation=kind,
+                trust_remote_code=settings.trust_remote_code,
+                local_files_only=True,
+                use_safetensors=True,
+                **options,
+            ),
+        )
+    except OSError as error:
+        raise ModelError(f"{model_dir}: {error}") from error
+
+
+def keep_differentiable(model: nn.Module) -> nn.Module:
+    """Forbid bitsandbytes' CPU kernel for AVX512-BF16.
+
+    It repacks weights at the first evaluation; from then on no gradient passes the layer, silently, in training too.
+    """
+    for part in model.modules():
+        if hasattr(part, "support_avx512bf16_for_cpu"):
+            part.support_avx512bf16_for_cpu = False
+    return model
+
+
+def four_bits(dtype: torch.dtype) -> Any:
+    """nf4 with double quantisation (arXiv 2305.14314); products are computed in `dtype`."""
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def add_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
+    """A LoRA adapter (arXiv 2106.09685) on all linear layers but the head, or on the named ones; the rest is frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=settings.lora_target_modules or "all-linear",
+        task_type="CAUSAL_LM",
+    )
+    try:
+        return get_peft_model(model, config)
+    except ValueError as error:
+        raise ModelError(f"lora_target_modules={settings.lora_target_modules}: {error}") from error
+
+
+def _with_attention(settings: TrainSettings, build: Callable[[str | None], nn.Module]) -> nn.Module:
+    """Build with the attention asked for; `auto`: FlashAttention if it fits, else by segment, else the model's own.
+
+    FlashAttention computes in 16 bits only; in float32 it would fail in the first forward pass.
+    """
+    from transformers.utils import is_flash_attn_2_available
+
+    if settings.attention != "auto":
+        return build(settings.attention)
+    device = any_device()
+    if uses_bf16(settings, device) and is_flash_attn_2_available():
+        try:
+            return build("flash_attention_2")
+        except ValueError as error:  # some models have no such implementation
+            log.info("no FlashAttention: %s", error)
+    model = build(None)
+    if device.type == "cpu" and attention.fits(model.config):
+        attention.use(model)
+    return model
+
+
+def vocabulary_size(tokenizer_dir: str) -> int:
+    from transformers import AutoTokenizer
+
+    return len(AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True))
+
+
+def special_tokens(tokenizer_dir: str) -> dict[str, int | None]:
+    """Ids of bos, eos and pad, for the model's configuration."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
+
+
+def _check_vocabulary(model: nn.Module, tokenizer_dir: str) -> None:
+    embeddings = model.get_input_embeddings().weight.shape[0]
+    tokens = vocabulary_size(tokenizer_dir)
+    if tokens > embeddings:
+        raise ModelError(
+            f"{tokenizer_dir}: {tokens} tokens, but the model has only {embeddings} embeddings; "
+            "use the tokenizer that belongs to the model"
+        )
+
+
+def save_model(model: nn.Module, state: dict[str, Tensor], tokenizer_dir: str, directory: Path) -> None:
+    """Write the model for deployment. `state` holds whole weights by name, gathered by the engine; rank 0 only."""
+    directory.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(directory, state_dict=state)
+    copy_tokenizer(tokenizer_dir, directory)
+    generation = causal_model(model).generation_config or GenerationConfig()
+    tokens = {name: value for name, value in special_tokens(tokenizer_dir).items() if value is not None}
+    if isinstance(generation.eos_token_id, list):  # several ways to stop: keep them all
+        tokens["eos_token_id"] = sorted({*generation.eos_token_id, tokens["eos_token_id"]})
+    GenerationConfig(**{**generation.to_diff_dict(), **tokens}).save_pretrained(directory)
+    config: PreTrainedConfig = causal_model(model).config
+    config.use_cache = True
+    config.save_pretrained(directory)
+    config.use_cache = False
+    write_for_older_readers(directory)
+    check_saved(directory)
+
+
+def copy_tokenizer(tokenizer_dir: str, directory: Path) -> None:
+    """The tokenizer's files as they are: the ids that training saw are the ids that generation will see."""
+    for name in TOKENIZER_FILES:
+        if Path(tokenizer_dir, name).is_file():
+            shutil.copyfile(Path(tokenizer_dir, name), directory / name)
+
+
+def check_saved(directory: Path) -> None:
+    """Re-read the tensors' headers: empty tensors mean that a sharded engine saved its shards (peft issue 2450)."""
+    from safetensors import safe_open
+
+    for file in sorted(directory.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            empty = [name for name in tensors.keys() if 0 in tensors.get_slice(name).get_shape()]  # noqa: SIM118  # not a mapping
+        if empty:
+            raise ModelError(f"{file}: {len(empty)} tensors are empty, first {empty[0]}; the model was not gathered")
+
+
+def load_deployed(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """What `save_model` wrote, in evaluation mode: the whole model, or base and adapter."""
+    adapter = directory / "adapter_config.json"
+    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else str(directory)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True, use_safetensors=True)
+    if adapter.is_file():
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, directory)
+    return model.eval()

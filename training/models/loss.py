@@ -1,0 +1,209 @@
+"""A causal language model that returns losses of target tokens, and the micro-batch it takes.
+
+In: a transformers model (or a peft wrapper), arrays of the reader. Out: the summed loss of a micro-batch, or one loss a
+target. Packed segments are isolated because `position_ids` restart and **no attention mask and no cache** is given:
+only then does transformers build the block-diagonal mask. The output layer sees only the hidden states that predict a
+target (label t is predicted by position t - 1)::
+
+    labels          -100 -100  C   D  </s> -100   Y      hidden states used   1  2  3  5
+
+An all-padding micro-batch has no targets: its loss and all its gradients are exactly 0. Cost: one forward pass; the
+logits of a vocabulary of 128k never exist at once (`head_loss.py`).
+
+Cross-entropy of the target tokens without ever holding their logits.
+
+In: hidden states ``(num_targets, hidden)`` of the positions that predict a target, the weight of the output layer
+``(vocabulary, hidden)``, the target ids ``(num_targets,) int64``. Out: the summed loss (training) or one loss a token
+(evaluation). Logits exist for one chunk of targets at a time, at most `CHUNK_ELEMENTS` numbers.
+
+Training computes the gradients of hidden states and weight in the forward pass, chunk by chunk, because there the
+logits are at hand: three matrix products in all, as without chunks; recomputing the logits in the backward pass would
+make it four. Cost: one buffer as large as the weight for its gradient, which training needs anyway. Cross-entropy is
+float32.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from data_prep.plan.reader import Batch
+
+CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 logits: 340 targets of a vocabulary of 49k, 131 of 128k
+
+
+def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropy of each target: ``(num_targets,) float32``; no gradients."""
+    losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
+    for chunk in _chunks(len(targets), len(weight)):
+        logits = _logits(hidden[chunk], weight)
+        losses[chunk] = torch.nn.functional.cross_entropy(logits, targets[chunk], reduction="none")
+    return losses
+
+
+def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Sum of the cross-entropy over the targets, a scalar float32 that has gradients. Without targets it is 0."""
+    return _SummedLoss.apply(hidden, weight, targets)
+
+
+class _SummedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        grad_hidden = torch.zeros_like(hidden)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        for chunk in _chunks(len(targets), len(weight)):
+            logits = _logits(hidden[chunk], weight)
+            total += _loss_and_gradient(logits, targets[chunk])
+            gradient = logits.to(weight.dtype)
+            grad_hidden[chunk] = (gradient @ weight).to(hidden.dtype)
+            if grad_weight is not None:
+                grad_weight.addmm_(gradient.t(), hidden[chunk].to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, grad_weight)
+        return total
+
+    @staticmethod
+    def backward(ctx, grad_total: Tensor) -> tuple[Tensor, Tensor | None, None]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        if grad_weight is not None:
+            grad_weight = grad_weight * grad_total.to(grad_weight.dtype)
+        return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, None
+
+
+def _chunks(num_targets: int, vocabulary: int) -> Iterator[slice]:
+    size = max(1, CHUNK_ELEMENTS // vocabulary)
+    return (slice(start, start + size) for start in range(0, num_targets, size))
+
+
+def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    return (hidden.to(weight.dtype) @ weight.t()).float()
+
+
+def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Summed cross-entropy; ``logits`` become its gradient in place: softmax minus one at the target."""
+    rows = torch.arange(len(targets), device=logits.device)
+    log_normaliser = logits.logsumexp(dim=1)
+    loss = (log_normaliser - logits[rows, targets]).sum()
+    logits.sub_(log_normaliser.unsqueeze(1)).exp_()
+    logits[rows, targets] -= 1
+    return loss
+
+
+Mode = Literal["sum", "each", "reference"]  # reference: each, through the model's own output layer
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass of one rank needs. B rows of T tokens, N targets."""
+
+    rows: tuple[int, ...]  # (B,) rows of the plan; -1 = all padding
+    input_ids: Tensor  # (B, T) int64
+    position_ids: Tensor  # (B, T) int64, restart at every segment
+    predictors: Tensor  # (N,) int64, flat index b * T + t of the hidden state that predicts a target
+    targets: Tensor  # (N,) int64
+    sources: Tensor  # (N,) int64, source of each target
+    num_tokens: int  # tokens that are not padding
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        """The same on another device (inputs only; counts and rows stay)."""
+        names = ("input_ids", "position_ids", "predictors", "targets", "sources")
+        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+
+
+def micro_batch(batch: Batch, rows: Iterable[int]) -> MicroBatch:
+    """Arrays of the reader as tensors, with the positions of the targets worked out."""
+    places = np.flatnonzero(batch.labels != -100)  # never column 0: the first token of a segment is no target
+    return MicroBatch(
+        rows=tuple(int(row) for row in rows),
+        input_ids=torch.from_numpy(batch.input_ids),
+        position_ids=torch.from_numpy(batch.position_ids),
+        predictors=torch.from_numpy(places - 1),
+        targets=torch.from_numpy(batch.labels.ravel()[places]),
+        sources=torch.from_numpy(batch.sources.ravel()[places].astype(np.int64)),
+        num_tokens=int((batch.sources >= 0).sum()),
+    )
+
+
+class TargetLoss(nn.Module):
+    """A causal language model that returns losses of targets instead of logits.
+
+    With FlashAttention the rows of a micro-batch are laid end to end into one: its kernel for packed sequences is used
+    at batch size 1 only, and positions restart at every row anyway.
+
+    `head` is the output layer's weight when the model's logits are nothing but ``hidden @ weight.T``; models that do
+    more (bias, soft-capping, scaling, adapter on the head) go through their own forward pass with `logits_to_keep`.
+    """
+
+    def __init__(self, model: nn.Module):
+        super().__init__()
+        self.model = model
+        causal = causal_model(model)
+        self.one_row = str(causal.config._attn_implementation).startswith("flash")
+        self.head = _Head(causal.get_output_embeddings().weight) if has_plain_head(causal) else None
+
+    def forward(self, batch: MicroBatch, mode: Mode = "sum") -> Tensor:
+        """Summed loss of the targets, a scalar; or (`each`, `reference`) one loss a target: ``(N,) float32``."""
+        if mode == "reference" or self.head is None:
+            losses = self._through_own_head(batch)
+            return losses.sum() if mode == "sum" else losses
+        shape = (1, -1) if self.one_row else batch.input_ids.shape
+        hidden = causal_model(self.model).get_decoder()(
+            input_ids=batch.input_ids.view(shape),
+            position_ids=batch.position_ids.view(shape),
+            attention_mask=None,
+            use_cache=False,
+        )
+        chosen = hidden.last_hidden_state.flatten(0, 1).index_select(0, batch.predictors)
+        return self.head(chosen, batch.targets, mode)
+
+    def _through_own_head(self, batch: MicroBatch) -> Tensor:
+        """Each target's loss through the model's own forward pass: logits at the columns that predict in any row."""
+        shape = (1, -1) if self.one_row else batch.input_ids.shape
+        length = batch.input_ids.view(shape).shape[1]
+        columns, place = torch.unique(batch.predictors % length, return_inverse=True)
+        logits = self.model(
+            input_ids=batch.input_ids.view(shape),
+            position_ids=batch.position_ids.view(shape),
+            attention_mask=None,
+            use_cache=False,
+            logits_to_keep=columns if len(columns) else 1,  # no column at all would mean every column
+        ).logits
+        if not len(columns):
+            return logits.flatten()[:1] * 0  # keeps the graph: every rank has gradients, all 0
+        chosen = logits[batch.predictors // length, place].float()
+        return nn.functional.cross_entropy(chosen, batch.targets, reduction="none")
+
+
+class _Head(nn.Module):
+    """The output layer as a module of its own, so that engines that shard weights gather this one when it is needed."""
+
+    def __init__(self, weight: nn.Parameter):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, hidden: Tensor, targets: Tensor, mode: Mode) -> Tensor:
+        loss = summed_loss if mode == "sum" else token_losses
+        return loss(hidden, self.weight, targets)
+
+
+def causal_model(model: nn.Module) -> nn.Module:
+    """The transformers model below a peft wrapper, or the model itself."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+LOGIT_EXTRAS = {  # what some models do to logits -> values that do nothing
+    "final_logit_softcapping": (None,),
+    "logit_scale": (None, 1),
+    "logits_scaling": (None, 1),
+    "lm_head_multiplier": (None, 1),
+}
+
+
+def has_plain_head(causal: nn.Module) -> bool:
+    """True when logits are ``hidden @ weight.T``; `isolation.check` compares the two ways at start-up as well."""
+    head = causal.get_output_embeddings()
+    extras = [name for name, neutral in LOGIT_EXTRAS.items() if getattr(causal.config, name, None) not in neutral]
+    return type(head) is nn.Linear and head.bias is None and not extras

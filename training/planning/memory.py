@@ -1,0 +1,253 @@
+"""How much memory training takes on each rank, part by part, and the smallest change that makes it fit.
+
+In: `ModelShape`, the training settings, the number of ranks, what they run on. Out: `Memory`; changes of settings.
+Pure arithmetic, microseconds: the engine's rules (ZeRO: arXiv 1910.02054, QLoRA: arXiv 2305.14314) applied to counts.
+`benchmarks/memory.py` compares it with measured peaks, DeepSpeed's estimators and published footprints.
+
+A step has two moments that can be the peak: the backward pass of the last layer (all activations are alive), and the
+update (its temporary float32 gradients are). The larger one is the estimate.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from training.planning import compatibility
+from training.planning.model_shape import ModelShape
+from training.settings import TrainSettings
+
+FLOAT32 = 4
+NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a nibble; a byte for each 64 weights; a float32 for each 256 of those
+STATE_BYTES = {"adamw": 8.0, "lamb": 8.0, "adafactor": 0.02}
+EIGHT_BIT_STATE_BYTES = 2.06
+BUCKET_ELEMENTS = 500_000_000  # of DeepSpeed's reduce bucket at most (training/engines/deepspeed.py)
+LIVE_ELEMENTS = 1_000_000_000  # of gathered weights, at most (ZeRO 3)
+CHUNK_ELEMENTS = 1 << 24  # of logits at a time (training/models/loss.py)
+CHUNK_COPIES = 3  # logits, the exponentials of their normaliser, their gradient
+GPU_CONTEXT_BYTES = 1.0e9  # CUDA, cuBLAS and NCCL, outside of torch's allocator
+GPU_FRAGMENTATION = 0.04
+CPU_PROCESS_BYTES = 0.22e9  # Python with torch, transformers and deepspeed, as far as a step needs it: fitted
+LAYER_TRANSIENT = 0.5  # gradients inside a layer, as a part of what the layer saves
+FITS = 0.95  # of a GPU's memory: the rest is for what no one foresees
+FITS_CPU = 0.6  # glibc keeps up to half as much again (2.5 GB allocated, 3.8 GB resident)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the ranks run on."""
+
+    num_ranks: int
+    is_gpu: bool
+    bf16: bool
+
+    @property
+    def element_bytes(self) -> int:
+        return 2 if self.bf16 else 4
+
+    def usable(self, memory_bytes: float) -> float:
+        """How much of a rank's memory a plan may fill."""
+        return memory_bytes * (FITS if self.is_gpu else FITS_CPU)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes on each rank; `host` is CPU memory beside it, and not in the total."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+    update: float  # float32 gradients while the update is made, when there are no activations
+    engine: float  # buckets, gathered weights, the process itself
+    host: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """At the larger of the two moments that can be the peak."""
+        held = self.weights + self.gradients + self.optimizer + self.engine
+        return held + max(self.activations + self.logits, self.update)
+
+
+@dataclass(frozen=True)
+class Change:
+    """A way to need less memory. `cost`: what is given up, from nothing (1) to another kind of training (32)."""
+
+    name: str
+    cost: int
+    values: Callable[[TrainSettings], dict[str, Any]]
+
+
+def _one_row_at_a_time(settings: TrainSettings) -> dict[str, Any]:
+    """The same rows in a step, one at a time: the same loss."""
+    rows = settings.per_gpu_train_batch_size
+    return {"per_gpu_train_batch_size": 1, "gradient_accumulation_steps": settings.gradient_accumulation_steps * rows}
+
+
+CHANGES = (
+    Change("batch", 1, _one_row_at_a_time),
+    Change("checkpointing", 2, lambda s: {"gradient_checkpointing": True}),
+    Change("zero 3", 4, lambda s: {"strategy": "deepspeed", "zero_stage": 3}),
+    Change("offload optimizer", 6, lambda s: {"offload_optimizer": True}),
+    Change("offload parameters", 9, lambda s: {"strategy": "deepspeed", "zero_stage": 3, "offload_parameters": True}),
+    Change("lora", 16, lambda s: {"use_lora": True}),
+    Change("qlora", 32, lambda s: {"use_lora": True, "use_quant": True, "zero_stage": min(s.zero_stage, 2)}),
+)
+
+
+def estimate(shape: ModelShape, settings: TrainSettings, machine: Machine) -> Memory:
+    """Memory of each rank at the peak of a step."""
+    engines = {-1: _fsdp, 0: _plain, 1: _zero12, 2: _zero12, 3: _zero3}
+    parts = engines[_stage(settings)](shape, settings, machine)
+    parts["activations"] = activations(shape, settings)
+    parts["logits"] = _logits(shape, settings, machine)
+    parts["update"] = _update_gradients(shape, settings, machine)
+    if machine.is_gpu:
+        parts["engine"] += GPU_CONTEXT_BYTES + GPU_FRAGMENTATION * Memory(**parts).total
+    else:
+        parts["engine"] += CPU_PROCESS_BYTES
+    return Memory(**parts, host=_host(shape, settings, machine))
+
+
+def fitting_change(  # noqa: PLR0913, PLR0917  # all that decides what fits
+    shapes: Callable[[TrainSettings], ModelShape],
+    settings: TrainSettings,
+    machine: Machine,
+    memory_bytes: float,
+    model_config: dict[str, Any] | None,
+    packing: bool,
+) -> tuple[dict[str, Any], Memory] | None:
+    """The cheapest set of changed settings with which a rank fits into `memory_bytes`; None when there is none."""
+    for values in _candidates(settings):
+        changed = settings.model_copy(update=values)
+        if compatibility.problems(changed, model_config, packing):
+            continue
+        needed = estimate(shapes(changed), changed, machine)
+        if needed.total <= machine.usable(memory_bytes):
+            return {name: value for name, value in values.items() if value != getattr(settings, name)}, needed
+    return None
+
+
+def _candidates(settings: TrainSettings) -> Iterator[dict[str, Any]]:
+    """Combinations of changes, the cheapest first."""
+    sets = [chosen for size in range(1, 5) for chosen in itertools.combinations(CHANGES, size)]
+    for chosen in sorted(sets, key=lambda chosen: sum(change.cost for change in chosen)):
+        values: dict[str, Any] = {}
+        for change in chosen:
+            values |= change.values(settings)
+        yield values
+
+
+def _stage(settings: TrainSettings) -> int:
+    return settings.zero_stage if settings.strategy == "deepspeed" else -1
+
+
+def _frozen_bytes(shape: ModelShape, machine: Machine) -> float:
+    frozen = shape.parameters - shape.trainable - shape.quantised
+    dequantised = shape.largest_matrix * machine.element_bytes if shape.quantised else 0
+    return frozen * machine.element_bytes + shape.quantised * NF4_BYTES + dequantised
+
+
+def _state_bytes(settings: TrainSettings) -> float:
+    """Bytes of optimizer state for each trained parameter."""
+    if settings.bit_training:
+        return EIGHT_BIT_STATE_BYTES
+    name = settings.optimizer.lower() if isinstance(settings.optimizer, str) else ""
+    return STATE_BYTES.get(name, 8.0)
+
+
+def _plain(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dict[str, float]:
+    """ZeRO 0: all in float32 on every rank; under autocast a bfloat16 copy of what a layer multiplies by."""
+    trainable = shape.trainable
+    autocast = trainable * 2 if machine.bf16 else 0
+    reduced = min(trainable, BUCKET_ELEMENTS) * FLOAT32 if machine.num_ranks > 1 else 0
+    return {
+        "weights": _frozen_bytes(shape, machine) + trainable * FLOAT32 + autocast,
+        "gradients": trainable * FLOAT32,
+        "optimizer": trainable * _state_bytes(settings),
+        "engine": reduced,
+    }
+
+
+def _zero12(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dict[str, float]:
+    """ZeRO 1 and 2: weights whole; float32 copy and states sharded; gradients whole (1) or sharded (2)."""
+    element, trainable = machine.element_bytes, shape.trainable
+    share = trainable / machine.num_ranks
+    on_rank = 0 if settings.offload_optimizer else 1
+    gradients = trainable * element if settings.zero_stage == 1 else share * element * on_rank
+    bucket = min(trainable, BUCKET_ELEMENTS) if machine.is_gpu else 0  # on a CPU its pages replace freed gradients
+    return {
+        "weights": _frozen_bytes(shape, machine) + trainable * element,
+        "gradients": gradients,
+        "optimizer": share * (FLOAT32 + _state_bytes(settings)) * on_rank,
+        "engine": bucket * element,
+    }
+
+
+def _zero3(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dict[str, float]:
+    """ZeRO 3: everything sharded; some gathered weights alive at any moment."""
+    element = machine.element_bytes
+    share = shape.trainable / machine.num_ranks
+    weights = (_frozen_bytes(shape, machine) + shape.trainable * element) / machine.num_ranks
+    on_rank = 0 if settings.offload_optimizer else 1
+    bucket = min(shape.trainable, BUCKET_ELEMENTS)
+    copies = 1 if machine.is_gpu else 2  # gloo scatters from copies
+    return {
+        "weights": 0 if settings.offload_parameters else weights,
+        "gradients": share * element * on_rank,
+        "optimizer": share * (FLOAT32 + _state_bytes(settings)) * on_rank,
+        "engine": min(shape.parameters, LIVE_ELEMENTS) * element + copies * bucket * element,
+    }
+
+
+def _fsdp(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dict[str, float]:
+    """FSDP2: float32 shards; two layers gathered in the type that is computed in, and one layer's whole gradient."""
+    share = shape.parameters / machine.num_ranks
+    trained = shape.trainable / machine.num_ranks
+    return {
+        "weights": share * FLOAT32,
+        "gradients": trained * FLOAT32,
+        "optimizer": trained * _state_bytes(settings),
+        "engine": 3 * max(shape.largest_layer, shape.vocabulary * shape.hidden_size) * machine.element_bytes,
+    }
+
+
+def activations(shape: ModelShape, settings: TrainSettings) -> float:
+    """What autograd keeps, and the gradients inside the layer that is being differentiated."""
+    rows = settings.per_gpu_train_batch_size
+    transient = LAYER_TRANSIENT * shape.layer_bytes
+    if settings.gradient_checkpointing:
+        return rows * (shape.checkpoint_bytes + shape.layer_bytes + transient)
+    return rows * (shape.saved_bytes + transient)
+
+
+def _logits(shape: ModelShape, settings: TrainSettings, machine: Machine) -> float:
+    """A chunk of logits, or all of them; the gradient of the head's weight while it is made, twice."""
+    targets = settings.per_gpu_train_batch_size * shape.num_tokens
+    whole = targets * shape.vocabulary
+    elements = min(whole, max(CHUNK_ELEMENTS, shape.vocabulary)) if shape.plain_head else whole
+    head = 2 * shape.vocabulary * shape.hidden_size * machine.element_bytes if shape.trains_head else 0
+    return elements * (CHUNK_COPIES * FLOAT32) + (head if shape.plain_head else head / 2)
+
+
+def _update_gradients(shape: ModelShape, settings: TrainSettings, machine: Machine) -> float:
+    """Gradients in float32 for the update, where the engine makes them (ZeRO 1 to 3)."""
+    if _stage(settings) < 1 or settings.offload_optimizer:
+        return 0.0
+    return shape.trainable / machine.num_ranks * FLOAT32
+
+
+def _host(shape: ModelShape, settings: TrainSettings, machine: Machine) -> float:
+    """CPU memory of a rank on a GPU: for what is offloaded, before that for the whole weights while they are loaded."""
+    share = shape.trainable / machine.num_ranks
+    states = share * (2 * FLOAT32 + _state_bytes(settings)) if settings.offload_optimizer else 0
+    weights = shape.parameters / machine.num_ranks * machine.element_bytes if settings.offload_parameters else 0
+    return max(states + weights, _loaded(shape, settings, machine))
+
+
+def _loaded(shape: ModelShape, settings: TrainSettings, machine: Machine) -> float:
+    """Every rank reads the whole model; 4-bit weights go to the GPU one by one."""
+    if settings.use_quant or not machine.is_gpu:
+        return 0.0
+    return shape.parameters * (machine.element_bytes if settings.loads_what_it_computes_in else FLOAT32)

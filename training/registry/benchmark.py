@@ -1,0 +1,129 @@
+"""Benchmarks of a registered version, asked by lm-eval (the extra `lm-eval`); results go to MLflow.
+
+In: a model directory (whole weights, or an adapter and its base), names of lm-eval's tasks or of one's own in a
+directory. Out: `Score`s; metrics ``benchmark/<task>/<metric>`` and the artifact `benchmarks/<tasks>.json` of the run
+behind the version, and tags ``panda.benchmark.<task>`` of the version. Nothing here decides about the champion: the
+gate compares on data of one's own. Cost: lm-eval's index of tasks (14 s), the model in memory, one forward pass for
+each answer that is weighed; the tasks' data are downloaded once unless they are local.
+"""
+
+import json
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from data_prep.errors import PandaError, did_you_mean
+from training.export.export import find_base
+from training.registry.register import base_of
+from training.registry.versions import BENCHMARK_TAG, Registry, Version
+from training.tracking.redact import redact_text
+
+INSTALL = "pip install 'lm-eval>=0.4.13'"
+
+
+class BenchmarkError(PandaError):
+    """lm-eval is absent, does not know a task, or cannot have its data."""
+
+
+@dataclass(frozen=True)
+class Questions:
+    """What to ask. `task_dir`: a directory of task files of one's own; `limit`: only so many records of each task."""
+
+    tasks: list[str]
+    task_dir: Path | None = None
+    num_fewshot: int | None = None
+    limit: int | None = None
+    chat: bool = False  # through the model's chat template
+    batch_size: int = 8
+
+
+@dataclass(frozen=True)
+class Score:
+    """One metric of one task, with lm-eval's standard error where it has one."""
+
+    task: str
+    metric: str
+    value: float
+    error: float | None
+    shots: int
+    records: int  # that were asked
+    available: int
+
+    def __str__(self) -> str:
+        spread = "" if self.error is None else f" ± {self.error:.4f}"
+        return f"{self.metric} {self.value:.4f}{spread}, {self.shots}-shot, {self.records} of {self.available} records"
+
+
+def ask(model_dir: Path, questions: Questions, base: Path | None = None) -> tuple[list[Score], dict[str, Any]]:
+    """Scores of a model, and lm-eval's whole report.
+
+    :raises BenchmarkError: lm-eval is not installed, does not know a task, or cannot have its data.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise BenchmarkError(f"benchmarks are asked by lm-eval, which is not installed: {INSTALL}") from error
+    from training.engines.engine import any_device
+
+    manager = TaskManager(include_path=str(questions.task_dir) if questions.task_dir else None)
+    _check_known(questions.tasks, manager.all_tasks)
+    try:
+        report = simple_evaluate(
+            model="hf", model_args=model_args(model_dir, base), tasks=list(questions.tasks), task_manager=manager,
+            num_fewshot=questions.num_fewshot, limit=questions.limit, batch_size=questions.batch_size,
+            apply_chat_template=questions.chat, log_samples=False,
+            device=any_device().type,
+        )  # fmt: skip
+    except OSError as error:  # of datasets and huggingface_hub
+        raise BenchmarkError(f"the data of {', '.join(questions.tasks)} cannot be had: {error}") from error
+    return list(scores_of(report)), report
+
+
+def model_args(model_dir: Path, base: Path | None) -> dict[str, Any]:
+    """lm-eval's description of the model: an adapter on its base, with the tokenizer it was trained with."""
+    reference = base_of(model_dir)
+    common = {"tokenizer": str(model_dir), "dtype": "auto", "trust_remote_code": False}
+    if reference is None:
+        return {"pretrained": str(model_dir), **common}
+    return {"pretrained": str(base or find_base(reference)), "peft": str(model_dir), **common}
+
+
+def _check_known(tasks: list[str], known: list[str]) -> None:
+    for task in tasks:
+        if task not in known:
+            raise BenchmarkError(f"lm-eval has no task {task!r}{did_you_mean(task, known)}; all: lm-eval ls tasks")
+
+
+def scores_of(report: dict[str, Any]) -> Iterator[Score]:
+    """The metrics in lm-eval's report; its keys are ``metric,filter`` with ``none`` for no filter."""
+    for task, found in {**report["results"], **report.get("groups", {})}.items():
+        counts = report["n-samples"].get(task, {})
+        for key, value in found.items():
+            metric, comma, how = key.partition(",")
+            if not comma or metric.endswith("_stderr") or not isinstance(value, int | float):
+                continue
+            error = found.get(f"{metric}_stderr,{how}")
+            yield Score(
+                task, metric if how == "none" else f"{metric}/{how}", float(value),
+                float(error) if isinstance(error, int | float) else None, report["n-shot"].get(task) or 0,
+                counts.get("effective", 0), counts.get("original", 0),
+            )  # fmt: skip
+
+
+def record(registry: Registry, version: Version, scores: list[Score], report: dict[str, Any]) -> None:
+    """Write scores to the run behind a version, and to the version; asking again replaces them."""
+    client = registry.client
+    for score in scores:
+        client.log_metric(version.run_id, f"benchmark/{score.task}/{score.metric}", score.value)
+    by_task: dict[str, list[str]] = {}
+    for score in scores:
+        by_task.setdefault(score.task, []).append(str(score))
+    registry.tag(version, {f"{BENCHMARK_TAG}{task}": "; ".join(texts) for task, texts in by_task.items()})
+    content = {"version": version.uri, "scores": [asdict(score) for score in scores], "lm_eval": report}
+    with tempfile.TemporaryDirectory(prefix="panda-benchmark-") as directory:
+        path = Path(directory) / f"{'-'.join(sorted(by_task))[:100]}.json"
+        path.write_text(redact_text(json.dumps(content, ensure_ascii=False, indent=1, default=str)), encoding="utf-8")
+        client.log_artifact(version.run_id, str(path), "benchmarks")

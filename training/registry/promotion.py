@@ -1,0 +1,82 @@
+"""Which version is the champion: what the gate has found is written down, and the aliases move.
+
+In: versions and the verdict of the gate. Out: aliases and tags in the registry. A verdict is written once: trying again
+changes nothing. Cost: a few requests. MLflow moves an alias in one step, so there is always exactly one champion.
+"""
+
+import time
+from dataclasses import replace
+from typing import Any
+
+from training.comparison.report import verdict_markdown
+from training.comparison.statistics import interval_of
+from training.registry.versions import (
+    CHALLENGER,
+    CHAMPION,
+    GAIN_TAG,
+    GATE_TAG,
+    REASONS_TAG,
+    REPLACED_TAG,
+    Registry,
+    RegistryError,
+    Version,
+)
+
+PASSED, FAILED = "passed", "failed"
+
+
+def settle(registry: Registry, version: Version, result: dict[str, Any]) -> bool:
+    """Write the gate's result down and move the alias it earns; returns whether the version is the champion now."""
+    champion = registry.champion(version.name)
+    promoted, reasons = result["promoted"], list(result["reasons"])
+    compared_with = result.get("champion")
+    if promoted and (champion.uri if champion else None) not in (compared_with, version.uri):
+        promoted = False
+        reasons = [f"the champion has changed since it was compared with {compared_with}: panda promote {version.uri}"]
+    registry.tag(version, {GATE_TAG: PASSED if promoted else FAILED, REASONS_TAG: "; ".join(reasons), **_gain(result)})
+    result["promoted"], result["reasons"] = promoted, reasons
+    registry.describe(version, verdict_markdown(result))
+    if promoted:
+        make_champion(registry, version)
+    else:
+        registry.set_alias(version, CHALLENGER)
+    return promoted
+
+
+def _gain(result: dict[str, Any]) -> dict[str, str]:
+    rows = [row for row in result.get("slices", []) if row["slice"] == "all"]
+    return {GAIN_TAG: str(interval_of(rows[0]))} if rows else {}
+
+
+def make_champion(registry: Registry, version: Version) -> Version | None:
+    """Move the alias; returns the version that was champion before."""
+    before = registry.champion(version.name)
+    if before and before.version != version.version:
+        registry.tag(version, {REPLACED_TAG: str(before.version)})
+    registry.set_alias(version, CHAMPION)
+    registry.drop_alias(version, CHALLENGER)
+    return before
+
+
+def promote(registry: Registry, reference: str, despite_gate: bool) -> tuple[Version, Version | None]:
+    """Make a version the champion by hand; one that failed the gate, or never saw it, only on demand."""
+    version = registry.resolve(reference)
+    gate = version.tags.get(GATE_TAG)
+    if gate != PASSED and not despite_gate:
+        why = version.tags.get(REASONS_TAG, "it was never compared")
+        raise RegistryError(f"{version.uri} has not passed the gate: {why}. To promote it nevertheless: --despite_gate")
+    before = make_champion(registry, version)
+    registry.tag(version, {"panda.promoted_by_hand": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    return replace(version, aliases=[CHAMPION]), before
+
+
+def rollback(registry: Registry, name: str) -> tuple[Version, Version]:
+    """Give the alias back to the version that was champion before; returns (champion now, champion until now)."""
+    current = registry.resolve(f"{name}@{CHAMPION}")
+    replaced = current.tags.get(REPLACED_TAG)
+    if replaced is None:
+        raise RegistryError(f"{current.uri} replaced no other champion, so there is nothing to go back to")
+    before = registry.resolve(f"{name}/{replaced}")
+    registry.set_alias(before, CHAMPION)
+    registry.tag(current, {"panda.rolled_back": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    return before, current

@@ -1,0 +1,186 @@
+"""Export a version of the registry: its files, prompts from its held-out data, its card.
+
+In: a version, a target directory. Out: the exported directory (see `export`), with the configuration of its run beside
+the card. Cost: that of the export; the prompts are the first tokens of held-out rows, or a few sentences where the plan
+is no longer on this machine.
+
+The model card of an exported version: README.md made of facts that MLflow holds, nothing is made up.
+
+In: a version with its run's configuration, data report and gate. Out: Markdown with the metadata block of the Hugging
+Face hub. What is not known is left out. Cost: none.
+"""
+
+import json
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from training.comparison.statistics import interval_of
+from training.export.export import Exported, export
+from training.registry.lineage import MARKER, config_of, plan_of
+from training.registry.versions import BENCHMARK_TAG, Registry, Version
+
+NUM_PROMPTS = 8
+PROMPT_TOKENS = 128
+SENTENCES = ("The capital of France is", "Once upon a time", "def fibonacci(n):", "中国的首都是", "1, 2, 3, 4,",
+             "Question: What is water made of?\nAnswer:")  # fmt: skip
+
+
+def publish(registry: Registry, version: Version, target: Path, cache_dir: Path, base: Path | None = None) -> Exported:
+    """Write the version to `target`."""
+    model_dir = registry.files(version, cache_dir)
+    config = config_of(registry, version)
+    facts = CardFacts(
+        version.uri,
+        version.tags,
+        config,
+        registry.json_artifact(version, "report/data.json"),
+        registry.json_artifact(version, "gate.json"),
+    )
+    prompts = held_out_prompts(plan_of(version, config, cache_dir)) or sentence_prompts(model_dir)
+    exported = export(model_dir, target, prompts, lambda done: model_card(facts, done), base)
+    (target / MARKER).write_text(json.dumps({"version": version.uri}), encoding="utf-8")
+    if config:
+        settings = {name: value for name, value in config.items() if name not in ("paths", "resume", "run_name")}
+        text = yaml.safe_dump(settings, sort_keys=False, allow_unicode=True)
+        (target / "training_config.yaml").write_text(text, encoding="utf-8")
+    return exported
+
+
+def held_out_prompts(plan_dir: Path | None) -> list[list[int]]:
+    """The first tokens of the first held-out rows."""
+    if not plan_dir:
+        return []
+    from data_prep.plan.reader import open_plan
+
+    plan = open_plan(plan_dir, "validation")
+    lengths = plan.row_tokens[:NUM_PROMPTS]
+    batches = [
+        plan.batch(np.array([row])).input_ids[0][: min(PROMPT_TOKENS, length)] for row, length in enumerate(lengths)
+    ]
+    return [ids.tolist() for ids in batches]
+
+
+def sentence_prompts(model_dir: Path) -> list[list[int]]:
+    """A few sentences as the model's tokenizer sees them."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    return [tokenizer(text).input_ids for text in SENTENCES]
+
+
+SHOWN = ("learning_rate", "lr_scheduler", "optimizer", "num_train_epochs", "max_steps", "per_gpu_train_batch_size",
+         "gradient_accumulation_steps", "max_seq_length", "template", "seed", "use_lora", "lora_r", "lora_alpha",
+         "use_quant")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CardFacts:
+    """What the card tells of a version."""
+
+    uri: str
+    tags: dict[str, str]
+    config: dict[str, Any] = field(default_factory=dict)  # RUN/config.yaml
+    data: dict[str, Any] = field(default_factory=dict)  # the data report
+    gate: dict[str, Any] = field(default_factory=dict)  # the verdict
+
+
+def model_card(facts: CardFacts, exported: Exported) -> str:
+    """The whole card."""
+    sections = [
+        _header(facts, exported),
+        f"# {facts.uri.removeprefix('models:/').replace('/', ' version ')}",
+        _origin(facts, exported),
+        _section("Data", _data(facts.data)),
+        _section("Evaluation", _evaluation(facts)),
+        _section("Training", _table(["setting", "value"], _settings(facts.config))),
+        _section("Reproduce", _reproduce(facts)),
+    ]
+    return "\n\n".join(section for section in sections if section) + "\n"
+
+
+def licence_of(base_dir: str | None) -> str | None:
+    """The `license:` of the base's own card, if it states one."""
+    card = Path(base_dir or "", "README.md")
+    match = re.search(r"^license:\s*(\S+)", card.read_text(encoding="utf-8"), re.MULTILINE) if card.is_file() else None
+    return match[1] if match else None
+
+
+def _header(facts: CardFacts, exported: Exported) -> str:
+    base = facts.config.get("ckpt_path")
+    values = {
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "base_model": base,
+        "license": licence_of(exported.base_model or facts.config.get("paths", {}).get("model_dir")),
+    }
+    known = {name: value for name, value in values.items() if value}
+    return f"---\n{yaml.safe_dump(known, sort_keys=False).strip()}\n---"
+
+
+def _origin(facts: CardFacts, exported: Exported) -> str:
+    start = facts.config.get("ckpt_path") or "random weights"
+    text = f"`{facts.config.get('model', 'A causal language model')}`, trained from {start}."
+    if exported.difference:
+        found = exported.difference
+        text += (
+            f" A LoRA adapter merged into its base in float32; against base and adapter on {found.num_positions} "
+            f"positions: mean KL {found.mean_kl:.1e} nats, same most likely token at {found.top1_agreement:.2%}."
+        )
+    return text
+
+
+def _data(report: dict[str, Any]) -> str:
+    """Counts of the corpus, what was left out and why."""
+    names = ("records_in", "accepted", "validation_records", "tokens", "target_tokens", "rows", "max_seq_length")
+    rows = [[name.replace("_", " "), f"{report[name]:,}"] for name in names if name in report]
+    for kind in ("rejected", "dropped"):
+        rows += [[f"{kind}: {reason}", f"{number:,}"] for reason, number in report.get(kind, {}).items()]
+    for source, share in report.get("sources", {}).items():
+        rows.append([f"source {source}", f"{share['records']:,} records, {share['share']:.1%} of the tokens"])
+    return _table(["what", "number"], rows)
+
+
+def _evaluation(facts: CardFacts) -> str:
+    """Held-out losses, and the comparison with intervals."""
+    losses = [[n.partition(".")[2], value] for n, value in facts.tags.items() if n.startswith("eval_loss.")]
+    parts = [_table(["held-out source", "loss per target token"], losses)]
+    rows = [
+        [row["against"], row["slice"], f"{row['records']:,}", str(interval_of(row))]
+        for row in facts.gate.get("slices", [])
+    ]
+    interval = f"gain in nats per target token [{facts.gate.get('confidence', 0.95):.0%} interval]"
+    parts.append(_table(["against", "slice", "records", interval], rows))
+    scores = [[n.removeprefix(BENCHMARK_TAG), value] for n, value in facts.tags.items() if n.startswith(BENCHMARK_TAG)]
+    parts.append(_table(["benchmark (lm-eval)", "score"], scores))
+    reasons = facts.gate.get("reasons", [])
+    parts.append("\n".join(f"- {reason}" for reason in reasons))
+    return "\n\n".join(part for part in parts if part)
+
+
+def _settings(config: dict[str, Any]) -> list[list[str]]:
+    return [[f"`{name}`", f"`{config[name]}`"] for name in SHOWN if config.get(name) is not None]
+
+
+def _reproduce(facts: CardFacts) -> str:
+    """The configuration is beside the card; the fingerprints say whether the data is the same."""
+    prints = [[name.removeprefix("panda."), f"`{facts.tags[name]}`"] for name in ("panda.corpus", "panda.plan")
+              if name in facts.tags]  # fmt: skip
+    if not facts.config:
+        return _table(["fingerprint", "value"], prints)
+    return f"    python train.py --conf_path training_config.yaml\n\n{_table(['fingerprint', 'value'], prints)}"
+
+
+def _section(title: str, body: str) -> str:
+    return f"## {title}\n\n{body}" if body else ""
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    if not rows:
+        return ""
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(str(cell).replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

@@ -1,0 +1,219 @@
+"""Tracking: one MLflow run per run of the flow, opened before training and closed with its true status.
+
+In: settings, run directory, facts. Out: a run in MLflow. The files of RUN are the truth and MLflow follows them from a
+thread, so that no outage, slow server or full disk ever touches training: what could not be sent stays in RUN and is
+sent by the next run with the same output directory, which also closes the runs of killed processes (status KILLED).
+Cost: one thread that wakes every five seconds; opening waits for nothing, not even MLflow's import.
+"""
+
+import contextlib
+import importlib.metadata
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from training.errors import MlflowAway
+from training.launch.commands import machine_kind
+from training.launch.exits import ExitReason
+from training.settings import TrackingSettings
+from training.tracking import plots, run_record, system_metrics
+from training.tracking import sync as mlflow_sync
+from training.tracking.redact import redact, redact_text, what_it_says
+from training.tracking.run_record import Dataset, RunRecord
+
+logger = logging.getLogger(__name__)
+
+SYNC_SECONDS = 5.0
+_sending = threading.Lock()  # one writer of a run's record at a time
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What is known of a run before it trains; `reports` become RUN/report/<name>.json and artifacts."""
+
+    params: dict[str, Any]
+    datasets: list[Dataset] = field(default_factory=list)
+    reports: dict[str, Any] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class TrackedRun:
+    """An open run. `run_id` is None as long as MLflow could not be reached."""
+
+    run_dir: Path
+    uri: str
+
+    @property
+    def run_id(self) -> str | None:
+        """The id MLflow gave the run."""
+        return run_record.read_known(self.run_dir).run_id
+
+    def wait_for_run_id(self) -> str:
+        """The id, after sending all that is known now; for registration, which cannot go on without MLflow."""
+        if not self.sync() or self.run_id is None:
+            raise MlflowAway(f"no run could be opened at {redact_text(self.uri)}")
+        return self.run_id
+
+    def sync(self) -> bool:
+        """Send what is new; False, with a warning, when MLflow cannot be reached. Raises nothing."""
+        return try_sync(self.run_dir, self.uri)
+
+
+def tracking_uri(settings: TrackingSettings, output_dir: Path) -> str:
+    """The URI as set, that of MLflow's own environment variable, or an SQLite file in the output directory."""
+    ours = f"sqlite:///{output_dir.absolute() / 'mlflow.db'}"
+    return settings.mlflow_tracking_uri or os.environ.get("MLFLOW_TRACKING_URI") or ours
+
+
+@contextlib.contextmanager
+def open_run(settings: TrackingSettings, run_dir: Path, facts: Facts) -> Iterator[TrackedRun]:
+    """Open the run (a resumed one again), follow its files, close it with what really happened."""
+    tracked = TrackedRun(run_dir, tracking_uri(settings, run_dir.parent))
+    _open_record(settings, tracked, facts)
+    status = "FAILED"
+    try:
+        with following(tracked), system_metrics.sampling(run_dir):
+            yield tracked
+        status = "FINISHED"
+    except BaseException as error:
+        status = status_of(error)
+        raise
+    finally:
+        close_run(tracked, status)
+
+
+def _open_record(settings: TrackingSettings, tracked: TrackedRun, facts: Facts) -> None:
+    """Write (or reopen) RUN/tracking.json and the facts that become artifacts."""
+    run_dir = tracked.run_dir
+    tags = {**facts.tags, **source_tags()}
+    write_reports(run_dir, {**facts.reports, "environment": environment()})
+    record = run_record.read(run_dir)
+    if record:
+        record.reopen(tags)
+    else:
+        record = RunRecord(
+            experiment=settings.experiment_name,
+            run_name=run_dir.name,
+            uri=redact_text(tracked.uri),
+            params={name: as_param(value) for name, value in redact(facts.params).items()},
+            tags=tags,
+            datasets=[asdict(dataset) for dataset in facts.datasets],
+        )
+    run_record.write(run_dir, record)
+
+
+def as_param(value: Any) -> str:
+    """Text of a parameter: plain for strings, JSON for the rest."""
+    return value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def write_reports(run_dir: Path, reports: dict[str, Any]) -> None:
+    """RUN/report/<name>.json for each."""
+    (run_dir / "report").mkdir(exist_ok=True)
+    for name, content in reports.items():
+        text = json.dumps(content, ensure_ascii=False, indent=1, default=str)
+        (run_dir / "report" / f"{name}.json").write_text(text, encoding="utf-8")
+
+
+def environment() -> dict[str, Any]:
+    """Python, the kind of machine and the version of every installed distribution: the lock of this run."""
+    packages = {dist.metadata["Name"]: dist.version for dist in importlib.metadata.distributions()}
+    ordered = dict(sorted(packages.items(), key=lambda item: str(item[0]).lower()))
+    return {"python": sys.version, "machine": machine_kind(), "packages": ordered}
+
+
+def source_tags() -> dict[str, str]:
+    """Commit of the code, and whether it was changed since; nothing outside of a git repository."""
+    try:
+        commit, changes = (_git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no"))
+    except (OSError, subprocess.CalledProcessError):
+        return {}
+    return {"mlflow.source.git.commit": commit, "panda.code_changed": str(bool(changes)).lower()}
+
+
+def _git(*arguments: str) -> str:
+    directory = Path(__file__).parent
+    done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=True)
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def following(tracked: TrackedRun, interval_seconds: float = SYNC_SECONDS) -> Iterator[None]:
+    """Send what is new every few seconds, from a thread; longer pauses while MLflow does not answer."""
+    done = threading.Event()
+    thread = threading.Thread(target=_follow, args=(tracked, done, interval_seconds), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+
+
+def _follow(tracked: TrackedRun, done: threading.Event, interval_seconds: float) -> None:
+    try:
+        reconcile(tracked.run_dir.parent, tracked.uri)
+    except (OSError, ValueError, TypeError):  # a record of another version, or a directory that cannot be read
+        logger.warning("earlier runs in %s were not looked after", tracked.run_dir.parent, exc_info=True)
+    pause = 0.0
+    while not done.wait(pause):
+        pause = interval_seconds if tracked.sync() else min(60.0, interval_seconds + 2 * pause)
+
+
+def try_sync(run_dir: Path, uri: str) -> bool:
+    """`mlflow_sync.sync`, for which MLflow being away (or broken in whatever way) is a warning, never an error."""
+    try:
+        with _sending:
+            mlflow_sync.sync(run_dir, uri)
+    except Exception as error:
+        logger.warning(
+            "MLflow at %s has not taken the news of %s (%s); they are kept there and sent later",
+            redact_text(uri), run_dir, what_it_says(error),
+        )  # fmt: skip
+        return False
+    return True
+
+
+def status_of(error: BaseException) -> str:
+    """MLflow's status for what ended the run: the exit report of training where there is one."""
+    report = getattr(error, "report", None)
+    if report is not None and isinstance(report.reason, ExitReason):
+        return report.reason.mlflow_status
+    return "FAILED" if isinstance(error, Exception) else "KILLED"
+
+
+def close_run(tracked: TrackedRun, status: str) -> bool:
+    """End the run with FINISHED, FAILED or KILLED; False when MLflow will hear of it later."""
+    try:
+        plots.write_plots(tracked.run_dir)
+    except Exception:
+        logger.warning("no plots of %s", tracked.run_dir, exc_info=True)
+    record = run_record.read_known(tracked.run_dir)
+    record.finish(status)
+    run_record.write(tracked.run_dir, record)
+    return tracked.sync()
+
+
+def reconcile(output_dir: Path, uri: str) -> list[Path]:
+    """Close the runs of killed processes and send what earlier runs could not; returns the runs that were completed."""
+    completed = []
+    for path in sorted(output_dir.glob(f"*/{run_record.FILE_NAME}")):
+        record = run_record.read_known(path.parent)
+        if record.is_settled or record.uri != redact_text(uri):
+            continue
+        if record.status == run_record.RUNNING:
+            if record.is_owner_alive:
+                continue
+            record.finish("KILLED")
+            run_record.write(path.parent, record)
+        if try_sync(path.parent, uri):
+            completed.append(path.parent)
+    return completed

@@ -1,0 +1,269 @@
+"""Tell MLflow what it does not know yet of a run: run, params, data sets, metrics, artifacts, status.
+
+In: a run directory with `tracking.json` (see `run_record`) and the URI. Out: MLflow has it, `tracking.json` says so.
+Every step can be repeated: a process may die, or the server go away, between any two of them. Cost: batches of at most
+1,000 metrics for what is new in the metric files; MLflow's import (2 to 4 s) once.
+"""
+
+import importlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from training.tracking import run_record
+from training.tracking.redact import redact_text
+from training.tracking.run_record import RunRecord, new_lines
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+    from mlflow.tracking import MlflowClient
+
+SERIES = {"metrics.jsonl": "", "evaluations.jsonl": "eval/", "system.jsonl": ""}  # file -> prefix of its metrics
+ARTIFACTS = (
+    "config.yaml", "metrics.jsonl", "evaluations.jsonl", "evaluation.json", "gate.json", "train.json", "summary.json",
+)  # fmt: skip
+ARTIFACTS_DIR = "mlartifacts"
+URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
+TOKEN_TAG = "panda.run_token"
+MAX_METRICS = 1000  # MLflow's limits of a batch
+MAX_PARAMS = 100
+MAX_PARAM_CHARS = 6000
+ENVIRONMENT = {
+    "MLFLOW_DISABLE_TELEMETRY": "true",
+    "DO_NOT_TRACK": "true",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",  # stdout belongs to `--json`
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",  # the default waits for minutes; what failed is sent again later anyway
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+}
+CHATTER = {
+    "mlflow.store.model_registry.abstract_store": logging.WARNING,  # "Waiting up to 300 seconds"
+    "mlflow.store.db.utils": logging.CRITICAL,  # "Creating initial tables"; tracebacks of what it raises as well
+    "urllib3.connectionpool": logging.ERROR,  # each retry; the outage is told once, by us
+}
+_pointing = threading.Lock()
+_importing = threading.Lock()
+_reached: set[str] = set()  # databases that have answered this process
+
+
+def import_mlflow() -> None:
+    """Import mlflow, or wait for the thread that does.
+
+    Its modules import each other; a second thread would be given one that is half imported (Python prefers that to a
+    deadlock), and the first one fails with it.
+    """
+    with _importing:
+        importlib.import_module("mlflow")
+
+
+def connect(uri: str) -> "MlflowClient":
+    """A client of this server or database, which is created when missing."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    for name, level in CHATTER.items():
+        logging.getLogger(name).setLevel(level)
+    import_mlflow()
+    from mlflow.tracking import MlflowClient
+
+    if is_remote_database(uri) and uri not in _reached:
+        check_answers(uri)
+        _reached.add(uri)
+    point_mlflow_at(uri)
+    return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def is_remote_database(uri: str) -> bool:
+    """PostgreSQL and the like, named directly: ``postgresql+psycopg://user@host/mlflow``."""
+    return "://" in uri and not uri.startswith(("http://", "https://", "file:", "sqlite:"))
+
+
+def check_answers(uri: str) -> None:
+    """Connect once; MLflow itself would try for 100 seconds before it says that a database cannot be reached.
+
+    :raises sqlalchemy.exc.SQLAlchemyError: it cannot.
+    """
+    from sqlalchemy import create_engine
+
+    engine = create_engine(uri)
+    try:
+        engine.connect().close()
+    finally:
+        engine.dispose()
+
+
+def point_mlflow_at(uri: str) -> None:
+    """Set MLflow's global URIs, through which it resolves `models:/` whatever the client says.
+
+    It also writes them into the environment, for children. There a password would be seen by every rank, and the next
+    run of this process would take it for what a person has set: the environment is left as it was.
+    """
+    from mlflow.tracking import set_registry_uri, set_tracking_uri
+
+    with _pointing:
+        before = {name: os.environ.pop(name, None) for name in URI_VARIABLES}
+        set_tracking_uri(uri)
+        set_registry_uri(uri)
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
+
+
+def sync(run_dir: Path, uri: str) -> RunRecord:
+    """Send all that is new; raises MLflow's exception when it cannot be reached."""
+    record = run_record.read_known(run_dir)
+    client = connect(uri)
+    if record.run_id is None:
+        record.run_id = find_run(client, record, uri, run_dir) or create_run(client, record, uri, run_dir)
+        run_record.write(run_dir, record)
+    if not record.sent_facts:
+        send_facts(client, record)
+        record.sent_facts = True
+        run_record.write(run_dir, record)
+    for name, prefix in SERIES.items():
+        send_series(client, record, run_dir / name, prefix)
+        run_record.write(run_dir, record)
+    send_status(client, record, run_dir)
+    run_record.write(run_dir, record)
+    return record
+
+
+def find_run(client: "MlflowClient", record: RunRecord, uri: str, run_dir: Path) -> str | None:
+    """The run of an earlier try whose answer was lost; found by our token."""
+    runs = client.search_runs([experiment_id(client, record, uri, run_dir)], f"tags.`{TOKEN_TAG}` = '{record.token}'")
+    return runs[0].info.run_id if runs else None
+
+
+def create_run(client: "MlflowClient", record: RunRecord, uri: str, run_dir: Path) -> str:
+    """A new run, marked with our token."""
+    tags = {TOKEN_TAG: record.token, "panda.run_dir": str(run_dir)}
+    created = client.create_run(experiment_id(client, record, uri, run_dir), record.started_ms, tags, record.run_name)
+    return created.info.run_id
+
+
+def experiment_id(client: "MlflowClient", record: RunRecord, uri: str, run_dir: Path) -> str:
+    """The experiment, created when missing; a database of ours keeps artifacts beside itself."""
+    from mlflow.exceptions import MlflowException
+
+    found = client.get_experiment_by_name(record.experiment)
+    if found:
+        return found.experiment_id
+    try:
+        return client.create_experiment(record.experiment, artifact_location=artifact_location(uri, run_dir.parent))
+    except MlflowException:  # another process was faster
+        found = client.get_experiment_by_name(record.experiment)
+        if not found:
+            raise
+        return found.experiment_id
+
+
+def artifact_location(uri: str, output_dir: Path) -> str | None:
+    """`mlartifacts` beside an SQLite file, in the output directory for another database; a server has its own place."""
+    if uri.startswith("sqlite:///"):
+        return (Path(uri.removeprefix("sqlite:///")).absolute().parent / ARTIFACTS_DIR).as_uri()
+    return (output_dir.absolute() / ARTIFACTS_DIR).as_uri() if is_remote_database(uri) else None
+
+
+def send_facts(client: "MlflowClient", record: RunRecord) -> None:
+    """Params (once, MLflow never changes them), tags and data sets; and that the run is running."""
+    from mlflow.entities import Dataset as MlflowDataset
+    from mlflow.entities import DatasetInput, InputTag, Param, RunTag
+
+    known = client.get_run(record.known_id).data.params
+    new = [Param(name, value[:MAX_PARAM_CHARS]) for name, value in record.params.items() if name not in known]
+    for first in range(0, len(new), MAX_PARAMS):
+        client.log_batch(record.known_id, params=new[first : first + MAX_PARAMS])
+    client.log_batch(record.known_id, tags=[RunTag(name, value) for name, value in record.tags.items()])
+    inputs = [
+        DatasetInput(
+            dataset=MlflowDataset(
+                name=dataset["name"],
+                digest=dataset["digest"][:36],
+                source_type="local",
+                source=json.dumps({"uri": dataset["path"]}),
+                profile=json.dumps(dataset["profile"], ensure_ascii=False),
+            ),
+            tags=[InputTag("mlflow.data.context", dataset["context"])],
+        )
+        for dataset in record.datasets
+    ]
+    client.log_inputs(record.known_id, inputs)
+    if record.status == run_record.RUNNING:
+        client.update_run(record.known_id, status=run_record.RUNNING)
+        record.sent_status = run_record.RUNNING
+
+
+def send_series(client: "MlflowClient", record: RunRecord, path: Path, prefix: str) -> None:
+    """The lines of a metrics file that are new since the last time."""
+    offset, lines = new_lines(path, record.sent_offsets.get(path.name, 0))
+    batch: list[Metric] = []
+    for line in lines:
+        metrics = list(metrics_of(line, prefix, record.started_ms))
+        if len(batch) + len(metrics) > MAX_METRICS:
+            client.log_batch(record.known_id, metrics=batch)
+            batch = []
+        batch += metrics
+    if batch:
+        client.log_batch(record.known_id, metrics=batch)
+    record.sent_offsets[path.name] = offset
+
+
+def metrics_of(line: dict[str, Any], prefix: str, started_ms: int) -> "Iterator[Metric]":
+    """The numbers of a line as MLflow metrics; nested ones are joined by `/` (`eval/sources/instruction/loss`)."""
+    from mlflow.entities import Metric
+
+    step = int(line.get("step", 0))
+    milliseconds = int(line["time"] * 1000) if "time" in line else started_ms + step
+    for name, value in flatten(line):
+        if name not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool):
+            yield Metric(prefix + name, float(value), milliseconds, step)
+
+
+def flatten(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of the leaves of nested mappings."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{path}{name}/")
+        else:
+            yield f"{path}{name}", value
+
+
+def send_status(client: "MlflowClient", record: RunRecord, run_dir: Path) -> None:
+    """Artifacts that are new or changed; the status last, so that a finished run is a complete one."""
+    if record.status == run_record.RUNNING:
+        return
+    send_artifacts(client, record, run_dir)
+    if record.sent_status != record.status:
+        client.set_terminated(record.known_id, record.status, record.ended_ms or int(time.time() * 1000))
+        record.sent_status = record.status
+
+
+def send_artifacts(client: "MlflowClient", record: RunRecord, run_dir: Path) -> None:
+    """RUN/report/ and the small files of the run, without passwords."""
+    files = [run_dir / name for name in ARTIFACTS] + sorted((run_dir / "report").glob("*"))
+    for path in files:
+        if not path.is_file():
+            continue
+        stamp = f"{path.stat().st_mtime_ns}-{path.stat().st_size}"
+        name = str(path.relative_to(run_dir))
+        if record.sent_files.get(name) != stamp:
+            log_redacted(client, record.known_id, path, None if path.parent == run_dir else path.parent.name)
+            record.sent_files[name] = stamp
+
+
+def log_redacted(client: "MlflowClient", run_id: str, path: Path, folder: str | None) -> None:
+    """One artifact; of a text file a copy without passwords."""
+    with tempfile.TemporaryDirectory(prefix="panda-artifact-") as directory:
+        copy = Path(directory) / path.name
+        if path.suffix in (".yaml", ".json", ".jsonl", ".txt", ".md"):
+            copy.write_text(redact_text(path.read_text(encoding="utf-8")), encoding="utf-8")
+        else:
+            shutil.copyfile(path, copy)
+        client.log_artifact(run_id, str(copy), folder)

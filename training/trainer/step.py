@@ -1,0 +1,122 @@
+"""One optimizer step as plain functions: they run on a CPU with a tiny model and no launcher.
+
+In: an engine, the micro-batches of this rank, the number of target tokens of the *whole global batch* (known from the
+plan, nothing is gathered for it). Out: the loss, the gradient norm, updated weights. The loss of a step is::
+
+    sum of cross-entropy over the targets of all micro-batches of all ranks / number of those targets
+
+so it does not depend on how the global batch is split into micro-batches, accumulation and ranks. Engines average
+gradients over the ranks: multiplying the loss by `engine.averaging` undoes that. A number that is not finite raises
+`NotFinite` before the update.
+
+Dropout is seeded for every micro-batch from (seed, step, its rows): a resumed run needs no generator state, and a
+micro-batch drops the same numbers on whatever rank it runs.
+"""
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+import xxhash
+from torch import Tensor
+
+from training.distributed import Ranks
+from training.engines.engine import Engine
+from training.models.loss import MicroBatch
+from training.trainer.metrics import Clock
+
+
+class NotFinite(ArithmeticError):
+    """Loss or gradient norm is inf or nan; no update was made. `rows`: where, on this rank; empty = on another rank."""
+
+    def __init__(self, what: str, value: float, rows: list[int]):
+        self.what, self.value, self.rows = what, value, rows
+        super().__init__(f"{what} is {value}")
+
+
+@dataclass
+class Accumulated:
+    """What forward and backward of a step leave behind on this rank."""
+
+    losses: list[Tensor] = field(default_factory=list)  # summed cross-entropy of each micro-batch, scalars
+    rows: list[tuple[int, ...]] = field(default_factory=list)  # rows of each micro-batch
+    num_computed: int = 0  # tokens that went through the model, padding included
+
+
+@dataclass(frozen=True)
+class StepWork:
+    """What a step has to do, known before it begins."""
+
+    step: int  # from 0
+    seed: int
+    num_micro_steps: int  # the same on every rank
+    target_tokens: int  # of the whole global batch
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What is known of a step on every rank."""
+
+    loss: float  # per target token of the global batch
+    grad_norm: float  # of the whole gradient, before clipping
+    num_computed: int  # tokens that went through the model on all ranks, padding included
+
+
+def train_step(
+    engine: Engine,
+    batches: Iterator[MicroBatch],
+    work: StepWork,
+    clock: Clock,
+    before: Callable[[int], None] = lambda index: None,
+) -> StepResult:
+    """Accumulate gradients, check, update. All ranks together.
+
+    `before` runs ahead of every micro-batch, with its index, and may raise to abandon the step.
+    """
+    done = accumulate(engine, batches, work, clock, before)
+    total, computed = _agree(done, engine.ranks)
+    with clock.span("step"):
+        grad_norm = engine.step(work.learning_rate)
+    if not math.isfinite(grad_norm):
+        raise NotFinite("the gradient norm", grad_norm, [row for rows in done.rows for row in rows])
+    return StepResult(total / work.target_tokens, grad_norm, int(computed))
+
+
+def accumulate(
+    engine: Engine, batches: Iterator[MicroBatch], work: StepWork, clock: Clock, before: Callable[[int], None]
+) -> Accumulated:
+    """Forward and backward of the next micro-batches of this rank."""
+    done, scale = Accumulated(), engine.averaging / work.target_tokens
+    for index in range(work.num_micro_steps):
+        before(index)
+        with clock.span("data"):
+            batch = next(batches)
+        seed_dropout(work.seed, work.step, batch.rows)
+        with clock.span("forward"):
+            loss = engine.forward(batch)
+        with clock.span("backward"):
+            engine.backward(loss * scale, last=index == work.num_micro_steps - 1)
+        done.losses.append(loss.detach())
+        done.rows.append(batch.rows)
+        done.num_computed += batch.input_ids.numel()
+    return done
+
+
+def seed_dropout(seed: int, step: int, rows: tuple[int, ...]) -> None:
+    """Random numbers of a micro-batch depend on (seed, step, rows) and on nothing else."""
+    torch.manual_seed(xxhash.xxh3_64_intdigest(repr((seed, step, rows)).encode()) >> 1)
+
+
+def _agree(done: Accumulated, ranks: Ranks) -> tuple[float, float]:
+    """(summed loss, tokens computed) over all ranks; every rank raises when any rank's loss is not finite."""
+    losses = [float(loss) for loss in done.losses]  # waits for the GPU, once a step
+    bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
+    total = math.fsum(losses) if bad is None else 0.0
+    total, computed, num_bad = ranks.sum(total, float(done.num_computed), float(bad is not None))
+    if bad is not None:
+        raise NotFinite("the loss", losses[bad], list(done.rows[bad]))
+    if num_bad:
+        raise NotFinite("the loss of another rank", math.nan, [])
+    return total, computed
