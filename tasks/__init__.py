@@ -1,0 +1,1 @@
+"""Prefect tasks, one module a stage: call, report, hand the result on."""

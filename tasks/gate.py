@@ -16,7 +16,7 @@ from training.comparison.job import write_job
 from training.errors import MlflowAway
 from training.launch import launcher
 from training.launch.exits import ExitReason
-from training.registry.promotion import settle
+from training.registry.promotion import job_of, settle
 from training.registry.register import patiently
 from training.registry.versions import GATE_TAG, Registry
 from training.settings import GateSettings, TrainSettings
@@ -50,7 +50,7 @@ def decide(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) 
     if GATE_TAG in version.tags and stored.exists():  # a resumed run
         return without_answers(json.loads(stored.read_text(encoding="utf-8")))
     limits = GateSettings.of(settings).model_dump()
-    patiently(lambda: write_job(registry, version, tracked.run_dir, limits))
+    write_job(patiently(lambda: job_of(registry, version, tracked.run_dir, limits)), tracked.run_dir)
     result = _compare(tracked.run_dir, TrainSettings.of(settings))
     patiently(lambda: settle(registry, version, result))
     logger.info("%s %s: %s", version.uri, "is the champion" if result["promoted"] else "stays challenger", _why(result))

@@ -2,7 +2,7 @@
 
 The documents hold the commands (fences marked `console`) and the files they use (fences whose first line names one).
 Fast: every command is understood, and those that train nothing are run. Slow: those that train are run to their end, on
-tiny stand-ins of the weights (`tests/support/stand_ins.py`). Output shown below a command must be part of what it prints.
+tiny stand-ins of the weights (`support/stand_ins.py`). Output shown below a command must be part of what it prints.
 """
 
 import re

@@ -16,6 +16,22 @@ MAY_IMPORT = {
     "flows": {"data_prep", "training", "configs", "tasks"},
 }
 CONFIGS_MAY_SEE = {"data_prep.settings", "data_prep.errors", "training.settings"}
+FLOORS = {
+    "data_prep": [
+        "errors", "settings store processes", "targets", "records", "tokens", "plan", "inspection pipeline sample"
+    ],
+    "training": [
+        "errors settings lean_imports", "distributed devices", "launch models", "engines planning", "trainer",
+        "tracking", "comparison", "export", "registry", "worker evaluate compare",
+    ],
+    "configs": ["errors settings", "field_types", "load", "cli", "docs"],
+    "tasks": ["stage reporting cluster", "prepare train register gate"],
+    "flows": ["stack", "parts", "panda_train panda_prepare panda_evaluate", "cli"],
+}  # fmt: skip
+"""The rooms of a package, ground floor first: a room imports only rooms of lower floors."""
+TRAINS = {"trainer", "engines", "models", "planning", "launch", "worker"}
+USES_WHAT_WAS_TRAINED = {"tracking", "registry", "comparison", "export"}
+MAX_MODULES = 12
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 
 
@@ -26,25 +42,75 @@ def imported_modules(path: Path) -> set[str]:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
-            names |= {node.module}
+            names |= {_module(node.module, alias.name) for alias in node.names}
     return names
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def _module(module: str, name: str) -> str:
+    """``from a.b import c`` imports a.b.c if that is a module, else a.b."""
+    below = ROOT / module.replace(".", "/") / name
+    return f"{module}.{name}" if below.with_suffix(".py").exists() or below.is_dir() else module
+
+
+def ours(path: Path) -> set[str]:
+    return {name for name in imported_modules(path) if name.split(".")[0] in MAY_IMPORT}
+
+
+def name_of(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_arrows_point_one_way(path):
     package = path.relative_to(ROOT).parts[0]
-    ours = {name for name in imported_modules(path) if name.split(".")[0] in MAY_IMPORT}
-    wrong = {name for name in ours if name.split(".")[0] not in {package, *MAY_IMPORT[package]}}
+    wrong = {name for name in ours(path) if name.split(".")[0] not in {package, *MAY_IMPORT[package]}}
     assert not wrong, f"{package} may import {MAY_IMPORT[package]}, but {path.name} imports {wrong}"
     if package == "configs":
-        seen = {name for name in ours if name.split(".")[0] != "configs"}
+        seen = {name for name in ours(path) if name.split(".")[0] != "configs"}
         assert seen <= CONFIGS_MAY_SEE, f"configs sees only settings and errors, not {seen - CONFIGS_MAY_SEE}"
 
 
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize("path", [path for path in SOURCES if path.name != "__init__.py"], ids=name_of)
+def test_rooms_import_only_rooms_of_lower_floors(path):
+    package, room = path.relative_to(ROOT).with_suffix("").parts[:2]
+    floor_of = {name: floor for floor, names in enumerate(FLOORS[package]) for name in names.split()}
+    for name in ours(path):
+        other = (*name.split("."), "")[1]
+        if name.split(".")[0] == package and other and other != room:
+            assert floor_of[other] < floor_of[room], f"{package}.{room} stands below {other}, but imports {name}"
+            assert not (room in TRAINS and other in USES_WHAT_WAS_TRAINED), f"{room} trains; it must not need {name}"
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_every_room_has_a_floor_and_room_for_a_person(package):
+    folders = [ROOT / package, *(path for path in (ROOT / package).iterdir() if (path / "__init__.py").exists())]
+    rooms = {path.stem for path in (ROOT / package).glob("*.py")} | {path.name for path in folders[1:]}
+    assert rooms - {"__init__"} == set(" ".join(FLOORS[package]).split())
+    for folder in folders:
+        modules = [path for path in folder.glob("*.py") if path.name != "__init__.py"]
+        assert len(modules) <= MAX_MODULES, f"{folder} has {len(modules)} modules: more than a person can keep in mind"
+
+
+@pytest.mark.parametrize("package", MAY_IMPORT)
+def test_no_modules_import_each_other(package):
+    """Also not in a circle, and also not inside functions."""
+    arrows = {
+        ".".join(path.relative_to(ROOT).with_suffix("").parts): ours(path)
+        for path in SOURCES
+        if path.relative_to(ROOT).parts[0] == package and path.name != "__init__.py"
+    }
+    reach = {name: targets & arrows.keys() for name, targets in arrows.items()}
+    while True:
+        further = {name: targets.union(*(reach[target] for target in targets)) for name, targets in reach.items()}
+        if further == reach:
+            break
+        reach = further
+    assert not {name for name, targets in reach.items() if name in targets}
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=name_of)
 def test_every_file_says_what_it_is(path):
-    text = path.read_text(encoding="utf-8")
-    assert not text.strip() or ast.get_docstring(ast.parse(text)), f"{path} has no module docstring"
+    assert ast.get_docstring(ast.parse(path.read_text(encoding="utf-8"))), f"{path} has no module docstring"
 
 
 def loaded_by(statement: str) -> set[str]:
@@ -58,7 +124,11 @@ def loaded_by(statement: str) -> set[str]:
 
 
 def test_data_prep_needs_neither_torch_nor_prefect_nor_mlflow():
-    modules = [f"data_prep.{path.stem}" for path in (ROOT / "data_prep").glob("*.py") if path.stem != "__init__"]
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for path in (ROOT / "data_prep").rglob("*.py")
+        if path.stem != "__init__"
+    ]
     assert not loaded_by(f"import {', '.join(modules)}") & {"torch", "prefect", "mlflow", "transformers"}
 
 

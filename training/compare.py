@@ -21,7 +21,7 @@ from training.comparison.heldout import HeldOut
 from training.comparison.job import Job, read_job
 from training.comparison.scores import Answer, Asked, measure
 from training.comparison.statistics import Scores
-from training.engines.engine import any_device, compute_dtype
+from training.devices import any_device, compute_dtype
 from training.launch.exits import run_rank
 from training.launch.run_config import RunConfig, read_config
 from training.settings import GateSettings

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.plan.reader import open_plan
+from training.devices import compute_dtype
 from training.distributed import join, leave, this_rank
-from training.engines.engine import compute_dtype
 from training.launch.exits import run_rank
 from training.launch.run_config import read_config
 from training.models.build import load_deployed

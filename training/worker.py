@@ -77,7 +77,8 @@ def prepare(config: RunConfig, ranks: Any, progress: Any) -> Any:
 
         plan = open_plan(config.plan_dir, "train")
     from data_prep.targets import load_target
-    from training.engines.engine import build_engine, compute_dtype, load_dtype
+    from training.devices import compute_dtype, load_dtype
+    from training.engines.build import build_engine
     from training.models.loss import TargetLoss, causal_model
     from training.trainer.batches import plan_course
     from training.trainer.loop import Run, Stop

@@ -1,0 +1,1 @@
+"""Look at prepared data: masks, lengths, packing, the story of one record. Nothing is changed."""

@@ -22,7 +22,7 @@ from data_prep.plan.plan_file import Rows, open_rows, rows_file
 from data_prep.plan.reader import LEDGER_FILE
 from data_prep.records.reasons import Reason
 from data_prep.records.shard import read_arrow
-from data_prep.tokens.templates import Role
+from data_prep.tokens.layouts import Role
 from data_prep.tokens.tokenizer import LoadedTokenizer
 
 _EXPLANATIONS = {reason.value: reason.explanation for reason in Reason}

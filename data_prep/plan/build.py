@@ -36,13 +36,12 @@ from data_prep.plan.examples import Examples, load_examples
 from data_prep.plan.order import mix64, stable_argsort
 from data_prep.plan.pack import MIN_SPACE, best_fit_decreasing, fill
 from data_prep.plan.plan_file import Rows, rows_file, write_rows
-from data_prep.plan.reader import LEDGER_FILE, Plan
+from data_prep.plan.reader import LEDGER_FILE, Plan, prove_rows
 from data_prep.plan.verdicts import ACCEPTED, REASONS, SPLITS, TRAIN, VALIDATION, Pieces, Verdicts, judge, taken_down
 from data_prep.processes import on_processes, peak_rss_bytes
 from data_prep.records.reasons import REJECTED, Reason
 from data_prep.records.shard import RecordsUnit, ledger_table, read_arrow
 from data_prep.settings import CorpusSettings, PackSettings
-from data_prep.tokens.checks import prove_rows
 from data_prep.tokens.token_shard import TokenShard
 from data_prep.tokens.tokenize import TokensResult
 

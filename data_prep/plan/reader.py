@@ -23,7 +23,9 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep import store
+from data_prep.errors import StoreError
 from data_prep.plan.plan_file import Rows, open_rows, rows_file
+from data_prep.tokens.checks import SAMPLE, spread
 from data_prep.tokens.token_shard import TOKENS_FILE, TokenShard, open_shard
 
 IGNORED = -100
@@ -145,3 +147,21 @@ def target_ranges(runs: np.ndarray, start: int, length: int) -> list[tuple[int, 
         if low < high:
             ranges.append((low, high))
     return ranges
+
+
+def prove_rows(plan: Plan) -> int:
+    """Read `SAMPLE` rows of a plan as training will and compare them with what the plan says of them.
+
+    :returns: the number of rows read.
+    :raises StoreError: a row differs.
+    """
+    for row in spread(np.arange(plan.num_rows)).tolist():
+        batch = plan.batch(np.array([row]))
+        targets = batch.labels != IGNORED
+        found = (batch.labels.shape[1], int(targets.sum()))
+        if found != (plan.row_tokens[row], plan.row_target_tokens[row]):
+            said = (int(plan.row_tokens[row]), int(plan.row_target_tokens[row]))
+            raise StoreError(f"row {row} of the plan has {said} tokens and targets; read back it has {found}")
+        if (batch.labels[targets] != batch.input_ids[targets]).any() or targets[batch.position_ids == 0].any():
+            raise StoreError(f"row {row} of the plan has a wrong label")
+    return min(SAMPLE, plan.num_rows)

@@ -2,13 +2,9 @@
 
 In: a `Source` (a file, or a part of a large one). Out: `Block`s: the bytes of each record with offset, length and line,
 and, for what is no record, a reason. Nothing is skipped: every byte is part of a record or a separator.
-The form is found by looking at the first 4 MiB, not at the name of the file. JSON Lines are cut at newlines; the rest
-is in `data_prep.records.json_stream`. Cost: about 400 MB/s. Memory: a window of 4 MiB and its records, whatever the size of the
-file; a record longer than 64 MiB is rejected.
-
-The elements of a JSON array, or JSON values one after another: fast while they are sound, careful if they are not.
-
-In: a `Window`. Out: `Block`s of elements, broken ones with a reason.
+The form is found by looking at the first 4 MiB, not at the name of the file. Memory: a window of 4 MiB and its records,
+whatever the size of the file; a record longer than 64 MiB is rejected. JSON Lines are cut at newlines (400 MB/s). The
+elements of an array, or values one after another, are cut fast while they are sound and with care if they are not:
 
     1. A window of up to 4 MiB is cut at the last place that *looks like* a border between two elements.
     2. `[` + window + `]` is parsed into raw elements (1 GB/s). If it is valid JSON, the guess was right: a parser that
@@ -16,7 +12,7 @@ In: a `Window`. Out: `Block`s of elements, broken ones with a reason.
     3. If not, the elements before the place of the error are taken in the same way, and the next one is scanned with
        care (20-50 MB/s): a broken element ends where the next one begins, so one bad record costs itself alone.
 
-Cost: about 0.5 GB/s; each broken element about 0.1 ms.
+That costs about 0.5 GB/s, and each broken element about 0.1 ms.
 """
 
 import re

@@ -26,7 +26,7 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data_prep import store
 from data_prep.errors import TokenizerError
-from data_prep.tokens.templates import Layout, Piece, Role, Slot, Template, document_layout, is_document, runs_of
+from data_prep.tokens.layouts import Layout, Piece, Role, Slot, Template, document_layout, is_document, runs_of
 from data_prep.tokens.tokenizer import LoadedTokenizer
 
 Render = Callable[[list[dict[str, str]], bool], str]

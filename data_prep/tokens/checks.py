@@ -3,7 +3,7 @@
 In: the examples of a unit and the texts they were made from. Out: counts for the manifest. On all examples, as arrays:
 every target ends in a token at which generation stops, run lengths add up, no id is outside the vocabulary. On a
 sample: the target ids decode to exactly the target text. A violation stops the preparation.
-Cost: 2 ns a token, and decoding `SAMPLE` targets a unit; reading `SAMPLE` rows a plan.
+Cost: 2 ns a token, and decoding `SAMPLE` targets a unit.
 """
 
 from typing import Any
@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import StoreError, TokenizerError
-from data_prep.plan.reader import IGNORED, Plan
 from data_prep.tokens.examples import Tokenized
 from data_prep.tokens.token_shard import TokenShard
 from data_prep.tokens.tokenizer import LoadedTokenizer
@@ -33,7 +32,7 @@ def prove(made: Tokenized, tokenizer: LoadedTokenizer) -> dict[str, Any]:
     wrong = np.flatnonzero(~np.isin(last_ids, list(tokenizer.stop_ids)))
     if len(wrong):
         raise StoreError(f"target {int(wrong[0])} of a unit ends in id {last_ids[wrong[0]]}, where nothing stops")
-    checkable = [int(run) for run in _spread(targets) if int(run) not in made.runs.alone]
+    checkable = [int(run) for run in spread(targets) if int(run) not in made.runs.alone]
     for run in checkable:
         ids = shard.ids[run_ends[run] - shard.spans[run] : run_ends[run] - 1]
         _check_text(ids, str(made.runs.texts[run]), tokenizer)
@@ -45,24 +44,6 @@ def prove(made: Tokenized, tokenizer: LoadedTokenizer) -> dict[str, Any]:
         "target_ratio": round(target_tokens / len(shard.ids), 6) if len(shard.ids) else 0.0,
         "examples_without_target": int((np.diff(shard.span_offsets) == 0).sum()),
     }
-
-
-def prove_rows(plan: Plan) -> int:
-    """Read `SAMPLE` rows of a plan as training will and compare them with what the plan says of them.
-
-    :returns: the number of rows read.
-    :raises StoreError: a row differs.
-    """
-    for row in _spread(np.arange(plan.num_rows)).tolist():
-        batch = plan.batch(np.array([row]))
-        targets = batch.labels != IGNORED
-        found = (batch.labels.shape[1], int(targets.sum()))
-        if found != (plan.row_tokens[row], plan.row_target_tokens[row]):
-            said = (int(plan.row_tokens[row]), int(plan.row_target_tokens[row]))
-            raise StoreError(f"row {row} of the plan has {said} tokens and targets; read back it has {found}")
-        if (batch.labels[targets] != batch.input_ids[targets]).any() or targets[batch.position_ids == 0].any():
-            raise StoreError(f"row {row} of the plan has a wrong label")
-    return min(SAMPLE, plan.num_rows)
 
 
 def _check_shape(shard: TokenShard, tokenizer: LoadedTokenizer, tokens_of_runs: int) -> None:
@@ -89,6 +70,6 @@ def _check_text(ids: np.ndarray, text: str, tokenizer: LoadedTokenizer) -> None:
     )
 
 
-def _spread(targets: np.ndarray) -> np.ndarray:
-    """`SAMPLE` of them, evenly spread."""
+def spread(targets: np.ndarray) -> np.ndarray:
+    """`SAMPLE` of some numbers, evenly spread."""
     return targets[np.linspace(0, len(targets) - 1, min(SAMPLE, len(targets))).astype(np.int64)]

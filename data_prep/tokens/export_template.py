@@ -8,7 +8,8 @@ test compares them. With ``template=tokenizer`` it is the tokenizer's own. Cost:
 import json
 from typing import Any
 
-from data_prep.tokens.templates import ALPACA, ALPACA_HEADING, Role
+from data_prep.tokens.layouts import Role
+from data_prep.tokens.templates import ALPACA, ALPACA_HEADING
 from data_prep.tokens.tokenizer import LoadedTokenizer
 
 _PLAIN = """\

@@ -1,4 +1,4 @@
-"""The file of tokens: one Arrow row per example. Written by `data_prep.tokens.tokenize`, mapped by the plan and the reader.
+"""The file of tokens: one Arrow row per example. Written by `tokenize`, mapped by the plan and the reader.
 
 ``tokens.arrow`` is one Arrow IPC file with one record batch, uncompressed, so that columns are views of the file::
 

@@ -1,7 +1,7 @@
 """Stage 2: validated records -> token shards, one per unit of records, named by what their ids depend on.
 
 In: `RecordsResult`, a tokenizer directory, a template. Out: ``<cache_dir>/tokens/<fingerprint>/`` with ``tokens.arrow``
-(`data_prep.tokens.token_shard`), and `TokensResult`. The fingerprint covers the unit of records, the tokenizer, the template
+(`token_shard`), and `TokensResult`. The fingerprint covers the unit of records, the tokenizer, the template
 and the format version; not the engine, because engines give the same ids, and not the number of workers.
 
 Cost: the engine's time plus about 25 %; memory 20 bytes a token of one unit (16 MiB of text). Small corpora are done in
@@ -30,7 +30,8 @@ from data_prep.settings import TokenizeSettings
 from data_prep.tokens.checks import prove
 from data_prep.tokens.encoder import Engine, load_engine
 from data_prep.tokens.examples import RefusedRecord, tokenize_columns
-from data_prep.tokens.templates import Template, load_template
+from data_prep.tokens.layouts import Template
+from data_prep.tokens.templates import load_template
 from data_prep.tokens.token_shard import TOKENS_FILE, write_shard
 from data_prep.tokens.tokenizer import LoadedTokenizer, load_tokenizer
 

@@ -173,7 +173,7 @@ def _number(value: Any) -> str:
 
 
 def _print_config(loaded: Any) -> int:
-    from configs.docs import render
+    from configs.docs import with_origins
 
-    print(render(loaded))
+    print(with_origins(loaded))
     return 0

@@ -24,7 +24,8 @@ from data_prep.records.shard import RecordsResult, RecordsUnit, read_arrow, shar
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokens.encoder import Engine, load_engine
 from data_prep.tokens.examples import tokenize_columns
-from data_prep.tokens.templates import Template, load_template
+from data_prep.tokens.layouts import Template
+from data_prep.tokens.templates import load_template
 from data_prep.tokens.tokenize import TokensResult, tokenize_records, unit_fingerprint
 from data_prep.tokens.tokenizer import DEFAULT_VOCAB_SIZE, LoadedTokenizer, load_tokenizer, trained_fingerprint
 

@@ -2,8 +2,6 @@
 
 In: argv. Out: an exit code (0 done, 2 the user's to mend, 1 anything else, 130 interrupted); results on stdout, logs
 and progress on stderr. Everything heavy is imported by the verb that needs it, so `--help` and errors answer at once.
-
-`panda completion`: the shell completion script. In: nothing. Out: a script on stdout. Cost: 0.2 s.
 """
 
 import importlib
@@ -24,7 +22,6 @@ from configs.cli import (
     configure,
     parse,
 )
-from configs.docs import script
 from data_prep.errors import PandaError
 
 TRAIN_TEXT = "Turn JSON corpora and a base model into a registered, evaluated model: one Prefect flow, in this process."
@@ -32,26 +29,26 @@ TRAIN_SWITCHES = [CONF_PATH, PRINT_CONFIG, DRY_RUN, JSON, VERBOSE, *PLAN_SWITCHE
 STATES_OF_PREFECT = ("Task run failed with state", "Finished in state")
 
 VERBS: dict[str, tuple[str, str]] = {
-    "up": ("stack:up", "start Prefect server, MLflow server and worker in the background"),
-    "down": ("stack:down", "stop them"),
-    "status": ("stack:status", "show what of it runs"),
-    "serve-flow": ("serve:serve_flow", "serve the deployments in this terminal, without a worker"),
-    "plan": ("plan:main", "tell what a run would do, need and take, without training"),
-    "prepare": ("prepare:prepare", "prepare the data without training, and report what became of every record"),
-    "inspect": ("prepare:inspect", "show prepared examples with their mask, lengths and packing"),
-    "why": ("prepare:why", "tell the story of one input record"),
-    "models": ("models:models", "show registered versions, their gates and aliases"),
-    "promote": ("models:promote", "make a version the champion"),
-    "rollback": ("models:rollback", "give the champion alias back to the version before"),
-    "lineage": ("lineage:lineage", "show what a version was made of"),
-    "export": ("export:export", "write a version as a plain model directory, adapter merged"),
-    "chat": ("export:chat", "talk to a version in the terminal"),
-    "serve": ("export:serve", "serve a version to OpenAI clients"),
-    "benchmark": ("benchmark:main", "ask a version tasks of lm-eval, scores to MLflow"),
-    "reproduce": ("reproduce:main", "train the first steps of a version again; the losses must agree"),
-    "takedown": ("lineage:takedown", "take a record down, and tag the versions that saw it"),
-    "completion": ("completion:main", 'print a shell completion script: eval "$(panda completion)"'),
-    "verify": ("prepare:verify", "read all prepared data again and compare hashes"),
+    "up": ("stack.up:up", "start Prefect server, MLflow server and worker in the background"),
+    "down": ("stack.up:down", "stop them"),
+    "status": ("stack.up:status", "show what of it runs"),
+    "serve-flow": ("stack.deployments:serve_flow", "serve the deployments in this terminal, without a worker"),
+    "plan": ("cli.plan:main", "tell what a run would do, need and take, without training"),
+    "prepare": ("cli.data:prepare", "prepare the data without training, and report what became of every record"),
+    "inspect": ("cli.data:inspect", "show prepared examples with their mask, lengths and packing"),
+    "why": ("cli.data:why", "tell the story of one input record"),
+    "models": ("cli.registry:models", "show registered versions, their gates and aliases"),
+    "promote": ("cli.registry:promote", "make a version the champion"),
+    "rollback": ("cli.registry:rollback", "give the champion alias back to the version before"),
+    "lineage": ("cli.registry:lineage", "show what a version was made of"),
+    "export": ("cli.use:export", "write a version as a plain model directory, adapter merged"),
+    "chat": ("cli.use:chat", "talk to a version in the terminal"),
+    "serve": ("cli.use:serve", "serve a version to OpenAI clients"),
+    "benchmark": ("cli.use:benchmark", "ask a version tasks of lm-eval, scores to MLflow"),
+    "reproduce": ("cli.reproduce:main", "train the first steps of a version again; the losses must agree"),
+    "takedown": ("cli.registry:takedown", "take a record down, and tag the versions that saw it"),
+    "completion": ("cli.main:completion", 'print a shell completion script: eval "$(panda completion)"'),
+    "verify": ("cli.data:verify", "read all prepared data again and compare hashes"),
 }
 """Verb -> (`module:function` below `flows`, called with argv, returns the exit code; one line of help)."""
 
@@ -118,17 +115,17 @@ def _train(argv: list[str]) -> int:
 
         loaded = as_in_the_run(loaded, line.values, line.overrides)
     if line.switches.print_config:
-        from configs.docs import render
+        from configs.docs import with_origins
 
-        print(render(loaded))
+        print(with_origins(loaded))
         return 0
     if line.switches.dry_run:
         from flows.cli import plan
 
         return plan.run(line, loaded)
-    from flows.cli import run as direct
+    from flows.cli.run import run
 
-    return direct.run(line, loaded)
+    return run(line, loaded)
 
 
 def _overview(argv: list[str]) -> int:
@@ -145,12 +142,13 @@ def _overview(argv: list[str]) -> int:
     return 0 if known else 2
 
 
+def completion(argv: list[str]) -> int:
+    """Print the script for bash and zsh."""
+    from configs.docs import completion_script
+
+    print(completion_script(list(VERBS)))
+    return 0
+
+
 if __name__ == "__main__":
     sys.exit(main())
-
-
-def main(argv: list[str]) -> int:
-    """Print the script for bash and zsh."""
-
-    print(script(list(VERBS)))
-    return 0

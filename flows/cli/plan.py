@@ -2,8 +2,6 @@
 
 In: the flags of `train.py`; the memory of a GPU and the speed, if one wants to say. Out: a report, or one JSON object;
 exit code 2 when the settings do not work together. Cost: hashing the corpus, 5 s of imports, a second of arithmetic.
-
-The plan of a run for a person at a terminal. In: the plan. Out: text on stdout. Cost: none.
 """
 
 import math
@@ -27,8 +25,8 @@ from flows.cli.run import print_json
 from training.launch import commands
 from training.models.hub import base_checkpoint, description
 from training.planning import compatibility
-from training.planning.throughput import Speed, newest_config, past_speed
 from training.settings import TrackingSettings, TrainSettings
+from training.tracking.throughput import Speed, newest_config, past_speed
 
 TEXT = "Tell what a run would do, need and take: stages, rows, steps, memory, disk, hours. Nothing is trained."
 GB = 1e9
@@ -215,7 +213,6 @@ def _flags(values: dict[str, Any]) -> str:
 
 
 PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "update", "engine")
-GB = 1e9
 
 
 def show(plan: dict[str, Any], settings: PandaSettings) -> None:
@@ -247,7 +244,7 @@ def _training(plan: dict[str, Any]) -> list[tuple[str, str]]:
     rows = _rows_and_steps(plan["data"], plan["course"]) if plan["data"]["corpus_bytes"] else []
     if plan["parameters"]:
         rows.append(("parameters", f"{_count(plan['parameters'])}, {_count(plan['trainable'])} of them trained"))
-        rows.append(("disk for checkpoints and model", _size(plan["disk_bytes"])))
+        rows.append(("disk for checkpoints and model", _gigabytes(plan["disk_bytes"])))
     return [*rows, ("duration", _duration(plan))]
 
 
@@ -278,15 +275,15 @@ def _memory(plan: dict[str, Any], settings: PandaSettings) -> list[tuple[str, st
     memory = plan["memory"]
     other = "without" if settings.gradient_checkpointing else "with"
     notes = {
-        "activations": f"{_size(memory['activations_other'])} {other} gradient_checkpointing",
+        "activations": f"{_gigabytes(memory['activations_other'])} {other} gradient_checkpointing",
         "logits": "one chunk of targets at a time, and the gradient of the head",
         "update": "float32 gradients, when there are no activations",
         "engine": "buckets, gathered weights, the process itself",
     }
-    rows = [(part, _size(memory[part]), notes.get(part, "")) for part in PARTS]
-    rows.append(("total", _size(memory["total"]), "at the peak of a step"))
+    rows = [(part, _gigabytes(memory[part]), notes.get(part, "")) for part in PARTS]
+    rows.append(("total", _gigabytes(memory["total"]), "at the peak of a step"))
     if memory["host"]:
-        rows.append(("in CPU memory", _size(memory["host"]), "offloaded, or weights being loaded"))
+        rows.append(("in CPU memory", _gigabytes(memory["host"]), "offloaded, or weights being loaded"))
     return rows
 
 
@@ -298,7 +295,7 @@ def _verdict(plan: dict[str, Any]) -> list[str]:
     elif target["memory_bytes"] is None:
         lines.append("Memory: give --gpu_memory_gb to see whether it fits.")
     elif plan["fits"]:
-        lines.append(f"It fits: {_size(plan['memory']['total'])} of {_size(target['memory_bytes'])}.")
+        lines.append(f"It fits: {_gigabytes(plan['memory']['total'])} of {_gigabytes(target['memory_bytes'])}.")
     elif change:
         lines.append(f"It does not fit. The smallest change that does: {_change(change)}")
     else:
@@ -315,11 +312,11 @@ def _count(number: int) -> str:
 
 
 def _change(change: dict[str, Any]) -> str:
-    host = f" and {_size(change['host'])} of CPU memory for each rank" if change["host"] else ""
-    return f"{change['flags']}   ({_size(change['total'])}{host})"
+    host = f" and {_gigabytes(change['host'])} of CPU memory for each rank" if change["host"] else ""
+    return f"{change['flags']}   ({_gigabytes(change['total'])}{host})"
 
 
-def _size(num_bytes: float) -> str:
+def _gigabytes(num_bytes: float) -> str:
     gigabytes = num_bytes / GB
     if gigabytes < 0.1:
         return f"{num_bytes / 1e6:.0f} MB"

@@ -45,7 +45,7 @@ from training.tracking.redact import redact_text
 from training.tracking.run import tracking_uri
 from training.tracking.sync import connect
 
-SHOWN_CHARS = 160
+REASON_CHARS = 160
 FIELDS = {"output_dir", "cache_dir", "mlflow_tracking_uri"}
 
 
@@ -93,7 +93,7 @@ def _check_there(uri: str) -> None:
     try:
         connect(uri).search_registered_models(max_results=1)
     except (MlflowException, SQLAlchemyError) as error:
-        reason = str(error).splitlines()[0][:SHOWN_CHARS]
+        reason = str(error).splitlines()[0][:REASON_CHARS]
         raise RegistryError(redact_text(f"MLflow at {uri} does not answer ({reason}); start it, or {other}")) from error
 
 

@@ -25,9 +25,9 @@ from data_prep.errors import PandaError
 from flows.cli.registry import Verb, parse_verb
 from flows.cli.run import print_json
 from training.export.export import to_gguf
+from training.models.hub import base_of
 from training.registry.benchmark import Questions, Score, ask, record
 from training.registry.publish import publish
-from training.registry.register import base_of
 from training.registry.versions import Version
 
 BASE = Switch("base", "Directory of the un-quantised base model of an adapter, if it has moved.", {"metavar": "DIR"})
@@ -129,7 +129,7 @@ SWITCHES = (
 )
 
 
-def main(argv: list[str]) -> int:
+def benchmark(argv: list[str]) -> int:
     """Ask a version, write down what it scored."""
     verb = parse_verb("panda benchmark VERSION", "Ask a version lm-eval's tasks; scores go to MLflow.", argv, SWITCHES)
     given = verb.switches
@@ -145,11 +145,11 @@ def main(argv: list[str]) -> int:
     if given.json:
         print_json({"version": version.uri, "scores": [asdict(score) for score in scores]})
     else:
-        Console(highlight=False).print(table(scores))
+        Console(highlight=False).print(score_table(scores))
     return 0
 
 
-def table(scores: list[Score]) -> Table:
+def score_table(scores: list[Score]) -> Table:
     """A line for each metric."""
     lines = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("task", "metric", "value", "±", "shots", "records"):

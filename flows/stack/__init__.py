@@ -1,0 +1,1 @@
+"""Prefect server, MLflow server and worker on this machine, and the deployments on them."""

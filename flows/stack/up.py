@@ -1,7 +1,7 @@
 """`panda up`, `panda down`, `panda status`: everything a deployment needs, on this machine, in the background.
 
 In: flags, prefect.toml, PREFECT_API_URL. Out: Prefect server, MLflow server and a worker, owned by a keeper
-(`flows.stack.process_manager`), state and logs in `.panda/`; deployments and automations on the server. Each can be repeated. A
+(`process_manager`), state and logs in `.panda/`; deployments and automations on the server. Each can be repeated. A
 Prefect server that answers already, or lives on another machine, is used as it is. Cost: `up` 11 to 30 s, then 3 s.
 """
 

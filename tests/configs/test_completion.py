@@ -5,7 +5,7 @@ import subprocess
 
 import pytest
 
-from configs.docs import script
+from configs.docs import completion_script
 
 
 @pytest.mark.skipif(shutil.which("bash") is None, reason="no bash here")
@@ -26,6 +26,10 @@ def test_completion(words, expected, tmp_path):
     typed = " ".join(f"'{word}'" for word in words)
     call = f'COMP_WORDS=({typed}); COMP_CWORD={len(words) - 1}; _panda; printf "%s\\n" "${{COMPREPLY[@]}}"'
     result = subprocess.run(
-        ["bash", "-c", script(["plan", "register"]) + call], check=True, capture_output=True, text=True, cwd=tmp_path
+        ["bash", "-c", completion_script(["plan", "register"]) + call],
+        check=True,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
     )
     assert result.stdout.split() == expected

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from configs import docs
-from configs.docs import render
+from configs.docs import with_origins
 from configs.errors import ConfigError
 from configs.load import CONFIG_DIR, dump, load
 from configs.settings import PandaSettings
@@ -55,11 +55,11 @@ def test_the_guides_models_have_the_guides_defaults(model):
 
 
 def test_the_template_is_what_the_settings_say():
-    assert (CONFIG_DIR / "template.yaml").read_text(encoding="utf-8") == docs.render(), "run: make docs"
+    assert (CONFIG_DIR / "template.yaml").read_text(encoding="utf-8") == docs.template(), "run: make docs"
 
 
 def test_the_reference_is_what_the_settings_say():
-    assert docs.REFERENCE.read_text(encoding="utf-8") == docs.render(), "run: make docs"
+    assert docs.REFERENCE.read_text(encoding="utf-8") == docs.reference(), "run: make docs"
 
 
 def test_who_wins(conf):
@@ -116,7 +116,7 @@ def test_a_whole_architecture_replaces_and_a_part_changes(conf):
 def test_what_is_written_reads_back_equal(values, conf):
     settings = load(values).settings
     assert load(conf_path=conf(dump(settings))).settings == settings
-    assert load(conf_path=conf(render(load(values)))).settings == settings
+    assert load(conf_path=conf(with_origins(load(values)))).settings == settings
 
 
 def test_the_config_of_a_run_reads_back(conf):
@@ -127,7 +127,7 @@ def test_the_config_of_a_run_reads_back(conf):
 
 def test_every_line_shows_its_origin(conf):
     path = conf("max_grad_norm: 0.5")
-    lines = render(load({"model": "llama-7b", "seed": 1}, ["lora_r=3"], path)).splitlines()
+    lines = with_origins(load({"model": "llama-7b", "seed": 1}, ["lora_r=3"], path)).splitlines()
     shown = {line.split(":")[0]: line.rsplit("# ", 1)[1] for line in lines if line and not line.startswith("#")}
     assert set(shown) == set(PandaSettings.model_fields)
     expected = {"seed": "flag", "lora_r": "override", "max_grad_norm": str(path), "ckpt_path": "model/llama-7b.yaml"}

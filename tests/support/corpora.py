@@ -19,7 +19,7 @@ from training.launch.run_config import read_config
 from training.models.build import config_of, save_model
 from training.models.loss import TargetLoss
 from training.registry import lineage
-from training.registry.promotion import settle
+from training.registry.promotion import job_of, settle
 from training.registry.register import register
 from training.registry.versions import PARENT_TAG, Registry, Version
 from training.settings import GateSettings, TrackingSettings, TrainSettings
@@ -151,7 +151,7 @@ def add_version(
         parent = lineage.parent_of(registry, model_dir and str(model_dir))
         version = register(run_dir, run_id, NAME, tags | ({PARENT_TAG: parent} if parent else {}), tracked.uri)
         resolved = registry.resolve(version.uri)
-        write_job(registry, resolved, run_dir, GateSettings(**gate).model_dump())
+        write_job(job_of(registry, resolved, run_dir, GateSettings(**gate).model_dump()), run_dir)
         verdict = run_job(read_config(run_dir / "config.yaml"), read_job(run_dir))
         settle(registry, resolved, verdict)
         (run_dir / "gate.json").write_text(json.dumps(verdict))

@@ -1,0 +1,1 @@
+"""May a new version become champion? Held-out records, scores of each model, paired statistics."""

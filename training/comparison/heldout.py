@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from data_prep import store
 from data_prep.plan.reader import LEDGER_FILE
 from data_prep.records.shard import read_arrow
-from data_prep.tokens.templates import Role
+from data_prep.tokens.layouts import Role
 
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f]")
 MAX_PROMPT_CHARS = 2000

@@ -29,7 +29,7 @@ from data_prep.tokens.tokenize import Recipe, Tools, load_tools
 from data_prep.tokens.tokenizer import LoadedTokenizer
 from training.comparison.heldout import HeldOut
 from training.comparison.statistics import Scores
-from training.engines.engine import any_device
+from training.devices import any_device
 from training.launch.heartbeat import SignsOfLife
 from training.models.build import load_deployed
 from training.models.loss import TargetLoss, causal_model, micro_batch

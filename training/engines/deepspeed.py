@@ -23,8 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from training.devices import any_device, compute_dtype, uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, any_device, compute_dtype, set_learning_rate, trainable, uses_bf16
+from training.engines.engine import WEIGHT, set_learning_rate, trainable
 from training.engines.optimizers import build_optimizer, restored_states
 from training.lean_imports import UNUSED, without
 from training.settings import TrainSettings

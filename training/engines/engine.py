@@ -1,14 +1,10 @@
 """What the loop needs from an engine that shards training: four verbs and the state by parameter name.
 
-DeepSpeed (`deepspeed_engine.py`) and FSDP2 (`fsdp_engine.py`) implement it. Both average gradients over the ranks; the
+DeepSpeed (`deepspeed.py`) and FSDP2 (`fsdp.py`) implement it. Both average gradients over the ranks; the
 loop undoes that by multiplying the loss by `averaging`, so that gradients are sums, as if one rank had done it all.
 
 `read` and `write` speak of whole parameters by name, not of shards: a checkpoint of N ranks therefore resumes on M.
 Cost: every trainable parameter is gathered once, one at a time, to every rank.
-
-The engine that the settings ask for. In: a `TargetLoss`, settings, ranks. Out: an `Engine`.
-
-Cost: the import of the one engine that is asked for.
 """
 
 from collections.abc import Iterator
@@ -18,7 +14,6 @@ import torch
 from torch import Tensor, nn
 
 from training.distributed import Ranks
-from training.settings import TrainSettings
 
 WEIGHT = "weight"  # key of the parameter itself, float32, beside its optimizer state
 
@@ -70,35 +65,3 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-def any_device() -> torch.device:
-    """A GPU if there is one: for work that no rank does."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
-def uses_bf16(settings: TrainSettings, device: torch.device) -> bool:
-    """`auto` is bfloat16 on GPUs that have it and float32 elsewhere."""
-    if settings.precision == "auto":
-        return device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-    return settings.precision == "bf16"
-
-
-def compute_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    return torch.bfloat16 if uses_bf16(settings, device) else torch.float32
-
-
-def load_dtype(settings: TrainSettings, device: torch.device) -> torch.dtype:
-    """What weights are loaded as; adapters are float32 always."""
-    return compute_dtype(settings, device) if settings.loads_what_it_computes_in else torch.float32
-
-
-def build_engine(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> Engine:
-    """The engine that the settings ask for, around a `TargetLoss`."""
-    if settings.strategy == "fsdp":
-        from training.engines.fsdp import FsdpEngine
-
-        return FsdpEngine.build(model, settings, ranks)
-    from training.engines.deepspeed import DeepSpeedEngine
-
-    return DeepSpeedEngine.build(model, settings, ranks)

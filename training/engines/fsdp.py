@@ -18,8 +18,9 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from training.devices import uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, set_learning_rate, trainable, uses_bf16
+from training.engines.engine import WEIGHT, set_learning_rate, trainable
 from training.engines.optimizers import build_optimizer, restored_states, whole
 from training.models.loss import causal_model
 from training.settings import TrainSettings

@@ -1,7 +1,7 @@
 """Optimizers by name, and which parameters decay.
 
 In: settings and named parameters. Out: a torch optimizer. Matrices decay; norms and biases (fewer than two dimensions)
-do not. AdamW is torch's fused kernel (CPU and GPU). LAMB is ours (`training/engines/optimizers.py`); Adafactor is torch's; 8-bit
+do not. AdamW is torch's fused kernel (CPU and GPU). LAMB is ours; Adafactor is torch's; 8-bit
 states are bitsandbytes', imported only when asked for (up to 15 s on a cold disk).
 
 LAMB: Adam whose update of each parameter has a length proportional to the parameter's (arXiv 1904.00962).

@@ -1,0 +1,1 @@
+"""Use a registered version: plain files, adapter merged and checked; a conversation."""

@@ -18,8 +18,8 @@ from typing import Any
 from data_prep.errors import PandaError
 from training.export.merge import merge
 from training.export.parity import Difference, difference
+from training.models.hub import base_of
 from training.models.transformers4 import write_for_older_readers
-from training.registry.register import base_of
 
 MAX_MEAN_KL = 1e-3  # nats; rounding to bfloat16 costs about 1e-4
 MIN_TOP1_AGREEMENT = 0.98

@@ -23,7 +23,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from training.errors import ModelError
-from training.registry.register import ADAPTER
+from training.models.hub import ADAPTER
 
 PREFIX = "base_model.model."
 INDEX = "model.safetensors.index.json"

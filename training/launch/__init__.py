@@ -1,0 +1,1 @@
+"""Processes: how ranks are started, watched, ended, and why they ended."""

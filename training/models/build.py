@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 
 from data_prep.targets import load_target
-from training.engines.engine import any_device, uses_bf16
+from training.devices import any_device, uses_bf16
 from training.errors import ModelError
 from training.lean_imports import silence_vain_warnings
 from training.models import attention

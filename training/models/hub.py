@@ -5,6 +5,7 @@ In: the name the user gave. Out: a local directory with config.json, safetensors
 cache). No weights are read and torch is not imported. Pickled weights (.bin) are never loaded: they run code.
 """
 
+import json
 import re
 from pathlib import Path
 
@@ -17,6 +18,7 @@ WEIGHTS = ["*.safetensors"]
 DESCRIPTION = ["*.json", "*.jinja", "*.py", "*.model", "*.tiktoken", "merges.txt", "vocab.txt"]
 NOT_DOWNLOADED = ["original/*", "consolidated*", "onnx/*", "*.onnx_data"]
 """The publisher's own format beside the Hugging Face one, which would double the download."""
+ADAPTER = "adapter_config.json"
 DELTA_MARKER = "delta.json"
 DELTA_NAME = re.compile(r"(^|[-_.])delta([-_.]|$)", re.IGNORECASE)
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "tekken.json", "spiece.model")
@@ -149,3 +151,9 @@ def _neither(ckpt_path: str) -> str:
 def _looked_at(ckpt_path: str) -> str:
     places = dict.fromkeys(str(path.absolute()) for path in (Path(ckpt_path), PRETRAINED / ckpt_path))
     return f"ckpt_path={ckpt_path!r}: no directory {', none '.join(places)}"
+
+
+def base_of(model_dir: Path) -> str | None:
+    """What an adapter is an adapter of (directory or hub id); None for full weights."""
+    path = model_dir / ADAPTER
+    return json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else None

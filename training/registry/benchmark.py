@@ -16,7 +16,7 @@ from typing import Any
 
 from data_prep.errors import PandaError, did_you_mean
 from training.export.export import find_base
-from training.registry.register import base_of
+from training.models.hub import base_of
 from training.registry.versions import BENCHMARK_TAG, Registry, Version
 from training.tracking.redact import redact_text
 
@@ -66,7 +66,7 @@ def ask(model_dir: Path, questions: Questions, base: Path | None = None) -> tupl
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise BenchmarkError(f"benchmarks are asked by lm-eval, which is not installed: {INSTALL}") from error
-    from training.engines.engine import any_device
+    from training.devices import any_device
 
     manager = TaskManager(include_path=str(questions.task_dir) if questions.task_dir else None)
     _check_known(questions.tasks, manager.all_tasks)

@@ -6,10 +6,15 @@ changes nothing. Cost: a few requests. MLflow moves an alias in one step, so the
 
 import time
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
+import yaml
+
+from training.comparison.job import Job
 from training.comparison.report import verdict_markdown
 from training.comparison.statistics import interval_of
+from training.registry.lineage import config_of, plan_of
 from training.registry.versions import (
     CHALLENGER,
     CHAMPION,
@@ -80,3 +85,32 @@ def rollback(registry: Registry, name: str) -> tuple[Version, Version]:
     registry.set_alias(before, CHAMPION)
     registry.tag(current, {"panda.rolled_back": time.strftime("%Y-%m-%dT%H:%M:%S")})
     return before, current
+
+
+def job_of(registry: Registry, version: Version, run_dir: Path, gate: dict[str, Any]) -> Job:
+    """What the gate is to compare. The champion's files are fetched only where MLflow does not keep them here."""
+    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    cache_dir, template = Path(config["cache_dir"]), config["template"]
+    champion = registry.champion(version.name)
+    if champion and champion.version == version.version:  # tried again after the alias has moved
+        champion = None
+    base = config["paths"]["model_dir"]
+    return Job(
+        gate=gate,
+        cache_dir=str(cache_dir),
+        candidate={"name": version.uri, "model_dir": str(run_dir / "model"), "template": template},
+        champion=_champion_model(registry, champion, cache_dir, template) if champion else None,
+        champion_plan=_champion_plan(registry, champion, cache_dir) if champion else None,
+        base=base and {"name": base, "model_dir": base, "template": template},
+    )
+
+
+def _champion_model(registry: Registry, champion: Version, cache_dir: Path, template: Any) -> dict[str, Any]:
+    config = config_of(registry, champion)
+    model_dir = registry.files(champion, cache_dir)
+    return {"name": champion.uri, "model_dir": str(model_dir), "template": config.get("template", template)}
+
+
+def _champion_plan(registry: Registry, champion: Version, cache_dir: Path) -> str | None:
+    plan_dir = plan_of(champion, config_of(registry, champion), cache_dir)
+    return str(plan_dir) if plan_dir else None

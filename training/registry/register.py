@@ -15,7 +15,6 @@ sha256 pass over the weights (0.7 GB/s and more), for the identity of what is re
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import re
@@ -33,12 +32,12 @@ import yaml
 
 from training.errors import MlflowAway
 from training.lean_imports import silence_vain_warnings
+from training.models.hub import base_of
 from training.tracking.redact import what_it_says
 from training.tracking.sync import connect, import_mlflow
 
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 WEIGHTS = "artifacts/model"  # where the model lies below the MLflow model directory
-ADAPTER = "adapter_config.json"
 CHUNK_BYTES = 1 << 22
 
 
@@ -54,12 +53,6 @@ def hash_file(path: Path) -> str:
     """sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def base_of(model_dir: Path) -> str | None:
-    """What an adapter is an adapter of (directory or hub id); None for full weights."""
-    path = model_dir / ADAPTER
-    return json.loads(path.read_text())["base_model_name_or_path"] if path.exists() else None
 
 
 def write_package(model_dir: Path, package: Path) -> None:

@@ -140,7 +140,7 @@ def source_tags() -> dict[str, str]:
 
 
 def _git(*arguments: str) -> str:
-    directory = Path(__file__).parent
+    directory = Path(__file__).parent  # of the code, wherever the run is
     done = subprocess.run(["git", *arguments], cwd=directory, capture_output=True, text=True, check=True)
     return done.stdout.strip()
 

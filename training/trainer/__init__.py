@@ -1,0 +1,1 @@
+"""What a rank does: batches in order, steps, evaluation, checkpoints."""

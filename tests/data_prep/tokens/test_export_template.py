@@ -7,7 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer
 
 from data_prep.tokens.export_template import served_template
-from data_prep.tokens.templates import Role, load_template
+from data_prep.tokens.layouts import Role
+from data_prep.tokens.templates import load_template
 from data_prep.tokens.tokenizer import load_tokenizer
 
 ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}

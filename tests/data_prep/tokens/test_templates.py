@@ -3,7 +3,8 @@
 import pytest
 
 from data_prep.errors import PandaError, TokenizerError
-from data_prep.tokens.templates import Role, load_template, runs_of
+from data_prep.tokens.layouts import Role, runs_of
+from data_prep.tokens.templates import load_template
 from data_prep.tokens.tokenizer import load_tokenizer
 from tests.data_prep.conftest import bytes_core, save
 

@@ -4,9 +4,9 @@ import json
 from pathlib import Path
 
 from training.launch.commands import free_port
-from training.planning.throughput import past_speed
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking.run import Facts, open_run
+from training.tracking.throughput import past_speed
 
 
 def test_the_speed_of_a_run_of_the_same_kind_is_found(run_dir, tmp_path):

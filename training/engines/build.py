@@ -1,0 +1,21 @@
+"""The engine that the settings ask for. In: a `TargetLoss`, settings, ranks. Out: an `Engine`.
+
+Cost: the import of the one engine that is asked for.
+"""
+
+from torch import nn
+
+from training.distributed import Ranks
+from training.engines.engine import Engine
+from training.settings import TrainSettings
+
+
+def build_engine(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> Engine:
+    """The engine that the settings ask for, around a `TargetLoss`."""
+    if settings.strategy == "fsdp":
+        from training.engines.fsdp import FsdpEngine
+
+        return FsdpEngine.build(model, settings, ranks)
+    from training.engines.deepspeed import DeepSpeedEngine
+
+    return DeepSpeedEngine.build(model, settings, ranks)
