@@ -3,6 +3,9 @@
 import pytest
 
 from flows.stack import prefect_server as server
+from tests.support.tokenizers import bytes_dir, bytes_tokenizer, llama_dir, llama_tokenizer, smollm2_dir
+
+__all__ = ["bytes_dir", "bytes_tokenizer", "llama_dir", "llama_tokenizer", "smollm2_dir"]  # fixtures
 
 
 @pytest.fixture(scope="session")

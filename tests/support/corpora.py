@@ -12,7 +12,7 @@ import yaml
 from data_prep.pipeline import prepare
 from data_prep.plan.reader import open_plan
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from tests.data_prep.conftest import bytes_core, save
+from tests.support.tokenizers import bytes_core, save
 from training.compare import run_job
 from training.comparison.job import read_job, write_job
 from training.launch.run_config import read_config

@@ -22,7 +22,7 @@ from data_prep.records.reasons import Reason
 from data_prep.records.shard import shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokens.tokenize import tokenize_records
-from tests.data_prep.conftest import bytes_core, save
+from tests.support.tokenizers import bytes_core, save
 
 EVERYTHING = CorpusSettings(validation_fraction=0)
 

@@ -392,16 +392,16 @@ def test_a_flipped_byte_is_named_and_rebuilt(tmp_path):
 SCRIPT = textwrap.dedent("""
     import sys
     from pathlib import Path
-    from data_prep import corpus, records
+    from data_prep.records import files, shard
     from data_prep.settings import CorpusSettings
 
     if __name__ == "__main__":
-        corpus.PART_BYTES, records.MIN_BYTES_FOR_PROCESSES = 200_000, 0
+        files.PART_BYTES, shard.MIN_BYTES_FOR_PROCESSES = 200_000, 0
         settings = CorpusSettings(
             instruction_tuning_data_dir=sys.argv[1], pretraining_data_dir=None, prepare_workers=int(sys.argv[3])
         )
         print("started", flush=True)
-        print(records.shard_records(settings, Path(sys.argv[2])).built, flush=True)
+        print(shard.shard_records(settings, Path(sys.argv[2])).built, flush=True)
 """)
 
 

@@ -20,8 +20,8 @@ from data_prep.tokens.layouts import Role
 from data_prep.tokens.templates import load_template
 from data_prep.tokens.token_shard import TokenShard
 from data_prep.tokens.tokenizer import load_tokenizer
-from tests.data_prep.conftest import bytes_core, llama_core, save
 from tests.support.plans import example, write_plan
+from tests.support.tokenizers import bytes_core, llama_core, save
 
 USER, INPUT, ASSISTANT, SYSTEM, TITLE, TEXT = (
     Role.USER, Role.INPUT, Role.ASSISTANT, Role.SYSTEM, Role.TITLE, Role.TEXT,

@@ -6,7 +6,7 @@ from data_prep.errors import PandaError, TokenizerError
 from data_prep.tokens.layouts import Role, runs_of
 from data_prep.tokens.templates import load_template
 from data_prep.tokens.tokenizer import load_tokenizer
-from tests.data_prep.conftest import bytes_core, save
+from tests.support.tokenizers import bytes_core, save
 
 USER, INPUT, ASSISTANT, SYSTEM, TITLE, TEXT = (
     Role.USER, Role.INPUT, Role.ASSISTANT, Role.SYSTEM, Role.TITLE, Role.TEXT,

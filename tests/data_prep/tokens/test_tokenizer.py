@@ -10,7 +10,7 @@ from data_prep.pipeline import prepare
 from data_prep.records.shard import shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokens.tokenizer import load_tokenizer, train_tokenizer
-from tests.data_prep.conftest import SPECIALS, bytes_core, save
+from tests.support.tokenizers import SPECIALS, bytes_core, save
 
 
 def test_what_training_must_know(bytes_tokenizer, llama_tokenizer):
