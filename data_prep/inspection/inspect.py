@@ -15,11 +15,9 @@ import pyarrow.compute as pc
 from rich.console import Console, Group
 from rich.table import Table
 
-from data_prep import store
 from data_prep.inspection.render import Shown, as_html, as_markdown, as_terminal, show_example
+from data_prep.plan.ledger import Ledger, open_ledger
 from data_prep.plan.plan_file import open_rows, rows_file
-from data_prep.plan.reader import LEDGER_FILE
-from data_prep.records.shard import read_arrow
 from data_prep.tokens.tokenizer import LoadedTokenizer
 
 BAR = 40
@@ -50,15 +48,14 @@ class Inspection:
 
 def inspect_plan(plan_dir: Path, tokenizer: LoadedTokenizer, num_examples: int = 3) -> Inspection:
     """Look at a plan; ``num_examples`` are shown of each source."""
-    plan_dir = Path(plan_dir).resolve()
-    manifest = store.open_manifest(plan_dir)
-    ledger = read_arrow(plan_dir / LEDGER_FILE)
-    accepted = ledger.filter(pc.equal(ledger["verdict"].cast(pa.string()), "accepted"))
+    ledger = open_ledger(plan_dir)
     return Inspection(
-        report=manifest["report"],
-        examples=_examples(plan_dir, manifest, accepted, tokenizer, num_examples),
-        lengths=histogram(accepted["tokens"].to_numpy()),
-        packing=[_packing(plan_dir, split, manifest["max_seq_length"]) for split in ("train", "validation")],
+        report=ledger.manifest["report"],
+        examples=_examples(ledger, tokenizer, num_examples),
+        lengths=histogram(ledger.accepted()["tokens"].to_numpy()),
+        packing=[
+            _packing(ledger.plan_dir, split, ledger.manifest["max_seq_length"]) for split in ("train", "validation")
+        ],
     )
 
 
@@ -71,18 +68,18 @@ def histogram(lengths: np.ndarray) -> list[tuple[int, int]]:
     return [(2**power, int(counts[power])) for power in range(int(powers.min()), len(counts))]
 
 
-def _examples(
-    plan_dir: Path, manifest: dict[str, Any], accepted: pa.Table, tokenizer: LoadedTokenizer, num_examples: int
-) -> list[Shown]:
+def _examples(ledger: Ledger, tokenizer: LoadedTokenizer, num_examples: int) -> list[Shown]:
+    accepted = ledger.accepted()
     sources = accepted["source"].cast(pa.string()).to_numpy(zero_copy_only=False)
     order = pc.sort_indices(accepted["hash"]).to_numpy()
-    chosen = [index for source in manifest["sources"] for index in order[sources[order] == source][:num_examples]]
+    chosen = [
+        index for source in ledger.manifest["sources"] for index in order[sources[order] == source][:num_examples]
+    ]
     shown = []
     for index in chosen:
         entry = accepted.slice(int(index), 1).to_pylist()[0]
         title = f"{entry['file']}:{entry['line']} ({entry['source']}, {entry['split']})"
-        tokens_dir = (plan_dir / manifest["shards"][entry["shard"]]).resolve()
-        shown.append(show_example(tokens_dir, entry["example"], tokenizer, title))
+        shown.append(show_example(ledger.tokens_dir(entry["shard"]), entry["example"], tokenizer, title))
     return shown
 
 

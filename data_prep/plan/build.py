@@ -33,12 +33,14 @@ from data_prep import store
 from data_prep.errors import StoreError
 from data_prep.plan.duplicates import near_duplicates, sketch
 from data_prep.plan.examples import Examples, load_examples
+from data_prep.plan.ledger import write_ledger
 from data_prep.plan.order import mix64, stable_argsort
 from data_prep.plan.pack import MIN_SPACE, best_fit_decreasing, fill
 from data_prep.plan.plan_file import Rows, rows_file, write_rows
-from data_prep.plan.reader import LEDGER_FILE, Plan, prove_rows
+from data_prep.plan.reader import Plan, prove_rows
 from data_prep.plan.verdicts import ACCEPTED, REASONS, SPLITS, TRAIN, VALIDATION, Pieces, Verdicts, judge, taken_down
 from data_prep.processes import on_processes, peak_rss_bytes
+from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.reasons import REJECTED, Reason
 from data_prep.records.shard import RecordsUnit, ledger_table, read_arrow
 from data_prep.settings import CorpusSettings, PackSettings
@@ -117,8 +119,7 @@ def _write_plan(
     for split in SPLITS:
         write_rows(directory / rows_file(split), rows[split])
     ledger = make_ledger(tokens, examples, verdicts)
-    with pa.OSFile(str(directory / LEDGER_FILE), "wb") as sink, pa.ipc.new_file(sink, ledger.schema) as writer:
-        writer.write_table(ledger)
+    write_ledger(directory, ledger)
     report = make_report(tokens, examples, verdicts, rows, pack)
     check_conservation(report, examples, verdicts, rows)
     manifest = {
@@ -345,7 +346,7 @@ def _signatures(units: list[RecordsUnit], prepare_workers: int) -> np.ndarray:
 
 def _signatures_of(unit_path: str) -> np.ndarray:
     """In any process: the signatures of one unit's records."""
-    chunks = read_arrow(Path(unit_path) / "records.arrow")["texts"].chunks
+    chunks = read_arrow(Path(unit_path) / RECORDS_FILE)["texts"].chunks
     return sketch("\n".join(record) for chunk in chunks for record in chunk.to_pylist())
 
 

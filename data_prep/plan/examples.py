@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
+from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.shard import read_arrow
 from data_prep.tokens.token_shard import TOKENS_FILE, TokenShard, open_shard
 from data_prep.tokens.tokenize import TokensResult, TokensUnit, place_of
@@ -102,7 +103,7 @@ def load_examples(tokens: TokensResult) -> Examples:
 
 
 def _hashes(unit_path: str) -> np.ndarray:
-    column = read_arrow(Path(unit_path) / "records.arrow")["hash"]
+    column = read_arrow(Path(unit_path) / RECORDS_FILE)["hash"]
     parts = [
         np.frombuffer(chunk.buffers()[1], dtype=np.uint8).reshape(-1, 16)[chunk.offset : chunk.offset + len(chunk)]
         for chunk in column.chunks

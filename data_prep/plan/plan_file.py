@@ -40,6 +40,11 @@ class Rows:
     def num_rows(self) -> int:
         return len(self.row_offsets) - 1
 
+    def segments_of(self, shard: int, example: int) -> tuple[np.ndarray, np.ndarray]:
+        """Segments of one example and the row that each is in: two ``(n,) int64``."""
+        segments = np.flatnonzero((self.shard == shard) & (self.example == example))
+        return segments, np.searchsorted(self.row_offsets, segments, side="right") - 1
+
 
 def rows_file(split: str) -> str:
     """File name of a split's rows inside the plan directory."""

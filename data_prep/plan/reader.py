@@ -19,17 +19,15 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from data_prep import store
 from data_prep.errors import StoreError
+from data_prep.plan.ledger import Ledger, open_ledger
 from data_prep.plan.plan_file import Rows, open_rows, rows_file
 from data_prep.tokens.checks import SAMPLE, spread
 from data_prep.tokens.token_shard import TOKENS_FILE, TokenShard, open_shard
 
 IGNORED = -100
-LEDGER_FILE = "ledger.arrow"
 
 
 @dataclass(frozen=True)
@@ -90,16 +88,9 @@ class Plan:
 
     def origins(self, row: int) -> list[tuple[str, int]]:
         """(file, line) of the record behind each segment of a row, for messages; reads the ledger."""
-        rows, ledger = self.rows, self._ledger
-        found = []
-        for segment in range(rows.row_offsets[row], rows.row_offsets[row + 1]):
-            mine = pc.and_(
-                pc.equal(ledger["shard"], pa.scalar(rows.shard[segment], pa.int32())),
-                pc.equal(ledger["example"], pa.scalar(rows.example[segment], pa.int32())),
-            )
-            entry = ledger.filter(mine).to_pylist()[0]
-            found.append((entry["file"], entry["line"]))
-        return found
+        rows = self.rows
+        segments = range(rows.row_offsets[row], rows.row_offsets[row + 1])
+        return [self._ledger.origin(int(rows.shard[one]), int(rows.example[one])) for one in segments]
 
     def _fill(self, batch: Batch, line: int, row: int) -> int:
         """Write the segments of a row into one line of the batch; returns the tokens written."""
@@ -124,9 +115,8 @@ class Plan:
         return self._shards[index]
 
     @cached_property
-    def _ledger(self) -> pa.Table:
-        table = pa.ipc.open_file(pa.memory_map(str(self.path / LEDGER_FILE))).read_all()
-        return table.select(["file", "line", "shard", "example"])
+    def _ledger(self) -> Ledger:
+        return open_ledger(self.path)
 
 
 def open_plan(plan_dir: Path, split: Literal["train", "validation"]) -> Plan:

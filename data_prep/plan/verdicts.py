@@ -24,9 +24,9 @@ from data_prep.errors import CorpusError
 from data_prep.plan import tombstones
 from data_prep.plan.duplicates import is_among
 from data_prep.plan.examples import Examples
+from data_prep.plan.ledger import LEDGER_FILE
 from data_prep.plan.order import uniform
 from data_prep.plan.pack import split_evenly
-from data_prep.plan.reader import LEDGER_FILE
 from data_prep.records.reasons import Reason
 from data_prep.records.shard import read_arrow
 from data_prep.settings import CorpusSettings, PackSettings
@@ -48,7 +48,7 @@ def trained_on(plan_dir: Path) -> np.ndarray:
     :raises CorpusError: there is no such plan.
     """
     try:
-        ledger = read_arrow(plan_dir / LEDGER_FILE).select(["hash", "split", "reason"])
+        ledger = read_arrow(plan_dir / LEDGER_FILE).select(["hash", "split", "reason"])  # of any format version
     except FileNotFoundError:
         raise CorpusError(f"replay_of={str(plan_dir)!r}: no plan there (no {LEDGER_FILE})") from None
     trained = pc.or_kleene(pc.equal(ledger["split"], "train"), pc.equal(ledger["reason"], Reason.NOT_REPLAYED.value))

@@ -31,6 +31,7 @@ MAX_EXAMPLES = 5
 READER_BLOCK_RECORDS = 4096
 BATCH_BYTES = 1 << 20
 MAX_TEXT_BYTES = 32 << 20
+RECORDS_FILE, UNIT_LEDGER_FILE = "records.arrow", "ledger.arrow"
 RECORDS_SCHEMA = pa.schema(
     [
         pa.field("line", pa.int32(), nullable=False),
@@ -96,8 +97,8 @@ class _Directory:
 
     def __init__(self, directory: Path):
         self.path = directory
-        self.records = pa.ipc.new_file(str(directory / "records.arrow"), RECORDS_SCHEMA)
-        self.ledger = pa.ipc.new_file(str(directory / "ledger.arrow"), LEDGER_SCHEMA)
+        self.records = pa.ipc.new_file(str(directory / RECORDS_FILE), RECORDS_SCHEMA)
+        self.ledger = pa.ipc.new_file(str(directory / UNIT_LEDGER_FILE), LEDGER_SCHEMA)
         self.quarantine = (directory / "quarantine.bin").open("wb")
         self.num_records = 0
         self.num_valid = 0

@@ -40,7 +40,7 @@ from pydantic import BaseModel, ConfigDict
 from data_prep import store
 from data_prep.errors import CorpusError, StoreError
 from data_prep.processes import FanOut, on_processes, peak_rss_bytes
-from data_prep.records.build_unit import build_unit, find_unit
+from data_prep.records.build_unit import UNIT_LEDGER_FILE, build_unit, find_unit
 from data_prep.records.files import InputFile, UnitSpec, find_files, join, plan_units
 from data_prep.settings import CorpusSettings
 
@@ -117,7 +117,7 @@ def shard_records(
 
 def ledger_table(unit: RecordsUnit) -> pa.Table:
     """The ledger of a unit with ``file`` (dictionary of paths), and line and offset counted from the file's start."""
-    table = read_arrow(Path(unit.path) / "ledger.arrow")
+    table = read_arrow(Path(unit.path) / UNIT_LEDGER_FILE)
     piece = table["piece"].to_numpy()
     first_line = np.array([file.line for file in unit.files], np.int64)[piece]
     first_offset = np.array([file.offset for file in unit.files], np.int64)[piece]

@@ -25,6 +25,7 @@ from pydantic import BaseModel, ConfigDict
 from data_prep import store
 from data_prep.errors import StoreError, TokenizerError
 from data_prep.processes import FanOut, on_processes, peak_rss_bytes
+from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.shard import Progress, RecordsResult, RecordsUnit, ledger_table, read_arrow
 from data_prep.settings import TokenizeSettings
 from data_prep.tokens.checks import prove
@@ -191,7 +192,7 @@ def build_unit(unit: RecordsUnit, fp: str, tools: Tools) -> tuple[store.Built, i
 
 
 def _write_unit(directory: Path, unit: RecordsUnit, tools: Tools) -> dict[str, Any]:
-    table = read_arrow(Path(unit.path) / "records.arrow").select(["roles", "texts"]).combine_chunks()
+    table = read_arrow(Path(unit.path) / RECORDS_FILE).select(["roles", "texts"]).combine_chunks()
     roles, texts = _one_chunk(table["roles"]), _one_chunk(table["texts"])
     try:
         made = tokenize_columns(roles, texts, tools.tokenizer, tools.template, tools.engine)
@@ -212,7 +213,7 @@ def _write_unit(directory: Path, unit: RecordsUnit, tools: Tools) -> dict[str, A
 
 def place_of(unit: RecordsUnit, record: int) -> str:
     """``file:line`` of a valid record of a unit, for messages."""
-    line = read_arrow(Path(unit.path) / "records.arrow")["line"][record].as_py()
+    line = read_arrow(Path(unit.path) / RECORDS_FILE)["line"][record].as_py()
     entry = ledger_table(unit).slice(line, 1).to_pylist()[0]
     return f"{entry['file']}:{entry['line']}"
 

@@ -15,11 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep import store
 from data_prep.errors import TokenizerError
+from data_prep.records.build_unit import RECORDS_FILE
+from data_prep.records.shard import read_arrow
 
 TOKENIZER_FILE = "tokenizer.json"
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -119,7 +120,7 @@ def _train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 def _texts(records: Any) -> Iterator[str]:
     for unit in records.units:
-        for batch in pa.ipc.open_file(pa.memory_map(str(Path(unit.path) / "records.arrow"))).read_all().to_batches():
+        for batch in read_arrow(Path(unit.path) / RECORDS_FILE).to_batches():
             yield from batch.column("texts").values.to_numpy(zero_copy_only=False)
 
 

@@ -78,7 +78,7 @@ def inspect(argv: list[str]) -> int:
 
 def why(argv: list[str]) -> int:
     """The story of a record."""
-    from data_prep.inspection.record_story import Course, stories_at, stories_with, story_text
+    from data_prep.inspection.record_story import StepOrder, stories_at, stories_with, story_text
 
     if "--models" in argv:
         from flows.cli.registry import why_models
@@ -92,11 +92,11 @@ def why(argv: list[str]) -> int:
         raise PandaError("why: give FILE:LINE first, or --text TEXT")
     result, tokenizer = _prepare(settings)
     rows_per_step = settings.per_gpu_train_batch_size * settings.gradient_accumulation_steps * line.switches.world_size
-    course = Course(rows_per_step, settings.seed, max(1, int(settings.num_train_epochs)))
+    order = StepOrder(rows_per_step, settings.seed, max(1, int(settings.num_train_epochs)))
     if places:
-        stories = stories_at(Path(result.path), places[0], tokenizer, course)
+        stories = stories_at(Path(result.path), places[0], tokenizer, order)
     else:
-        stories = stories_with(Path(result.path), line.switches.text, tokenizer, course)
+        stories = stories_with(Path(result.path), line.switches.text, tokenizer, order)
     if line.switches.json:
         print_json({"stories": [dataclasses.asdict(story) for story in stories]})
     else:

@@ -18,7 +18,8 @@ from configs.settings import PandaSettings
 from data_prep import store
 from data_prep.errors import NoCorpusError
 from data_prep.plan.build import plan_fingerprint, plan_rows
-from data_prep.plan.reader import LEDGER_FILE
+from data_prep.plan.ledger import LEDGER_FILE
+from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.files import UnitSpec, find_files, plan_units
 from data_prep.records.shard import RecordsResult, RecordsUnit, read_arrow, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
@@ -147,7 +148,7 @@ def _sampled(records: RecordsResult, tokenizer: LoadedTokenizer, template: Templ
 
 def _sample(unit: RecordsUnit, tokenizer: LoadedTokenizer, template: Template, engine: Engine) -> tuple[int, int, int]:
     """(tokens, target tokens, records) of a few slices of a unit."""
-    table = read_arrow(Path(unit.path) / "records.arrow").select(["roles", "texts"]).combine_chunks()
+    table = read_arrow(Path(unit.path) / RECORDS_FILE).select(["roles", "texts"]).combine_chunks()
     roles, texts = table["roles"].chunk(0), table["texts"].chunk(0)
     num_tokens = num_targets = num_records = 0
     for start in range(0, unit.valid, max(SAMPLE_RECORDS, unit.valid // SAMPLE_SLICES)):

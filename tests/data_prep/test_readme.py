@@ -10,7 +10,8 @@ import numpy as np
 
 import data_prep
 from data_prep.pipeline import prepare
-from data_prep.plan.reader import LEDGER_FILE, open_plan
+from data_prep.plan.ledger import LEDGER_FILE
+from data_prep.plan.reader import open_plan
 from data_prep.records.shard import read_arrow
 from data_prep.sample import write_sample
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings

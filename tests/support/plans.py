@@ -11,8 +11,9 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep import store
+from data_prep.plan.ledger import LEDGER_FILE
 from data_prep.plan.plan_file import Rows, rows_file, write_rows
-from data_prep.plan.reader import LEDGER_FILE, target_ranges
+from data_prep.plan.reader import target_ranges
 from data_prep.tokens.token_shard import TOKENS_FILE, TokenShard, write_shard
 
 Example = tuple[list[int], list[int]]  # ids, run lengths alternating masked and target

@@ -8,18 +8,15 @@ chosen texts are read.
 
 import hashlib
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
-from data_prep import store
-from data_prep.plan.reader import LEDGER_FILE
-from data_prep.records.shard import read_arrow
+from data_prep.plan.ledger import hex_hashes, open_ledger
 from data_prep.tokens.layouts import Role
 
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f]")
@@ -67,8 +64,9 @@ class HeldOut:
 
 def choose(plan_dir: Path, max_per_source: int, excluded: Collection[str] = frozenset()) -> HeldOut:
     """The held-out records of a plan with the lowest hashes, without the excluded ones."""
-    ledger = accepted(plan_dir, "validation", ["hash", "source", "file", "line", "shard", "example"])
-    rows = ledger.append_column("hex", hex_hashes(ledger["hash"])).to_pylist()
+    ledger = open_ledger(plan_dir)
+    held_out = ledger.accepted("validation").select(["hash", "source", "file", "line", "shard", "example"])
+    rows = held_out.append_column("hex", pa.array(hex_hashes(held_out["hash"]), pa.string())).to_pylist()
     fresh = [row for row in rows if row["hex"] not in excluded]
     chosen: dict[str, list[dict[str, Any]]] = {}
     for row in sorted(fresh, key=lambda row: (row["source"], row["hex"])):
@@ -76,7 +74,7 @@ def choose(plan_dir: Path, max_per_source: int, excluded: Collection[str] = froz
         if len(of_source) < max_per_source:
             of_source.append(row)
     flat = [row for of_source in chosen.values() for row in of_source]
-    roles, texts = read_texts(plan_dir, flat)
+    roles, texts = ledger.read_texts(flat)
     return HeldOut(
         hashes=[row["hex"] for row in flat],
         sources=[row["source"] for row in flat],
@@ -88,42 +86,9 @@ def choose(plan_dir: Path, max_per_source: int, excluded: Collection[str] = froz
     )
 
 
-def accepted(plan_dir: Path, split: str, columns: list[str]) -> pa.Table:
-    """Ledger lines of the records that are in the rows of a split."""
-    store.open_manifest(plan_dir)
-    ledger = read_arrow(plan_dir / LEDGER_FILE)
-    mine = pc.and_(pc.equal(ledger["verdict"], "accepted"), pc.equal(ledger["split"], split))
-    return ledger.filter(mine).select(columns)
-
-
 def trained_hashes(plan_dir: Path) -> set[str]:
     """Content hashes of all records a plan trains on."""
-    return set(hex_hashes(accepted(plan_dir, "train", ["hash"])["hash"]).to_pylist())
-
-
-def hex_hashes(column: pa.ChunkedArray) -> pa.Array:
-    """Hashes, 16 bytes each, as 32 hex digits."""
-    return pa.array([None if value is None else value.hex() for value in column.to_pylist()], pa.string())
-
-
-def read_texts(plan_dir: Path, rows: Iterable[dict[str, Any]]) -> tuple[pa.ListArray, pa.ListArray]:
-    """Roles and texts of ledger lines (with `shard` and `example`), in their order."""
-    manifest = store.open_manifest(plan_dir)
-    tables: dict[int, pa.Table] = {}
-    roles, texts = [], []
-    for row in rows:
-        if row["shard"] not in tables:
-            tables[row["shard"]] = read_arrow(records_dir(plan_dir, manifest, row["shard"]) / "records.arrow")
-        record = tables[row["shard"]].slice(row["example"], 1)
-        roles.append(record["roles"][0].as_py())
-        texts.append(record["texts"][0].as_py())
-    return pa.array(roles, pa.list_(pa.int8())), pa.array(texts, pa.list_(pa.large_string()))
-
-
-def records_dir(plan_dir: Path, manifest: dict[str, Any], shard: int) -> Path:
-    """The unit of records that a shard of a plan was made from."""
-    tokens = (plan_dir / manifest["shards"][shard]).resolve()
-    return tokens.parent.parent / "records" / store.open_manifest(tokens)["records"]
+    return set(filter(None, hex_hashes(open_ledger(plan_dir).accepted("train")["hash"])))
 
 
 def language_of(texts: list[str]) -> str:

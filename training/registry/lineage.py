@@ -13,16 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import yaml
 
 from data_prep import store
 from data_prep.errors import PandaError
-from data_prep.inspection.record_story import entries_at, records_with
+from data_prep.plan.ledger import Ledger, open_ledger, records_with
 from data_prep.plan.order import position_of, steps_per_epoch
 from data_prep.plan.plan_file import open_rows, rows_file
-from data_prep.plan.reader import LEDGER_FILE
+from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.shard import read_arrow
 from training.registry.versions import GAIN_TAG, GATE_TAG, PARENT_TAG, REASONS_TAG, Registry, Version
 
@@ -102,8 +101,7 @@ def ancestry(version: Version, versions: list[Version]) -> Iterator[Version]:
 
 def corpus_files(plan_dir: Path) -> list[dict[str, Any]]:
     """The files of the corpus behind a plan as they are now: path, bytes, xxh3_128 of the bytes (6 GB/s)."""
-    files = read_arrow(plan_dir / LEDGER_FILE)["file"].cast(pa.string()).unique().to_pylist()
-    found = [Path(file).absolute() for file in files]
+    found = [Path(file).absolute() for file in open_ledger(plan_dir).files()]
     return [{"file": str(path), "bytes": path.stat().st_size, "xxh3": store.hash_file(path)} for path in found]
 
 
@@ -154,12 +152,13 @@ def find_record(place: str, registry: Registry, cache_dir: Path) -> list[Found]:
     problem = f"{place}: no prepared data in {cache_dir}"
     for plan_dir in known_plans(registry, cache_dir):
         try:
-            entries = [entry for entry in entries_at(plan_dir, place) if entry["hash"]]
+            ledger = open_ledger(plan_dir)
+            entries = [entry for entry in map(ledger.entry, ledger.at(place)) if entry["hash"]]
         except PandaError as error:
             problem = str(error)
             continue
         if entries:
-            return [_found(plan_dir, entry) for entry in entries]
+            return [_found(ledger, entry) for entry in entries]
         problem = f"{place}: the record there was rejected, so no model has seen it"
     raise PandaError(problem)
 
@@ -172,14 +171,10 @@ def known_plans(registry: Registry, cache_dir: Path) -> list[Path]:
     return list(dict.fromkeys([*(path.resolve() for path in found), *(plan.resolve() for plan in plans if plan)]))
 
 
-def _found(plan_dir: Path, entry: dict[str, Any]) -> Found:
-    from training.comparison.heldout import read_texts
-
-    ledger = read_arrow(plan_dir / LEDGER_FILE)
-    same = ledger.filter(pc.equal(ledger["hash"], pa.scalar(entry["hash"], pa.binary(16))))
-    places = [f"{one['file']}:{one['line']}" for one in same.select(["file", "line"]).to_pylist()]
-    text = "\n".join(read_texts(plan_dir, [entry])[1][0].as_py()) if entry["shard"] >= 0 else ""
-    return Found(entry["hash"].hex(), places, text)
+def _found(ledger: Ledger, entry: dict[str, Any]) -> Found:
+    same = ledger.with_hash(entry["hash"]).select(["file", "line"]).to_pylist()
+    text = "\n".join(ledger.read_texts([entry])[1][0].as_py()) if entry["shard"] >= 0 else ""
+    return Found(entry["hash"].hex(), [f"{one['file']}:{one['line']}" for one in same], text)
 
 
 def find_text(text: str, cache_dir: Path) -> list[Found]:
@@ -189,7 +184,7 @@ def find_text(text: str, cache_dir: Path) -> list[Found]:
     """
     found: dict[str, Found] = {}
     for unit in store.directories(cache_dir / "records"):
-        table = read_arrow(unit / "records.arrow")
+        table = read_arrow(unit / RECORDS_FILE)
         for number in records_with(unit, text).tolist():
             record = table.slice(number, 1).to_pylist()[0]
             content = record["hash"].hex()
@@ -238,15 +233,12 @@ def _direct(registry: Registry, version: Version, content: str, cache_dir: Path)
 
 def rows_of_record(plan_dir: Path, content: str) -> np.ndarray:
     """Training rows that hold a part of the record: ``(n,) int64``, a row as often as it holds one."""
-    ledger = read_arrow(plan_dir / LEDGER_FILE)
-    mine = pc.and_(pc.equal(ledger["hash"], pa.scalar(bytes.fromhex(content), pa.binary(16))),
-                   pc.and_(pc.equal(ledger["verdict"], "accepted"), pc.equal(ledger["split"], "train")))  # fmt: skip
+    same = open_ledger(plan_dir).with_hash(bytes.fromhex(content))
+    mine = pc.and_(pc.equal(same["verdict"], "accepted"), pc.equal(same["split"], "train"))
     rows = open_rows(plan_dir / rows_file("train"))
-    found = [np.zeros(0, dtype=np.int64)]
-    for entry in ledger.filter(mine).select(["shard", "example"]).to_pylist():
-        segments = np.flatnonzero((rows.shard == entry["shard"]) & (rows.example == entry["example"]))
-        found.append(np.searchsorted(rows.row_offsets, segments, side="right") - 1)
-    return np.concatenate(found)
+    entries = same.filter(mine).select(["shard", "example"]).to_pylist()
+    found = [rows.segments_of(entry["shard"], entry["example"])[1] for entry in entries]
+    return np.concatenate([np.zeros(0, dtype=np.int64), *found])
 
 
 def steps_of_rows(plan_dir: Path, rows: np.ndarray, config: dict[str, Any], trained: dict[str, Any]) -> list[int]:

@@ -16,7 +16,7 @@ from data_prep.inspection.inspect import (
     inspection_markdown,
     print_inspection,
 )
-from data_prep.inspection.record_story import Course, stories_at, stories_with, story_text
+from data_prep.inspection.record_story import StepOrder, stories_at, stories_with, story_text
 from data_prep.inspection.render import Shown, Token, abridged, as_html, as_markdown, as_tokens
 from data_prep.pipeline import prepare
 from data_prep.plan.order import rows_of_step
@@ -58,7 +58,9 @@ def rendered(*objects):
 
 def test_why_an_accepted_record(prepared, bytes_tokenizer):
     root, result = prepared
-    (story,) = stories_at(result.path, f"{root}/instruction/a.jsonl:2", bytes_tokenizer, Course(2, seed=42, epochs=3))
+    (story,) = stories_at(
+        result.path, f"{root}/instruction/a.jsonl:2", bytes_tokenizer, StepOrder(2, seed=42, epochs=3)
+    )
     assert story.entry["verdict"] == "accepted"
     assert story.texts == [("user", "two"), ("assistant", "zwei")]
     assert "".join(token.text for token in story.shown.tokens if token.target) == "zwei</s>"
@@ -75,7 +77,7 @@ def test_why_an_accepted_record(prepared, bytes_tokenizer):
 
 def test_every_training_row_says_when_it_is_trained(prepared, bytes_tokenizer):
     _, result = prepared
-    (story,) = stories_at(result.path, "pretraining/c.jsonl:1", bytes_tokenizer, Course(3, seed=1, epochs=2))
+    (story,) = stories_at(result.path, "pretraining/c.jsonl:1", bytes_tokenizer, StepOrder(3, seed=1, epochs=2))
     placements = sorted(story.placements, key=lambda placement: placement.start)
     assert len(placements) > 1  # cut over several rows, no token lost
     assert [p.start for p in placements] == [0, *np.cumsum([p.length for p in placements])[:-1].tolist()]
