@@ -7,7 +7,7 @@ import difflib
 from collections.abc import Iterable
 
 
-class PandaError(ValueError):
+class PandaError(Exception):
     """Base of all errors that are shown as one clear line (or list) instead of a traceback."""
 
 
