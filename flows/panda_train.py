@@ -14,10 +14,10 @@ from prefect.states import Cancelled
 
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
-from flows.parts import approval, flow_states, policy, run_dir
+from flows.parts import approval, flow_states, overview, policy, run_dir
 from flows.parts.champion import with_replay
 from flows.parts.flow_states import Ended, Stopwatch
-from flows.parts.form import configure, flow_of_settings, run_title
+from flows.parts.form import add_result, configure, flow_of_settings, run_title
 from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end, tell
 from flows.parts.run_dir import AFTER_DATA, RunDir
@@ -41,11 +41,18 @@ def panda_train(**parameters: Any) -> State[Any]:
         late = policy.came_too_late()
         if late:
             return Cancelled(name="SkippedStillRunning", message=late)
-        return flow_states.completed(run_stages(configure(parameters).settings))
+        return ended(run_stages(configure(parameters).settings))
     except Ended as end:
-        return flow_states.completed(end.summary)
+        overview.show(end.summary)
+        return ended(end.summary)
     except PandaError as error:
         return flow_states.failed(error)
+
+
+def ended(summary: dict[str, Any]) -> State[Any]:
+    """The final state; the run's name says what came of it."""
+    add_result(summary)
+    return flow_states.completed(summary)
 
 
 def run_stages(settings: PandaSettings) -> dict[str, Any]:
@@ -110,14 +117,17 @@ def train_and_register(
         with watch("register"):
             version = register(settings, tracked, prepared, version_tags(known, losses))
         summary |= {"model": version, "mlflow_run_id": tracked.run_id}
-        show_links(run.path, tracked, version)
+        links = show_links(run.path, tracked, version)
         until(settings, "register", summary)
         with watch("gate"):
             verdict = gate(tracked, settings, version)
+        summary |= {"gate": verdict}
+        overview.show(summary, links)
+        overview.tell_mlflow(tracked, summary, links)
     if settings.notify:
         become = "is the champion now" if verdict["promoted"] else "stays challenger"
         tell(settings.notify, f"{version['name']} version {version['version']} {become}", "\n".join(verdict["reasons"]))
-    return {**summary, "gate": verdict}
+    return summary
 
 
 def starts_by(settings: PandaSettings, stage: str) -> bool:

@@ -27,7 +27,12 @@ COMPARE = "training.compare"
 logger = logging.getLogger(__name__)
 
 
-@stage("gate")
+def verdict_in_words(result: dict[str, Any]) -> str:
+    """Champion or not, and why."""
+    return f"{'is the champion' if result['promoted'] else 'stays challenger'}: {'; '.join(result['reasons'])}"
+
+
+@stage("gate", says=verdict_in_words)
 def gate(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> dict[str, Any]:
     """Decide about the version of the register stage.
 
@@ -53,7 +58,7 @@ def decide(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) 
     write_job(patiently(lambda: job_of(registry, version, tracked.run_dir, limits)), tracked.run_dir)
     result = _compare(tracked.run_dir, TrainSettings.of(settings))
     patiently(lambda: settle(registry, version, result))
-    logger.info("%s %s: %s", version.uri, "is the champion" if result["promoted"] else "stays challenger", _why(result))
+    logger.info("%s %s", version.uri, verdict_in_words(result))
     stored.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
     show_gate(result)
     return without_answers(result)
@@ -73,7 +78,3 @@ def _compare(run_dir: Path, settings: TrainSettings) -> dict[str, Any]:
     logger.error("%s", report.details)
     reason = f"the comparison ended: {report.reason.value}: {report.message}"
     return {"promoted": False, "reasons": [reason], "slices": [], "checks": []}
-
-
-def _why(result: dict[str, Any]) -> str:
-    return "; ".join(result["reasons"])

@@ -19,7 +19,12 @@ DEFAULT_VOCAB_SIZE = 8192
 EXAMPLES_SHOWN = 2  # of each source
 
 
-@stage("validate and shard", reused=lambda result: None if result.built else f"{result.records:,} records")
+def _records_in_words(result: RecordsResult) -> str:
+    rejected = sum(result.rejected.values())
+    return f"{result.records:,} records in {result.files:,} files: {result.valid:,} valid, {rejected:,} rejected"
+
+
+@stage("validate and shard", says=_records_in_words, reused=lambda result: not result.built)
 def shard(settings: PandaSettings) -> RecordsResult:
     """JSON corpora -> Arrow shards of valid records, and a ledger line for every record."""
     return shard_records(
@@ -30,20 +35,24 @@ def shard(settings: PandaSettings) -> RecordsResult:
     )
 
 
-@stage("base model")
+@stage("base model", says=lambda folder: f"weights in {folder}" if folder else "random weights")
 def base_model(settings: PandaSettings) -> Path | None:
     """The directory of the weights to start from, downloaded or added up if need be; None = from scratch."""
     return model_directory(ModelSettings.of(settings), Path(settings.cache_dir))
 
 
-@stage("train tokenizer")
+@stage("train tokenizer", says=lambda folder: f"tokenizer in {folder}")
 def tokenizer(settings: PandaSettings, records: RecordsResult) -> Path:
     """A byte-level BPE of the corpus itself, for a model that starts from scratch."""
     vocab_size = int((settings.architecture or {}).get("vocab_size", 0)) or DEFAULT_VOCAB_SIZE
     return train_tokenizer(records, vocab_size, Path(settings.cache_dir))
 
 
-@stage("tokenize and mask", reused=lambda result: None if result.built else f"{result.tokens:,} tokens")
+def _tokens_in_words(result: TokensResult) -> str:
+    return f"{result.examples:,} examples, {result.tokens:,} tokens, {result.target_tokens:,} of them targets"
+
+
+@stage("tokenize and mask", says=_tokens_in_words, reused=lambda result: not result.built)
 def tokenize(settings: PandaSettings, records: RecordsResult, tokenizer_dir: Path) -> TokensResult:
     """Records -> token shards in which the prompts are masked."""
     return tokenize_records(
@@ -57,7 +66,13 @@ def tokenize(settings: PandaSettings, records: RecordsResult, tokenizer_dir: Pat
     )
 
 
-@stage("plan packing", reused=lambda result: f"plan {result.fingerprint}" if result.reused else None)
+def _plan_in_words(result: PlanResult) -> str:
+    report = result.report
+    full = f"{100 * report['utilisation']:.1f} % full"
+    return f"{report['rows']:,} rows of {report['max_seq_length']:,} tokens, {full}: plan {result.fingerprint}"
+
+
+@stage("plan packing", says=_plan_in_words, reused=lambda result: result.reused)
 def plan(settings: PandaSettings, tokens: TokensResult) -> PlanResult:
     """Token shards -> which example goes into which row, and the data report."""
     result = plan_rows(tokens, CorpusSettings.of(settings), PackSettings.of(settings), Path(settings.cache_dir))

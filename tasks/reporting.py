@@ -22,13 +22,15 @@ from prefect.artifacts import (
     create_table_artifact,
     update_progress_artifact,
 )
+from prefect.runtime import flow_run
 
+from data_prep.inspection.render import as_code
 from training.comparison.report import verdict_markdown
 from training.registry.register import patiently
 from training.tracking.plots import write_plots
 from training.tracking.redact import public_link, redact_text
 from training.tracking.run import TrackedRun
-from training.tracking.sync import connect
+from training.tracking.sync import TRAINING_VIEW, connect
 
 MLFLOW_UI = "PANDA_MLFLOW_UI"  # set by `panda up` for its worker: where people look at MLflow
 
@@ -62,19 +64,27 @@ def show_pictures(run_dir: Path) -> None:
         create_image_artifact(f"data:image/png;base64,{picture}", key=f"curve-{path.stem}", description=path.stem)
 
 
-def show_links(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> None:
-    """From here to MLflow; MLflow's run has the way back as the tag prefect.flow_run_url."""
+def show_links(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> dict[str, str]:
+    """From here to MLflow and back; returns the links by name, in Markdown."""
+    links = links_of(run_dir, tracked, version)
+    rows = "".join(f"| {name} | {link} |\n" for name, link in links.items())
+    create_markdown_artifact(f"| | |\n| --- | --- |\n{rows}", key="links", description="Where to look further")
+    return links
+
+
+def links_of(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> dict[str, str]:
+    """Model, MLflow run, Prefect run, directory. MLflow's links open its training pages, not those of GenAI."""
     address = os.environ.get(MLFLOW_UI) or public_link(tracked.uri)
     model = f"{version['name']} version {version['version']}"
     run_id = tracked.run_id
     if address and run_id:
-        model = f"[{model}]({address}/#/models/{version['name']}/versions/{version['version']})"
+        model = f"[{model}]({address}/#/models/{version['name']}/versions/{version['version']}{TRAINING_VIEW})"
         experiment = patiently(lambda: connect(tracked.uri).get_run(run_id)).info.experiment_id
-        run = f"[{run_id}]({address}/#/experiments/{experiment}/runs/{run_id})"
+        run = f"[{run_id}]({address}/#/experiments/{experiment}/runs/{run_id}{TRAINING_VIEW})"
     else:
         run = f"{run_id} in {redact_text(tracked.uri)}"
-    text = f"| | |\n| --- | --- |\n| model | {model} |\n| MLflow run | {run} |\n| directory | `{run_dir}` |\n"
-    create_markdown_artifact(text, key="links", description="Where to look further")
+    prefect = f"[{flow_run.name}]({flow_run.ui_url})" if flow_run.ui_url else str(flow_run.id)
+    return {"model": model, "MLflow run": run, "Prefect run": prefect, "directory": f"`{run_dir}`"}
 
 
 def show_evaluation(losses: dict[str, Any]) -> None:
@@ -86,13 +96,17 @@ def show_evaluation(losses: dict[str, Any]) -> None:
     create_table_artifact(table=table, key="evaluation", description="Held-out loss per target token")
 
 
-def show_model(version: dict[str, Any], text: str) -> None:
+def show_model(version: dict[str, Any]) -> None:
     """The registered version, and what it says."""
-    create_markdown_artifact(
-        f"**{version['name']}**, version {version['version']} (`{version['uri']}`)\n\n> {text}\n",
-        key="model",
-        description="The registered model, loaded back",
-    )
+    create_markdown_artifact(model_markdown(version), key="model", description="The registered model, loaded back")
+
+
+def model_markdown(version: dict[str, Any]) -> str:
+    """Prompt and text as code: what a model writes may hold any character that means something to Markdown or HTML."""
+    head = f"**{version['name']}**, version {version['version']} (`{version['uri']}`)"
+    prompt, text = version["prompt"].strip(), version["sample"].strip()
+    shown = as_code(text) if text else "*No text: it ends at once, or writes only blanks.*"
+    return f"{head}\n\nAsked:\n\n{as_code(prompt)}\n\nit writes:\n\n{shown}\n"
 
 
 def show_gate(result: dict[str, Any]) -> None:

@@ -2,8 +2,9 @@
 
 In: a function of one stage. Out: a function that runs it as a Prefect task. A `PandaError` (the user's to mend) becomes
 a Failed state that carries the error, without a traceback; one after which trying again helps is raised: Prefect then
-retries. Work that was there already ends as `Reused`. Nothing is cached by Prefect: a stage knows by its manifest
-whether its work is there, and Prefect's cache does not.
+retries. Work that was there already ends as `Reused`. The state says the numbers of the stage: Prefect logs it as the
+stage's last line. Nothing is cached by Prefect: a stage knows by its manifest whether its work is there, and Prefect's
+cache does not.
 """
 
 import functools
@@ -13,7 +14,6 @@ from typing import Any
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
-from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
 from data_prep.errors import PandaError
@@ -22,11 +22,12 @@ logger = logging.getLogger(__name__)
 
 
 def stage(
-    name: str, reused: Callable[[Any], str | None] | None = None, **options: Any
+    name: str, says: Callable[[Any], str], reused: Callable[[Any], bool] = lambda _: False, **options: Any
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Decorator: `function`, run as the Prefect task `name`.
 
-    :param reused: result -> what was there already, in words, or None when the stage had work to do.
+    :param says: result -> its numbers, in words.
+    :param reused: result -> whether it was there already.
     """
 
     def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -39,15 +40,13 @@ def stage(
                 if options.get("retries") and retry_helps(error):
                     raise
                 return Failed(message=str(error), data=error)
-            said = reused(result) if reused else None
-            return Completed(name="Reused", message=said, data=result) if said else result
+            return Completed(name="Reused" if reused(result) else "Completed", message=says(result), data=result)
 
-        as_task = task(name=name, cache_policy=NO_CACHE, persist_result=False, **options)(run)
+        as_task = task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, **options)(run)
 
         @functools.wraps(function)
         def call(*args: Any, **kwargs: Any) -> Any:
-            returned = as_task(*args, **kwargs)
-            return returned.result() if isinstance(returned, State) else returned
+            return as_task(*args, **kwargs).result()
 
         return call
 

@@ -37,7 +37,25 @@ def lost_through_no_fault(_task: Any, _run: Any, state: State[Any]) -> bool:
     return retry_helps(state.result(raise_on_failure=False))
 
 
-@stage("train", retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=lost_through_no_fault)
+def _training_in_words(trained: dict[str, Any]) -> str:
+    speed = trained["tokens"] / trained["seconds"] if trained["seconds"] else 0
+    steps = f"{trained['steps']:,} steps, {trained['target_tokens']:,} target tokens"
+    if trained["first_loss"] is None:  # nothing to do: the checkpoint was at the end already
+        return steps
+    return f"{steps}, loss {trained['first_loss']:.4f} -> {trained['last_loss']:.4f}, {speed:,.0f} tokens/s"
+
+
+def losses_in_words(losses: dict[str, dict[str, float]]) -> str:
+    """``held-out loss 8.3000 -> 2.1000`` over all sources."""
+    before, after = losses["before"].get("all"), losses["after"].get("all")
+    if before is None or after is None:
+        return "nothing is held out"
+    return f"held-out loss {before:.4f} -> {after:.4f}"
+
+
+@stage(
+    "train", says=_training_in_words, retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=lost_through_no_fault
+)
 def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any]:
     """Run the training worker on every rank until it is done; a retry goes on from the newest checkpoint."""
     progress = StageProgress("training")
@@ -54,7 +72,7 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any
     return json.loads((run_dir / "train.json").read_text(encoding="utf-8"))
 
 
-@stage("evaluate", retries=1, retry_delay_seconds=10, retry_condition_fn=lost_through_no_fault)
+@stage("evaluate", says=losses_in_words, retries=1, retry_delay_seconds=10, retry_condition_fn=lost_through_no_fault)
 def evaluate(run_dir: Path, settings: TrainSettings, trained: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Held-out loss by moment and source, ``{"before": {"all": 8.3}, "after": {...}}``; after = what lies on disk."""
     _require_completed("evaluation", launcher.evaluate(run_dir, settings, logger.info), run_dir)

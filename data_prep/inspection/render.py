@@ -106,9 +106,14 @@ def as_markdown(shown: Shown) -> str:
             inside = token.target
         text += token.text
     text += "⟧" if inside else ""
-    fence = "`" * max(3, _longest_run_of_backticks(text) + 1)
     counts = f"{shown.num_tokens:,} tokens, {shown.num_targets:,} of them trained on (⟦…⟧)"
-    return f"**{shown.title}** {counts}\n\n{fence}\n{text}\n{fence}\n"
+    return f"**{shown.title}** {counts}\n\n{as_code(text)}\n"
+
+
+def as_code(text: str) -> str:
+    """A block of Markdown that shows the text as it is, whatever characters are in it."""
+    fence = "`" * max(3, _longest_run_of_backticks(text) + 1)
+    return f"{fence}\n{text}\n{fence}"
 
 
 def _longest_run_of_backticks(text: str) -> int:

@@ -12,8 +12,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from configs.cli import CONF_PATH, JSON, PRINT_CONFIG, VERBOSE, Switch, configure
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
@@ -21,6 +19,7 @@ from data_prep.pipeline import prepare as prepare_data
 from data_prep.plan.build import PlanResult
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokens.tokenizer import DEFAULT_VOCAB_SIZE, LoadedTokenizer, load_tokenizer
+from flows.cli.console import plain_table, stdout_console
 from flows.cli.run import print_json
 from training.models.hub import base_checkpoint, description, resolve_checkpoint
 
@@ -72,7 +71,7 @@ def inspect(argv: list[str]) -> int:
     if line.switches.json:
         print_json(dataclasses.asdict(inspection))
     else:
-        print_inspection(inspection, Console())
+        print_inspection(inspection, stdout_console(highlight=True))
     return 0
 
 
@@ -100,7 +99,7 @@ def why(argv: list[str]) -> int:
     if line.switches.json:
         print_json({"stories": [dataclasses.asdict(story) for story in stories]})
     else:
-        Console().print(*map(story_text, stories), sep="\n\n")
+        stdout_console(highlight=True).print(*map(story_text, stories), sep="\n\n")
     return 0
 
 
@@ -152,10 +151,8 @@ class _Progress:
 
 
 def _print_report(report: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    console = Console(highlight=False)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    console = stdout_console()
+    table = plain_table(2)
     for name, value in report.items():
         if isinstance(value, dict) and value and not any(isinstance(inner, dict) for inner in value.values()):
             for inner, number in value.items():

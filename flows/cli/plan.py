@@ -13,13 +13,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from configs.cli import CONF_PATH, JSON, PLAN_SWITCHES, VERBOSE, CommandLine, configure, plain_text
 from configs.errors import ConfigError
 from configs.load import Loaded
 from configs.settings import PandaSettings
+from flows.cli.console import plain_table, stdout_console
 from flows.cli.estimate import DataForecast, forecast_data
 from flows.cli.run import print_json
 from training.launch import commands
@@ -217,7 +217,7 @@ PARTS = ("weights", "gradients", "optimizer", "activations", "logits", "update",
 
 def show(plan: dict[str, Any], settings: PandaSettings) -> None:
     """Stages and why, rows and steps, memory part by part, disk, hours, verdict."""
-    console = Console(highlight=False)
+    console = stdout_console()
     console.print(_table("Stages", _stages(plan)))
     console.print(_table("Training", _training(plan)))
     if plan["memory"]:
@@ -324,7 +324,7 @@ def _gigabytes(num_bytes: float) -> str:
 
 
 def _table(title: str, rows: Sequence[tuple[str, ...]]) -> Table:
-    table = Table(title=title, title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = plain_table(max((len(row) for row in rows), default=0), title=title, title_justify="left")
     for row in rows:
         table.add_row(*row)
     return table

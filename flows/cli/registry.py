@@ -27,6 +27,7 @@ from configs.cli import CONF_PATH, JSON, VERBOSE, Switch, configure
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
 from data_prep.plan import tombstones
+from flows.cli.console import plain_table, stdout_console
 from flows.cli.run import print_json
 from training.registry import promotion
 from training.registry.lineage import Found, Seen, describe, find_record, find_text, versions_trained_on
@@ -113,9 +114,7 @@ def models(argv: list[str]) -> int:
     if verb.switches.json:
         print_json({"registry": verb.registry.shown_uri, "versions": [as_dict(version) for version in versions]})
         return 0
-    Console(highlight=False).print(
-        _table(versions) if versions else f"no registered version in {verb.registry.shown_uri}"
-    )
+    stdout_console().print(_table(versions) if versions else f"no registered version in {verb.registry.shown_uri}")
     return 0
 
 
@@ -170,7 +169,7 @@ def _table(versions: list[Version]) -> Table:
     """Fits into 80 columns; ``--json`` and `panda lineage` tell more."""
     table = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("version", "alias", "created", "loss", "gate", "gain", "from", "taken down"):
-        table.add_column(heading, no_wrap=heading != "taken down")
+        table.add_column(heading, no_wrap=heading in ("created", "loss", "gate", "gain"), overflow="fold")
     for row in map(as_dict, versions):
         table.add_row(
             row["version"].removeprefix("models:/"),
@@ -200,7 +199,7 @@ def lineage(argv: list[str]) -> int:
     if verb.switches.json:
         print_json(facts)
     else:
-        _print_facts(Console(highlight=False), facts)
+        _print_facts(stdout_console(), facts)
     return 0
 
 
@@ -213,7 +212,7 @@ def why_models(argv: list[str]) -> int:
         print_json({"records": [{**asdict(record), "versions": [asdict(s) for s in seen]} for record, seen in answers]})
         return 0
     for record, seen in answers:
-        _print_record(Console(highlight=False), record, seen)
+        _print_record(stdout_console(), record, seen)
     return 0
 
 
@@ -267,7 +266,7 @@ def _say_taken_down(verb: Verb, path: Path, num_new: int, answers: list[tuple[Fo
         print_json({"tombstones": str(path), "new": num_new, "records": records, "versions": tagged})
         return
     for record, seen in answers:
-        _print_record(Console(highlight=False), record, seen)
+        _print_record(stdout_console(), record, seen)
     print(f"{num_new} new in {path}; the next preparation drops what is listed there. Versions tagged: {len(tagged)}")
     print("The text itself is still in the corpus and in the cache; delete it there as well if nobody may read it.")
 
@@ -285,14 +284,14 @@ def how(seen: Seen) -> str:
 def _print_record(console: Console, record: Found, seen: list[Seen]) -> None:
     console.print(f"{record.hash}  {', '.join(record.places)}", style="bold", markup=False)
     console.print(f"  {_short(record.text)}", markup=False)
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
+    table = plain_table(3, indent=2)
     for one in seen:
         table.add_row(one.uri, ", ".join(one.aliases), how(one))
     console.print(table if seen else "  no version is registered")
 
 
 def _print_facts(console: Console, facts: dict[str, Any]) -> None:
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 0))
+    table = plain_table(2)
     table.add_row("version", f"{facts['version']} {', '.join(facts['aliases'])}")
     table.add_row("made from", " <- ".join(facts["ancestors"]) or str(facts["base"] or "random weights"))
     table.add_row("run", f"{facts['run_id']} in {facts['run_dir']}")

@@ -10,14 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from configs.cli import Switch
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
 from data_prep.pipeline import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokens.tokenizer import DEFAULT_VOCAB_SIZE
+from flows.cli.console import stdout_console
 from flows.cli.registry import Verb, parse_verb
 from flows.cli.run import print_json
 from training.models.delta import model_directory
@@ -106,7 +105,7 @@ def _say(verb: Verb, version: Version, data: dict[str, Any], result: Reproduced)
         print_json({"version": version.uri, "plan": data["plan"], "data_rebuilt": data["same"], **verdict,
                     **asdict(result)})  # fmt: skip
         return
-    console = Console(highlight=False)
+    console = stdout_console()
     console.print(f"data: plan {data['plan']} {_made(data['same'])}")
     for step, then, now in zip(result.steps, result.recorded, result.again, strict=True):
         console.print(f"step {step}: loss {then!r}, again {now!r}")

@@ -20,18 +20,19 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from configs.cli import CommandLine
 from configs.load import Loaded, dump
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
+from flows.cli.console import plain_table, stdout_console
 from flows.parts import preflight
 from flows.stack.prefect_server import connected
 from tasks.reporting import report_rows
 from training.settings import TrackingSettings
 from training.tracking.redact import public_link, redact_text
 from training.tracking.run import tracking_uri
+from training.tracking.sync import TRAINING_VIEW
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -109,7 +110,7 @@ def everything_sent() -> Iterator[None]:
 
 def show(summary: dict[str, Any], settings: PandaSettings) -> None:
     """Data report, losses, model, a text it generates, seconds per stage, and where to look further."""
-    console = Console(highlight=False)
+    console = stdout_console()
     if summary["outcome"]["name"] != "Completed":
         console.print(f"[bold]{summary['outcome']['name']}[/bold]: {summary['outcome']['message']}")
     if "data" in summary:
@@ -154,9 +155,10 @@ def ui_commands(settings: PandaSettings, summary: dict[str, Any]) -> list[str]:
     """The commands that open the two UIs, each with the address of this run."""
     prefect = f"prefect server start    # http://127.0.0.1:4200/runs/flow-run/{summary['prefect_flow_run_id']}"
     uri = tracking_uri(TrackingSettings.of(settings), Path(summary["run_dir"]).parent)
-    mlflow = f"mlflow ui --backend-store-uri {shlex.quote(redact_text(uri))}    # http://127.0.0.1:5000"
+    pages = f"/#/experiments{TRAINING_VIEW}"
+    mlflow = f"mlflow ui --backend-store-uri {shlex.quote(redact_text(uri))}    # http://127.0.0.1:5000{pages}"
     link = public_link(uri)
-    return [prefect, f"{link} (MLflow)" if link else mlflow]
+    return [prefect, f"{link}{pages} (MLflow)" if link else mlflow]
 
 
 def _losses(losses: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
@@ -165,9 +167,8 @@ def _losses(losses: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
 
 def _print_table(console: Console, title: str, rows: list[tuple[str, str]]) -> None:
     """A heading, then name and number in two columns."""
-    table = Table(show_header=False, box=None, padding=(0, 2, 0, 2))
-    table.add_column()
-    table.add_column(justify="right")
+    table = plain_table(2, indent=2)
+    table.columns[1].justify = "right"
     for row in rows:
         table.add_row(*row)
     console.print(f"[bold]{title}[/bold]")

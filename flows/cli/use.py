@@ -17,11 +17,11 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from configs.cli import Switch
 from data_prep.errors import PandaError
+from flows.cli.console import stdout_console
 from flows.cli.registry import Verb, parse_verb
 from flows.cli.run import print_json
 from training.export.export import to_gguf
@@ -145,7 +145,7 @@ def benchmark(argv: list[str]) -> int:
     if given.json:
         print_json({"version": version.uri, "scores": [asdict(score) for score in scores]})
     else:
-        Console(highlight=False).print(score_table(scores))
+        stdout_console().print(score_table(scores))
     return 0
 
 
@@ -153,7 +153,7 @@ def score_table(scores: list[Score]) -> Table:
     """A line for each metric."""
     lines = Table(box=None, padding=(0, 2, 0, 0))
     for heading in ("task", "metric", "value", "±", "shots", "records"):
-        lines.add_column(heading, no_wrap=True)
+        lines.add_column(heading, overflow="fold")
     for score in scores:
         error = "" if score.error is None else f"{score.error:.4f}"
         records = f"{score.records} of {score.available}"

@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
 from data_prep.errors import PandaError
+from tasks.train import losses_in_words
 from training.launch.exits import ExitReason, reason_of_error
 from training.launch.launcher import ExitReport
 
@@ -64,11 +65,8 @@ def completed(summary: dict[str, Any]) -> State[Any]:
 
 
 def _message(summary: dict[str, Any]) -> str:
-    model, losses = summary["model"], summary["losses"]
-    text = f"{model['name']} version {model['version']}"
-    if "all" in losses["before"] and "all" in losses["after"]:
-        text += f", held-out loss {losses['before']['all']:.4f} -> {losses['after']['all']:.4f}"
-    return text
+    model = summary["model"]
+    return f"{model['name']} version {model['version']}, {losses_in_words(summary['losses'])}"
 
 
 class Stopwatch:

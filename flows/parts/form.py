@@ -2,7 +2,8 @@
 
 In: `PandaSettings`. Out: a Prefect flow whose form and checks at submission are made from the settings classes. Every
 parameter defaults to None, "as the YAML files say", so that a model's own values still apply; the form shows such a
-field empty, in the order of `--help`, its group in front of its name. Cost: 0.1 s.
+field empty, its group in front of its name: first what people change first, then the rest in the order of `--help`.
+Cost: 0.1 s.
 
 From the parameters of a flow to its configuration. In: parameters, None = not given. Out: `Loaded`, checked.
 
@@ -10,15 +11,20 @@ A run that is gone on with gives the values that the parameters do not.
 
 Cost: composing the YAML, 0.3 s, and a look at the names of the corpus files.
 
-The name of a flow run: model, data, purpose. In: the parameters of the run. Out: text. Cost: composing the YAML.
+The name of a flow run: date, model, data, purpose; at its end also the version and what the gate says of it.
+
+In: the parameters of the run; its summary. Out: text; another name of the flow run. Cost: composing YAML; a request.
 """
 
 import inspect
+import logging
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
 from prefect import Flow
+from prefect.client.orchestration import get_client
 from prefect.runtime import flow_run
 from pydantic import MISSING, Field, TypeAdapter, WithJsonSchema
 
@@ -27,10 +33,17 @@ from configs.load import Loaded, load
 from configs.settings import PandaSettings, fields_by_group
 from data_prep.errors import PandaError
 from flows.parts import preflight
+from flows.parts.overview import verdict_of
 from flows.parts.policy import is_scheduled
 from flows.parts.run_dir import as_in_the_run
 
 INTRODUCTION = "Corpora in, registered model out: validate and shard, tokenize, pack, train, evaluate, register."
+CHANGED_FIRST = (
+    "conf_path", "model", "ckpt_path", "instruction_tuning_data_dir", "pretraining_data_dir", "num_train_epochs",
+    "max_steps", "learning_rate", "per_gpu_train_batch_size", "gradient_accumulation_steps", "max_seq_length",
+    "use_lora", "lora_r", "use_quant", "num_processes", "zero_stage", "eval_steps", "registered_model_name", "run_name",
+    "resume",
+)  # fmt: skip
 EXTRA = {
     "conf_path": (str | None, "YAML file whose values go over the template's."),
     "overrides": (list[str] | None, "Hydra overrides, key=value each."),
@@ -55,7 +68,7 @@ def flow_of_settings(
 
 
 def _parameters(names: set[str] | None) -> list[inspect.Parameter]:
-    """Keyword-only parameters in the order of `--help`, all of them optional."""
+    """Keyword-only and optional: what people change first, then the others in the order of `--help`."""
     parameters = [_parameter(name, "Files", annotation, []) for name, (annotation, _) in EXTRA.items()]
     for title, fields in fields_by_group().items():
         group = title.split(":")[0]
@@ -63,7 +76,8 @@ def _parameters(names: set[str] | None) -> list[inspect.Parameter]:
             info = PandaSettings.model_fields[name]
             if names is None or name in names:
                 parameters.append(_parameter(name, group, info.annotation, info.metadata))
-    return parameters
+    places = {name: place for place, name in enumerate(CHANGED_FIRST)}
+    return sorted(parameters, key=lambda parameter: places.get(parameter.name, len(places)))
 
 
 def _docstring(introduction: str, names: set[str] | None) -> str:
@@ -110,14 +124,36 @@ def configure(parameters: dict[str, Any]) -> Loaded:
     return loaded
 
 
+logger = logging.getLogger(__name__)
+
+
 def run_title() -> str:
-    """`panda-tiny on my/instructions: LoRA, scheduled`."""
+    """`2026-11-24 panda-tiny on instructions: LoRA, scheduled`."""
     given = {name: value for name, value in flow_run.parameters.items() if value is not None}
     try:
         settings = load(given, given.pop("overrides", None), given.pop("conf_path", None)).settings
     except PandaError:
-        return "configuration error"
-    return f"{Path(settings.ckpt_path or settings.model).name} on {_data(settings)}: {', '.join(_purpose(settings))}"
+        return f"{_today()} configuration error"
+    model = Path(settings.ckpt_path or settings.model).name
+    return f"{_today()} {model} on {_data(settings)}: {', '.join(_purpose(settings))}"
+
+
+def add_result(summary: dict[str, Any]) -> None:
+    """`... → version 3, champion`; a name that cannot be changed is a warning, never a failure."""
+    run_id = flow_run.id
+    if "model" not in summary or run_id is None:
+        return
+    verdict = f", {verdict_of(summary)}" if "gate" in summary else ""
+    name = f"{flow_run.name} → version {summary['model']['version']}{verdict}"
+    try:
+        with get_client(sync_client=True) as client:
+            client.update_flow_run(run_id, name=name)
+    except Exception:
+        logger.warning("the flow run keeps its name", exc_info=True)
+
+
+def _today() -> str:
+    return time.strftime("%Y-%m-%d")
 
 
 def _data(settings: PandaSettings) -> str:

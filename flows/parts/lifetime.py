@@ -1,4 +1,4 @@
-"""What a flow run does first: it ties itself to its worker, and lets our own log lines through.
+"""What a flow run does first: it ties itself to its worker, lets our log lines through, shows errors as messages.
 
 In: nothing. Out: nothing. Cost: one system call.
 """
@@ -9,8 +9,11 @@ import os
 import signal
 import sys
 
+from data_prep.errors import PandaError
+
 PR_SET_PDEATHSIG = 1
 OURS = ("data_prep", "training", "configs", "tasks", "flows")
+OF_RUNS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")
 
 
 def begin() -> None:
@@ -20,6 +23,21 @@ def begin() -> None:
         logger = logging.getLogger(name)
         if logger.level == logging.NOTSET:
             logger.setLevel(logging.INFO)
+    for name in OF_RUNS:
+        logging.getLogger(name).addFilter(show_as_message)  # added once, however often
+
+
+def show_as_message(record: logging.LogRecord) -> bool:
+    """A filter: where Prefect logs the traceback of a `PandaError`, its message alone is what helps.
+
+    Of a Failed state that a stage has returned Prefect logs a traceback too, `NoneType: None`.
+    """
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, PandaError):
+        record.msg, record.args = str(error), ()
+    if error is None or isinstance(error, PandaError):
+        record.exc_info = record.exc_text = None
+    return True
 
 
 def end_with_worker() -> None:

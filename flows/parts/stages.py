@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from prefect.runtime import flow_run
+from prefect.runtime import deployment, flow_run
 
 from configs.settings import PandaSettings, RunSettings
 from data_prep import store
@@ -24,7 +24,7 @@ from training.models.hub import base_checkpoint
 from training.registry.lineage import corpus_files
 from training.tracking import run_record
 from training.tracking.run import Facts
-from training.tracking.run_record import Dataset
+from training.tracking.run_record import HELD_OUT, HELD_OUT_CONTEXT, Dataset
 
 
 @dataclass(frozen=True)
@@ -96,14 +96,19 @@ TARGET_TOKENS_TAG = "panda.target_tokens"
 
 
 def facts(settings: PandaSettings, corpus: str, plan: PlanResult) -> Facts:
-    """Parameters = the configuration; data sets = the corpora, by the fingerprint of their records."""
+    """Parameters = the configuration; data sets = the corpora, by fingerprint of the records, and what is held out."""
     folders = {"instruction": settings.instruction_tuning_data_dir, "pretraining": settings.pretraining_data_dir}
     datasets = [
         Dataset(source, corpus, folder, profile=plan.report["sources"].get(source, {}))
         for source, folder in folders.items()
         if folder and Path(folder).is_dir()
     ]
+    if plan.report["validation_records"]:
+        held_out = {name: plan.report[f"validation_{name}"] for name in ("records", "tokens", "target_tokens")}
+        datasets.append(Dataset(HELD_OUT, plan.fingerprint, plan.path, HELD_OUT_CONTEXT, held_out))
     tags = {
+        "mlflow.source.type": "LOCAL",
+        "mlflow.source.name": "flows/panda_train.py" if deployment.id else "train.py",
         CORPUS_TAG: corpus,
         TARGET_TOKENS_TAG: str(target_tokens_of_corpus(plan.report)),
         "panda.plan": plan.fingerprint,

@@ -20,6 +20,7 @@ import psutil
 from data_prep.errors import PandaError
 from flows.stack import process_manager, services
 from flows.stack.prefect_server import answers, api_url
+from training.tracking.sync import TRAINING_VIEW
 
 START_SECONDS = 180.0
 STOP_SECONDS = 60.0
@@ -171,7 +172,7 @@ def _welcome(state_dir: Path, url: str) -> str:
     return "\n".join(
         [
             f"Prefect UI   {url.removesuffix('/api')}",
-            f"MLflow UI    {ours.get('mlflow server')}",
+            f"MLflow UI    {ours.get('mlflow server')}/#/experiments{TRAINING_VIEW}",
             f"Logs         {os.path.relpath(state_dir)}",
             "Next:",
             f"  {elsewhere}{prefect} deployment run panda-train/default --watch",

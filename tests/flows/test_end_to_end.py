@@ -80,13 +80,21 @@ class TestFirstRun:
         import mlflow
 
         client = mlflow.MlflowClient(f"sqlite:///{folder}/outputs/mlflow.db")
-        tags = client.get_model_version(first["model"]["name"], "1").tags
+        version = client.get_model_version(first["model"]["name"], "1")
+        tags = version.tags
         plan = yaml.safe_load((Path(first["run_dir"]) / "config.yaml").read_text())["paths"]["plan_dir"]
         assert tags["panda.plan"] == Path(plan).name and len(tags["panda.config"]) == 32
         assert float(tags["eval_loss.all"]) == pytest.approx(first["losses"]["after"]["all"], abs=1e-5)
         assert tags["prefect.flow_run_id"] == first["prefect_flow_run_id"]
         run = client.get_run(first["mlflow_run_id"])
-        assert {one.dataset.digest for one in run.inputs.dataset_inputs} == {tags["panda.corpus"]}
+        digests = {one.dataset.name: one.dataset.digest for one in run.inputs.dataset_inputs}
+        corpus, plan = tags["panda.corpus"], tags["panda.plan"]
+        assert digests == {"instruction": corpus, "pretraining": corpus, "held-out": plan}
+        assert run.data.tags["mlflow.source.name"] == "train.py" and run.data.tags["mlflow.user"]
+        loss = f"{first['losses']['before']['all']:.4f} | {first['losses']['after']['all']:.4f}"
+        for description in (run.data.tags["mlflow.note.content"], version.description):
+            assert "| records in | 1,907 |" in description and loss in description
+            assert "It is the champion now" in description and first["run_dir"] in description
         names = {file.path for path in (None, "report") for file in client.list_artifacts(first["mlflow_run_id"], path)}
         wanted = {"config.yaml", "gate.json", "report/data.json", "report/corpus.json", "report/environment.json"}
         assert wanted | {"metrics.jsonl", "report/loss.png", "report/gate_records.jsonl"} <= names
@@ -99,6 +107,18 @@ class TestFirstRun:
         assert run.info.status == "FINISHED"
         assert len(client.get_metric_history(first["mlflow_run_id"], "loss")) == 12
         assert run.data.params["max_steps"] == "12"
+
+    def test_kept_checkpoints_and_the_registered_model_are_ranked(self, first, folder):
+        import mlflow
+
+        client = mlflow.MlflowClient(f"sqlite:///{folder}/outputs/mlflow.db")
+        experiment = client.get_run(first["mlflow_run_id"]).info.experiment_id
+        models = client.search_logged_models([experiment], order_by=[{"field_name": "metrics.eval/eval_loss"}])
+        steps = [model.params.get("step") for model in models]
+        assert len(models) == 3 and set(steps[:2]) == {None, "12"} and steps[2] == "6"  # step 6 was not evaluated
+        best = {metric.key: metric for metric in models[0].metrics}["eval/eval_loss"]
+        assert best.value == pytest.approx(first["losses"]["after"]["all"], abs=1e-5)
+        assert best.dataset_name == "held-out"
 
 
 @pytest.mark.distributed

@@ -11,8 +11,14 @@ from training.comparison.statistics import CHECKS, interval_of
 
 def verdict_markdown(result: dict[str, Any]) -> str:
     """Verdict, reasons, and a table each for losses and answers where there are any."""
-    parts = [f"**{'champion' if result['promoted'] else 'challenger'}**"]
-    parts.append("\n".join(f"- {reason}" for reason in result["reasons"]))
+    reasons = "\n".join(f"- {reason}" for reason in result["reasons"])
+    parts = [f"**{'champion' if result['promoted'] else 'challenger'}**", reasons, comparison_markdown(result)]
+    return "\n\n".join(part for part in parts if part)
+
+
+def comparison_markdown(result: dict[str, Any]) -> str:
+    """A table each for losses and answers where there are any."""
+    parts = []
     if result["slices"]:
         heads = ("held-out loss on", "records", "against", "loss", "its loss", "gain [95 %]")
         parts.append(_table(heads, map(_slice, result["slices"])))

@@ -24,6 +24,7 @@ from data_prep.plan.plan_file import open_rows, rows_file
 from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.shard import read_arrow
 from training.registry.versions import GAIN_TAG, GATE_TAG, PARENT_TAG, REASONS_TAG, Registry, Version
+from training.tracking.logged_models import last_step
 
 MARKER = "panda_version.json"  # in an exported model: the version it was made from
 CORPUS_REPORT = "report/corpus.json"
@@ -246,7 +247,7 @@ def steps_of_rows(plan_dir: Path, rows: np.ndarray, config: dict[str, Any], trai
     if not len(rows):
         return []
     num_rows = open_rows(plan_dir / rows_file("train")).num_rows
-    last = (config["keep_best"] and trained["best_step"]) or trained["steps"]
+    last = last_step(config, trained)
     per_epoch = steps_per_epoch(num_rows, trained["rows_per_step"])
     steps: set[int] = set()
     for epoch in range(-(-last // per_epoch)):

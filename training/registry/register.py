@@ -17,7 +17,6 @@ import hashlib
 import importlib.metadata
 import logging
 import os
-import re
 import shutil
 import tempfile
 import time
@@ -33,6 +32,7 @@ import yaml
 from training.errors import MlflowAway
 from training.lean_imports import silence_vain_warnings
 from training.models.hub import base_of
+from training.tracking.logged_models import NOT_IN_NAMES, REGISTERED
 from training.tracking.redact import what_it_says
 from training.tracking.sync import connect, import_mlflow
 
@@ -161,7 +161,6 @@ RETRY_SECONDS = (2, 5, 10, 20, 40)
 SHOWN_CHARS = 200
 SAMPLE_TOKENS = 48
 FINAL_ERRORS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED")
-NOT_IN_NAMES = re.compile(r"""[/:.%"']""")  # of a logged model; versions of models have dots: llama-3.1-8b
 Result = TypeVar("Result")
 
 
@@ -266,7 +265,7 @@ def log_model(client: "MlflowClient", model_dir: Path, run_id: str, tags: dict[s
         name=NOT_IN_NAMES.sub("-", run.info.run_name),
         source_run_id=run_id,
         tags=tags,
-        model_type="panda",
+        model_type=REGISTERED,
     )
     with tempfile.TemporaryDirectory(prefix=".package-", dir=model_dir.parent) as directory:
         package = Path(directory) / "package"

@@ -135,8 +135,8 @@ class Registry:
             self.client.set_model_version_tag(version.name, str(version.version), name, value[:MAX_TAG_CHARS])
 
     def describe(self, version: Version, markdown: str) -> None:
-        """Set the description that MLflow shows with a version."""
-        self.client.update_model_version(version.name, str(version.version), markdown)
+        """Set the description that MLflow shows with a version; a long one is cut."""
+        self.client.update_model_version(version.name, str(version.version), markdown[:MAX_TAG_CHARS])
 
     def set_alias(self, version: Version, alias: str) -> None:
         self.client.set_registered_model_alias(version.name, alias, str(version.version))

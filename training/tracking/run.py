@@ -7,6 +7,7 @@ Cost: one thread that wakes every five seconds; opening waits for nothing, not e
 """
 
 import contextlib
+import getpass
 import importlib.metadata
 import json
 import logging
@@ -27,10 +28,13 @@ from training.tracking import plots, run_record, system_metrics
 from training.tracking import sync as mlflow_sync
 from training.tracking.redact import redact, redact_text, what_it_says
 from training.tracking.run_record import Dataset, RunRecord
+from training.tracking.sync import USER_TAG
 
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 5.0
+NOTE_TAG = "mlflow.note.content"  # MLflow's name for the description of a run
+MAX_NOTE_CHARS = 4500  # MLflow takes 5,000 bytes and more, depending on its database
 _sending = threading.Lock()  # one writer of a run's record at a time
 
 
@@ -61,6 +65,14 @@ class TrackedRun:
         if not self.sync() or self.run_id is None:
             raise MlflowAway(f"no run could be opened at {redact_text(self.uri)}")
         return self.run_id
+
+    def describe(self, markdown: str) -> None:
+        """Set what MLflow shows as the description of the run; sent with the next news."""
+        with _sending:
+            record = run_record.read_known(self.run_dir)
+            record.tags[NOTE_TAG] = redact_text(markdown)[:MAX_NOTE_CHARS]
+            record.sent_facts = False
+            run_record.write(self.run_dir, record)
 
     def sync(self) -> bool:
         """Send what is new; False, with a warning, when MLflow cannot be reached. Raises nothing."""
@@ -131,12 +143,16 @@ def environment() -> dict[str, Any]:
 
 
 def source_tags() -> dict[str, str]:
-    """Commit of the code, and whether it was changed since; nothing outside of a git repository."""
+    """Who runs this, commit of the code, and whether it was changed since; no commit outside of a git repository."""
+    try:
+        user = {USER_TAG: getpass.getuser()}
+    except (OSError, KeyError, ImportError):  # a container whose user has no name
+        user = {}
     try:
         commit, changes = (_git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
-        return {}
-    return {"mlflow.source.git.commit": commit, "panda.code_changed": str(bool(changes)).lower()}
+        return user
+    return {**user, "mlflow.source.git.commit": commit, "panda.code_changed": str(bool(changes)).lower()}
 
 
 def _git(*arguments: str) -> str:

@@ -18,6 +18,7 @@ import psutil
 
 FILE_NAME = "tracking.json"
 RUNNING = "RUNNING"
+HELD_OUT, HELD_OUT_CONTEXT = "held-out", "validation"  # the data set that losses of models are measured on
 
 
 @dataclass(frozen=True)

@@ -13,25 +13,29 @@ import shutil
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from training.tracking import run_record
-from training.tracking.redact import redact_text
+from training.tracking import logged_models, run_record
+from training.tracking.metric_lines import SERIES, metrics_of
+from training.tracking.redact import redact_text, what_it_says
 from training.tracking.run_record import RunRecord, new_lines
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
-SERIES = {"metrics.jsonl": "", "evaluations.jsonl": "eval/", "system.jsonl": ""}  # file -> prefix of its metrics
 ARTIFACTS = (
     "config.yaml", "metrics.jsonl", "evaluations.jsonl", "evaluation.json", "gate.json", "train.json", "summary.json",
 )  # fmt: skip
 ARTIFACTS_DIR = "mlartifacts"
 URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
 TOKEN_TAG = "panda.run_token"
+USER_TAG = "mlflow.user"
+KIND_TAG, TRAINING = "mlflow.experimentKind", "custom_model_development"
+"""Without this kind MLflow's pages take our runs for evaluations of an agent."""
+TRAINING_VIEW = "?workflowType=machine_learning"
+"""At the end of a link: without it a browser that is new to MLflow opens the pages for agents, whatever the kind."""
 MAX_METRICS = 1000  # MLflow's limits of a batch
 MAX_PARAMS = 100
 MAX_PARAM_CHARS = 6000
@@ -48,6 +52,8 @@ CHATTER = {
     "mlflow.store.db.utils": logging.CRITICAL,  # "Creating initial tables"; tracebacks of what it raises as well
     "urllib3.connectionpool": logging.ERROR,  # each retry; the outage is told once, by us
 }
+logger = logging.getLogger(__name__)
+
 _pointing = threading.Lock()
 _importing = threading.Lock()
 _reached: set[str] = set()  # databases that have answered this process
@@ -144,6 +150,7 @@ def find_run(client: "MlflowClient", record: RunRecord, uri: str, run_dir: Path)
 def create_run(client: "MlflowClient", record: RunRecord, uri: str, run_dir: Path) -> str:
     """A new run, marked with our token."""
     tags = {TOKEN_TAG: record.token, "panda.run_dir": str(run_dir)}
+    tags |= {USER_TAG: record.tags[USER_TAG]} if USER_TAG in record.tags else {}  # MLflow also makes a field of it
     created = client.create_run(experiment_id(client, record, uri, run_dir), record.started_ms, tags, record.run_name)
     return created.info.run_id
 
@@ -176,7 +183,9 @@ def send_facts(client: "MlflowClient", record: RunRecord) -> None:
     from mlflow.entities import Dataset as MlflowDataset
     from mlflow.entities import DatasetInput, InputTag, Param, RunTag
 
-    known = client.get_run(record.known_id).data.params
+    run = client.get_run(record.known_id)
+    open_training_view(client, run.info.experiment_id)
+    known = run.data.params
     new = [Param(name, value[:MAX_PARAM_CHARS]) for name, value in record.params.items() if name not in known]
     for first in range(0, len(new), MAX_PARAMS):
         client.log_batch(record.known_id, params=new[first : first + MAX_PARAMS])
@@ -200,6 +209,12 @@ def send_facts(client: "MlflowClient", record: RunRecord) -> None:
         record.sent_status = run_record.RUNNING
 
 
+def open_training_view(client: "MlflowClient", experiment_id: str) -> None:
+    """Set the kind of the experiment, unless somebody has chosen one."""
+    if KIND_TAG not in client.get_experiment(experiment_id).tags:
+        client.set_experiment_tag(experiment_id, KIND_TAG, TRAINING)
+
+
 def send_series(client: "MlflowClient", record: RunRecord, path: Path, prefix: str) -> None:
     """The lines of a metrics file that are new since the last time."""
     offset, lines = new_lines(path, record.sent_offsets.get(path.name, 0))
@@ -215,34 +230,23 @@ def send_series(client: "MlflowClient", record: RunRecord, path: Path, prefix: s
     record.sent_offsets[path.name] = offset
 
 
-def metrics_of(line: dict[str, Any], prefix: str, started_ms: int) -> "Iterator[Metric]":
-    """The numbers of a line as MLflow metrics; nested ones are joined by `/` (`eval/sources/instruction/loss`)."""
-    from mlflow.entities import Metric
-
-    step = int(line.get("step", 0))
-    milliseconds = int(line["time"] * 1000) if "time" in line else started_ms + step
-    for name, value in flatten(line):
-        if name not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool):
-            yield Metric(prefix + name, float(value), milliseconds, step)
-
-
-def flatten(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
-    """(path, value) of the leaves of nested mappings."""
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from flatten(value, f"{path}{name}/")
-        else:
-            yield f"{path}{name}", value
-
-
 def send_status(client: "MlflowClient", record: RunRecord, run_dir: Path) -> None:
     """Artifacts that are new or changed; the status last, so that a finished run is a complete one."""
     if record.status == run_record.RUNNING:
         return
     send_artifacts(client, record, run_dir)
     if record.sent_status != record.status:
+        try_send_models(client, record, run_dir)
         client.set_terminated(record.known_id, record.status, record.ended_ms or int(time.time() * 1000))
         record.sent_status = record.status
+
+
+def try_send_models(client: "MlflowClient", record: RunRecord, run_dir: Path) -> None:
+    """The checkpoints as logged models: to rank them by; that MLflow refuses them is no reason to keep a run open."""
+    try:
+        logged_models.send(client, record, run_dir)
+    except Exception as error:
+        logger.warning("the checkpoints of %s are not among MLflow's models (%s)", run_dir, what_it_says(error))
 
 
 def send_artifacts(client: "MlflowClient", record: RunRecord, run_dir: Path) -> None:

@@ -64,9 +64,14 @@ class TestRefusedAtSubmission:
 
     def test_wrong_combination_fails_at_once_as_on_the_command_line(self, stack):
         conf = stack.config("contradiction", warmup_steps=5, warmup_proportion=0.5)
-        state = stack.end_of(stack.start(conf))
+        run = stack.start(conf)
+        state = stack.end_of(run)
         assert (state.type.value, state.name) == ("FAILED", "UserError")
         assert "contradict each other" in state.message
+        wait_for(
+            lambda: "contradict each other; set one" in stack.logs(run).split("Finished in state")[-1], 60, "its end"
+        )
+        assert "Traceback" not in stack.logs(run)
 
 
 class TestRun:
@@ -74,17 +79,21 @@ class TestRun:
         run = stack.flow_run(first)
         assert run.state.name == "Completed"
         assert "panda-panda-tiny version 1, held-out loss" in run.state.message
-        assert run.name == "panda-tiny on instruction_tuning + pretraining: all weights"
+        purpose = "panda-tiny on instruction_tuning + pretraining: all weights"
+        assert re.fullmatch(rf"\d{{4}}-\d\d-\d\d {re.escape(purpose)} → version 1, champion", run.name)
 
     def test_artifacts(self, stack, first):
         shown = stack.artifacts(first)
         assert {"data-report", "prepared-data", "curve-loss", "evaluation", "model", "links", "gate"} <= shown.keys()
         assert "⟦" in shown["prepared-data"]
         assert shown["curve-loss"].startswith("data:image/png;base64,")
-        assert "/#/models/panda-panda-tiny/versions/1" in shown["links"]
+        assert "/#/models/panda-panda-tiny/versions/1?workflowType=machine_learning" in shown["links"]
+        assert "| records in | 1,907 |" in shown["overview"] and shown["links"].splitlines()[-1] in shown["overview"]
 
-    def test_logs_of_the_ranks_arrive(self, stack, first):
-        assert "[rank-0]" in stack.logs(first)
+    def test_logs_of_the_ranks_arrive_and_stages_end_with_their_numbers(self, stack, first):
+        logs = stack.logs(first)
+        assert "[rank-0]" in logs and "Completed()" not in logs
+        assert re.search(r"Finished in state Completed\('6 steps, [\d,]+ target tokens, loss ", logs)
 
     def test_second_run_reuses_the_data(self, stack, first):
         run = stack.start(stack.config("short", max_steps=6), until_stage="plan")
@@ -94,7 +103,7 @@ class TestRun:
             from prefect.client.schemas.filters import FlowRunFilter
 
             tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run]}))
-        names = {task.name.rsplit("-", 1)[0]: task.state.name for task in tasks}
+        names = {task.name: task.state.name for task in tasks}
         assert [names[name] for name in ("validate and shard", "tokenize and mask", "plan packing")] == ["Reused"] * 3
 
 

@@ -1,7 +1,9 @@
 """Tracking against real MLflow databases and a real server: true statuses, nothing lost in an outage, no secrets."""
 
+import getpass
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,7 +23,7 @@ from training.tracking import run as tracking
 from training.tracking import run_record
 from training.tracking.redact import public_link, redact
 from training.tracking.run import Dataset, Facts, open_run
-from training.tracking.sync import connect
+from training.tracking.sync import KIND_TAG, connect
 
 SETTINGS = TrackingSettings()
 FACTS = Facts(
@@ -62,6 +64,7 @@ def test_a_run_has_params_metrics_data_and_artifacts(run_dir):
     assert history(client, run_id, "loss") == [(step, 1 / step) for step in range(1, 13)]
     assert history(client, run_id, "eval/sources/instruction/loss") == [(12, 0.4)]
     assert run.data.metrics["system/system_memory_usage_percentage"] > 0
+    assert run.data.tags["mlflow.user"] == run.info.user_id == getpass.getuser()
     (data,) = run.inputs.dataset_inputs
     assert data.dataset.digest == "0123456789abcdef" * 2 and data.tags[0].value == "training"
     assert len(run.data.tags["mlflow.source.git.commit"]) == 40
@@ -71,6 +74,85 @@ def test_a_run_has_params_metrics_data_and_artifacts(run_dir):
     assert {"report/data.json", "report/environment.json", "report/loss.png"} <= reports
     config = Path(client.download_artifacts(run_id, "config.yaml")).read_text()
     assert "hunter2" not in config and "postgresql://me:***@db/mlflow" in config
+
+
+def test_the_training_view_opens_unless_somebody_chose_another(run_dir):
+    with open_run(SETTINGS, run_dir, FACTS) as tracked:
+        run_id = tracked.wait_for_run_id()
+    client = connect(tracked.uri)
+    experiment = client.get_run(run_id).info.experiment_id
+    assert client.get_experiment(experiment).tags[KIND_TAG] == "custom_model_development"
+    client.set_experiment_tag(experiment, KIND_TAG, "genai_development")
+    again = run_dir.with_name("run-2")
+    again.mkdir()
+    with open_run(SETTINGS, again, FACTS) as tracked:
+        tracked.wait_for_run_id()
+    assert client.get_experiment(experiment).tags[KIND_TAG] == "genai_development"
+
+
+def test_a_description_arrives_without_passwords(run_dir):
+    with open_run(SETTINGS, run_dir, FACTS) as tracked:
+        run_id = tracked.wait_for_run_id()
+        tracked.describe("**better**, see postgresql://me:hunter2@db/mlflow")
+    assert connect(tracked.uri).get_run(run_id).data.tags["mlflow.note.content"] == (
+        "**better**, see postgresql://me:***@db/mlflow"
+    )
+
+
+HELD_OUT_FACTS = Facts({}, [Dataset("held-out", "a" * 32, "/plan", "validation")])
+
+
+def keep(run_dir: Path, step: int) -> None:
+    """What marks a whole checkpoint, and an evaluation after it."""
+    folder = run_dir / "checkpoints" / f"step-{step:06d}"
+    folder.mkdir(parents=True)
+    (folder / "complete.json").write_text(json.dumps({"progress": {"step": step}, "files": {}}))
+    with open(run_dir / "evaluations.jsonl", "a") as file:
+        file.write(json.dumps({"step": step, "eval_loss": abs(step - 6) + 0.5, "time": 1_700_000_000 + step}) + "\n")
+
+
+def ranked(client, run_id: str) -> list[tuple[str, float]]:
+    """(Step, held-out loss) of the run's models, best first, by MLflow's own search."""
+    experiment = client.get_run(run_id).info.experiment_id
+    order = {"field_name": "metrics.eval/eval_loss", "dataset_name": "held-out", "dataset_digest": "a" * 32}
+    models = client.search_logged_models([experiment], order_by=[order])
+    losses = [{metric.key: metric.value for metric in model.metrics} for model in models]
+    return [(model.params["step"], loss["eval/eval_loss"]) for model, loss in zip(models, losses, strict=True)]
+
+
+def test_kept_checkpoints_are_ranked_by_their_held_out_loss(run_dir):
+    with open_run(SETTINGS, run_dir, HELD_OUT_FACTS) as tracked:
+        run_id = tracked.wait_for_run_id()
+        write_steps(run_dir, 1, 12)
+        for step in (3, 6, 12):
+            keep(run_dir, step)
+    client = connect(tracked.uri)
+    assert ranked(client, run_id) == [("6", 0.5), ("3", 3.5), ("12", 6.5)]
+    assert history(client, run_id, "eval/eval_loss") == [(3, 3.5), (6, 0.5), (12, 6.5)]  # none of them twice
+    outputs = client.get_run(run_id).outputs.model_outputs
+    assert sorted(output.step for output in outputs) == [3, 6, 12]
+    models = client.search_logged_models([client.get_run(run_id).info.experiment_id])
+    assert {str(model.status) for model in models} == {"READY"} and len({m.name for m in models}) == 3
+    assert client.list_logged_model_artifacts(models[0].model_id)[0].path == "complete.json"
+
+
+def test_a_resumed_run_takes_back_checkpoints_it_no_longer_keeps(run_dir):
+    with open_run(SETTINGS, run_dir, HELD_OUT_FACTS) as tracked:
+        run_id = tracked.wait_for_run_id()
+        keep(run_dir, 3)
+        keep(run_dir, 6)
+    with open_run(SETTINGS, run_dir, HELD_OUT_FACTS) as tracked:
+        shutil.rmtree(run_dir / "checkpoints" / "step-000003")
+        keep(run_dir, 9)
+    assert ranked(connect(tracked.uri), run_id) == [("6", 0.5), ("9", 3.5)]
+
+
+def test_a_run_that_may_go_on_has_no_models_yet(run_dir):
+    with pytest.raises(RuntimeError), open_run(SETTINGS, run_dir, HELD_OUT_FACTS) as tracked:
+        run_id = tracked.wait_for_run_id()
+        keep(run_dir, 3)
+        raise RuntimeError
+    assert ranked(connect(tracked.uri), run_id) == []
 
 
 class TrainingFailed(Exception):

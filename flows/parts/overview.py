@@ -1,0 +1,124 @@
+"""The story of a run on one page: what became of the data, what it did to the loss, what the gate says, where to look.
+
+In: the summary, and links by name. Out: Markdown, as the artifact `overview` in Prefect and as the description of the
+run and of the version in MLflow. A run that ends early tells as much as it has done. Cost: 40 ms and two requests.
+"""
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from prefect.artifacts import create_markdown_artifact
+
+from training.comparison.report import comparison_markdown
+from training.registry.versions import Registry
+from training.tracking.run import TrackedRun
+
+logger = logging.getLogger(__name__)
+
+
+def show(summary: dict[str, Any], links: dict[str, str] | None = None) -> None:
+    """The artifact `overview`; one that cannot be made is a warning: the model is there."""
+    try:
+        text = _whole(summary, links)
+        create_markdown_artifact(text, key="overview", description="What went in, what came out, and how good it is")
+    except Exception:
+        logger.warning("no overview of the run in Prefect", exc_info=True)
+
+
+def tell_mlflow(tracked: TrackedRun, summary: dict[str, Any], links: dict[str, str]) -> None:
+    """The same as the description of the run and of the version; one that cannot be written is a warning."""
+    tracked.describe(story(summary, links))
+    try:
+        registry = Registry(tracked.uri)
+        registry.describe(registry.resolve(summary["model"]["uri"]), _whole(summary, links))
+    except Exception:
+        logger.warning("no description of %s in MLflow", summary["model"]["uri"], exc_info=True)
+
+
+def _whole(summary: dict[str, Any], links: dict[str, str] | None) -> str:
+    """The story, and the tables of the comparison where there was one."""
+    tables = comparison_markdown(summary["gate"]) if "gate" in summary else ""
+    return story(summary, links) + (f"\n\n## Comparison\n\n{tables}" if tables else "")
+
+
+def story(summary: dict[str, Any], links: dict[str, str] | None = None) -> str:
+    """Markdown: outcome, data -> loss -> gate, links."""
+    sections = [_outcome(summary)]
+    if "data" in summary:
+        sections.append(f"## Data\n\n{_table(('what', 'number'), _data(summary['data']))}")
+    if "training" in summary:
+        sections.append(f"## Training\n\n{_table(('what', 'number'), _training(summary['training']))}")
+    if "losses" in summary:
+        sections.append(f"## Held-out loss per target token\n\n{_losses(summary['losses'])}")
+    if "gate" in summary:
+        sections.append(f"## Gate\n\n{_gate(summary['gate'])}")
+    if links:
+        sections.append(f"## Links\n\n{_table(('what', 'where'), list(links.items()))}")
+    return "\n\n".join(section for section in sections if section)
+
+
+def _outcome(summary: dict[str, Any]) -> str:
+    """What the run has come to, in a line."""
+    if "model" in summary:
+        model = summary["model"]
+        verdict = f", {verdict_of(summary)}" if "gate" in summary else ""
+        return f"**{model['name']} version {model['version']}{verdict}**"
+    if "outcome" in summary:
+        return f"**{summary['outcome']['name']}**: {summary['outcome']['message']}"
+    return ""
+
+
+def verdict_of(summary: dict[str, Any]) -> str:
+    """What the gate has made of the version."""
+    return "champion" if summary["gate"]["promoted"] else "challenger"
+
+
+def _data(report: dict[str, Any]) -> list[tuple[str, str]]:
+    """Records in = accepted + rejected + dropped; tokens of the training rows."""
+    rows = [
+        ("records in", f"{report['records_in']:,}"),
+        ("accepted", f"{report['accepted']:,}, {report['validation_records']:,} of them held out"),
+        ("rejected", _by_reason(report["rejected"])),
+        ("dropped", _by_reason(report["dropped"])),
+        ("tokens", f"{report['tokens']:,}, {report['target_tokens']:,} of them targets"),
+        ("rows", f"{report['rows']:,} of {report['max_seq_length']:,} tokens, {report['utilisation']:.1%} full"),
+    ]
+    sources = report.get("sources", {}).items()
+    return [
+        *rows,
+        *((f"source {name}", f"{s['records']:,} records, {s['share']:.1%} of the tokens") for name, s in sources),
+    ]
+
+
+def _by_reason(counts: dict[str, int]) -> str:
+    reasons = ", ".join(f"{reason} {count:,}" for reason, count in counts.items())
+    return f"{sum(counts.values()):,}" + (f" ({reasons})" if reasons else "")
+
+
+def _training(trained: dict[str, Any]) -> list[tuple[str, str]]:
+    rows = [("steps", f"{trained['steps']:,}"), ("target tokens", f"{trained['target_tokens']:,}")]
+    if trained["first_loss"] is not None:
+        rows.append(("loss", f"{trained['first_loss']:.4f} → {trained['last_loss']:.4f}"))
+    return [*rows, ("duration", f"{trained['seconds']:,.0f} s")]
+
+
+def _losses(losses: dict[str, dict[str, float]]) -> str:
+    """A row per source, all of them together last; nothing held out is said plainly."""
+    before, after = losses["before"], losses["after"]
+    rows = [(name, _loss(before.get(name)), _loss(after.get(name))) for name in dict.fromkeys([*before, *after])]
+    return _table(("source", "before", "after"), rows) if rows else "Nothing is held out, so nothing was measured."
+
+
+def _loss(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
+
+
+def _gate(gate: dict[str, Any]) -> str:
+    reasons = "\n".join(f"- {reason}" for reason in gate["reasons"])
+    return f"{'It is the champion now' if gate['promoted'] else 'It stays challenger'}:\n\n{reasons}"
+
+
+def _table(heads: tuple[str, ...], rows: Sequence[tuple[str, ...]]) -> str:
+    lines = [heads, ("---",) * len(heads), *rows]
+    return "\n".join(f"| {' | '.join(cell.replace('|', ' ') for cell in line)} |" for line in lines)
