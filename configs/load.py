@@ -102,6 +102,8 @@ def _read_user_file(path: Path) -> dict[str, Any]:
     conf = _read_yaml(path)
     if "defaults" in conf:
         raise ConfigError([f"{path}: a defaults list has no place here; write `model: llama-7b` and `preset: lora`"])
+    if "hydra" in conf:
+        raise ConfigError([f"{path}: `hydra` is no setting; what it configures is not the user's"])
     return {name: value for name, value in conf.items() if name != RUN_PATHS}
 
 

@@ -3,6 +3,7 @@
 In: ``{"_target_": "my_package.my_module.read_csv", "delimiter": ";"}``. Out: the function with its keyword arguments
 bound, and a hash of the source file it lives in, so that what it made is made again when its code changes. A node among
 the fields is called and gives the field its value. Modules are found as by ``import``, and in the working directory.
+Every node passes the checks of `data_prep.allowed` here, with all that is in it, before anything of it is imported.
 """
 
 import importlib
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from data_prep import allowed
 from data_prep.errors import PandaError
 from data_prep.store import hash_file
 
@@ -21,13 +23,17 @@ def load_target(node: dict[str, Any], setting: str) -> Callable:
     """The function a node names, with its other fields bound as keyword arguments.
 
     :param setting: the name of the setting, for the error message.
-    :raises PandaError: it cannot be imported.
+    :raises PandaError: it may not be called (`panda.toml`), or cannot be imported.
     """
-    module, name = _split(node)
+    module, name = _split(node, setting)
     try:
         function = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise PandaError(f"{setting}: cannot import {node['_target_']} ({error}); {_places()}") from error
+    try:
+        allowed.check_object(node["_target_"], function)
+    except PandaError as error:
+        raise PandaError(f"{setting}: {error}") from error
     fields = {key: value for key, value in node.items() if key != "_target_"}
     return partial(function, **{key: _value(value, setting) for key, value in fields.items()})
 
@@ -39,7 +45,7 @@ def _value(value: Any, setting: str) -> Any:
 
 def target_fingerprint(node: dict[str, Any], setting: str) -> dict[str, Any]:
     """What a node's results depend on: the node itself and the bytes of the module it names (not what that imports)."""
-    module, _ = _split(node)
+    module, _ = _split(node, setting)
     try:
         spec = importlib.util.find_spec(module)
     except ImportError:
@@ -49,10 +55,20 @@ def target_fingerprint(node: dict[str, Any], setting: str) -> dict[str, Any]:
     return {"node": node, "source": hash_file(spec.origin) if spec.origin and spec.has_location else None}
 
 
-def _split(node: dict[str, Any]) -> tuple[str, str]:
-    """Module and name; from here on the working directory is among the places where modules are found."""
+def problems_of(value: Any) -> list[str]:
+    """What forbids the nodes in the value of a setting; nothing is imported.
+
+    From here on the working directory is among the places where modules are found.
+    """
     if os.getcwd() not in sys.path:  # last: nothing there may hide an installed module
         sys.path.append(os.getcwd())
+    return allowed.problems(value)
+
+
+def _split(node: dict[str, Any], setting: str) -> tuple[str, str]:
+    """Module and name of a node that may be called."""
+    if found := problems_of(node):
+        raise PandaError(f"{setting}: {found[0]}")
     module, _, name = node["_target_"].rpartition(".")
     return module, name
 

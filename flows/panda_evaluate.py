@@ -11,10 +11,9 @@ from typing import Any
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 
-from configs.load import load
 from data_prep.errors import PandaError
 from flows.parts import flow_states, run_dir
-from flows.parts.form import flow_of_settings
+from flows.parts.form import flow_of_settings, read
 from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end
 from tasks.train import evaluate
@@ -27,9 +26,8 @@ SETTINGS = {"output_dir", "run_name", "per_gpu_eval_batch_size", "precision", "a
 def panda_evaluate(**parameters: Any) -> State[Any]:
     """Replaced below: the form and the reference are made from the settings classes."""
     begin()
-    given = {name: value for name, value in parameters.items() if value is not None}
     try:
-        settings = load(given, given.pop("overrides", None), given.pop("conf_path", None)).settings
+        settings = read(parameters).settings
         run = run_dir.create(settings.model_copy(update={"resume": True}))
         losses = evaluate(run.path, TrainSettings.of(settings), _trained(run.path))
     except PandaError as error:

@@ -2,7 +2,8 @@
 
 In: the environment variables RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT (set by the launcher, torchrun or
 by hand). Out: `Ranks`. Numbers travel over gloo on the CPU, in float64, whatever the device of the model: agreeing
-costs 0.1 to 0.3 ms on one machine and never waits for the GPU. Gradients travel over NCCL where there are GPUs.
+costs 0.1 to 0.3 ms on one machine and never waits for the GPU. Gradients travel over NCCL where there are GPUs. All of
+them listen only on the interface that MASTER_ADDR names (`training/rendezvous.py`).
 """
 
 import os
@@ -14,8 +15,10 @@ import torch
 import torch.distributed as dist
 
 from training.errors import DeviceError
+from training.rendezvous import listen_beside, meet
 
 TIMEOUT = timedelta(minutes=30)
+AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 
 @dataclass(frozen=True)
@@ -78,7 +81,11 @@ def join(ranks: Ranks) -> None:
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
+    address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    listen_beside(address)
+    hosted = os.environ.get(AGENT_STORE) == "True"  # by torchrun's agent, which torch then finds by itself
+    store = None if hosted else meet(address, port, ranks.world_size, ranks.is_first, TIMEOUT)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
 
 
 def leave() -> None:

@@ -7,7 +7,8 @@ Cost: 0.1 s.
 
 From the parameters of a flow to its configuration. In: parameters, None = not given. Out: `Loaded`, checked.
 
-A run that is gone on with gives the values that the parameters do not.
+A run that is gone on with gives the values that the parameters do not. Parameters that come over the network may say
+only what `flows.parts.permission` lets them; every flow reads its parameters here.
 
 Cost: composing the YAML, 0.3 s, and a look at the names of the corpus files.
 
@@ -32,7 +33,7 @@ from configs.field_types import allowed
 from configs.load import Loaded, load
 from configs.settings import PandaSettings, fields_by_group
 from data_prep.errors import PandaError
-from flows.parts import preflight
+from flows.parts import permission, preflight
 from flows.parts.overview import verdict_of
 from flows.parts.policy import is_scheduled
 from flows.parts.run_dir import as_in_the_run
@@ -113,13 +114,22 @@ def _without_null(schema: dict[str, Any]) -> dict[str, Any]:
     return rest | {"anyOf": kinds} if kinds else rest
 
 
-def configure(parameters: dict[str, Any]) -> Loaded:
-    """The configuration that the parameters make, checked as far as possible without work."""
+def read(parameters: dict[str, Any], goes_on: bool = False) -> Loaded:
+    """The configuration that the parameters make; `goes_on` takes the rest from the run to resume, if there is one."""
     given = {name: value for name, value in parameters.items() if value is not None}
+    foreign = permission.check_parameters(given)
     overrides, conf_path = given.pop("overrides", None), given.pop("conf_path", None)
     loaded = load(given, overrides, conf_path)
-    if not conf_path:
+    permission.check_settings(loaded.settings, foreign)
+    if goes_on and not conf_path:
         loaded = as_in_the_run(loaded, given, overrides)
+        permission.check_settings(loaded.settings, foreign)
+    return loaded
+
+
+def configure(parameters: dict[str, Any]) -> Loaded:
+    """The configuration that the parameters make, checked as far as possible without work."""
+    loaded = read(parameters, goes_on=True)
     preflight.check(loaded.settings, {name for name, origin in loaded.origins.items() if origin != "default"})
     return loaded
 
@@ -129,9 +139,8 @@ logger = logging.getLogger(__name__)
 
 def run_title() -> str:
     """`2026-11-24 panda-tiny on instructions: LoRA, scheduled`."""
-    given = {name: value for name, value in flow_run.parameters.items() if value is not None}
     try:
-        settings = load(given, given.pop("overrides", None), given.pop("conf_path", None)).settings
+        settings = read(flow_run.parameters).settings
     except PandaError:
         return f"{_today()} configuration error"
     model = Path(settings.ckpt_path or settings.model).name

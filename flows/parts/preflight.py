@@ -9,6 +9,7 @@ from pathlib import Path
 
 from configs.errors import ConfigError
 from configs.settings import PandaSettings
+from data_prep.targets import problems_of
 from training.models.hub import (
     DELTA_MARKER,
     base_checkpoint,
@@ -30,6 +31,8 @@ def check(settings: PandaSettings, chosen: set[str]) -> None:
         one is there, one that the user named is not.
     """
     problems = [*_corpus_problems(settings, chosen), *_output_problems(settings), *_training_problems(settings)]
+    problems += [f"{name}: {problem}" for name, value in settings if isinstance(value, (dict, list))
+                 for problem in problems_of(value)]  # fmt: skip
     if base_checkpoint(settings) is None and settings.architecture is None:
         problems.append(f"model={settings.model!r}: neither a checkpoint (ckpt_path) nor an architecture to start from")
     if settings.replay_share < 1 and not settings.replay_of and settings.init_from != "champion":

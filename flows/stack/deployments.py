@@ -27,7 +27,7 @@ from uuid import UUID
 
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.client.schemas.actions import WorkPoolCreate
+from prefect.client.schemas.actions import WorkPoolCreate, WorkPoolUpdate
 from prefect.client.schemas.objects import StateType
 from prefect.events.actions import ChangeFlowRunState
 from prefect.events.schemas.automations import Automation, AutomationCore, EventTrigger, Posture
@@ -41,6 +41,8 @@ from flows.stack.prefect_server import answers, api_url, wait_for_server
 from flows.stack.services import POOL
 
 MISSED_HEARTBEATS = 3
+OF_THE_WORKER = ("command", "env", "working_dir")
+"""What a run of the pool has from its worker: who starts a run cannot choose another command or environment for it."""
 
 
 def deploy() -> None:
@@ -112,13 +114,26 @@ def _content(automation: AutomationCore) -> dict[str, Any]:
 
 
 def _ensure_pool(client: SyncPrefectClient) -> None:
-    """The pool, if the worker that starts meanwhile has not made it first: it makes the same one."""
+    """The pool, if the worker that starts meanwhile has not made it first, and then with Prefect's own template."""
+    offered = ProcessWorker.get_default_base_job_template()
     try:
-        client.read_work_pool(POOL)
+        made = client.read_work_pool(POOL).base_job_template
     except ObjectNotFound:
-        template = ProcessWorker.get_default_base_job_template()
+        made = offered
         with suppress(ObjectAlreadyExists):
-            client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=template))
+            client.create_work_pool(WorkPoolCreate(name=POOL, type="process", base_job_template=pool_template()))
+            return
+    if made == offered:  # one that its owner has written stays
+        client.update_work_pool(POOL, WorkPoolUpdate(base_job_template=pool_template()))
+
+
+def pool_template() -> dict[str, Any]:
+    """Prefect's template of a process, without the variables that would let a run be any command."""
+    template: dict[str, Any] = ProcessWorker.get_default_base_job_template()
+    for name in OF_THE_WORKER:
+        del template["variables"]["properties"][name], template["job_configuration"][name]
+    template["variables"]["additionalProperties"] = False
+    return template
 
 
 def _schedules(client: SyncPrefectClient) -> dict[UUID, dict[str | None, bool]]:

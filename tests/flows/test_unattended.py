@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 
-from tests.support.stack import LONG, ROOT, Stack, running_stack, wait_for
+from tests.support.stack import LONG, Stack, running_stack, wait_for
 from training.registry.versions import PARENT_TAG, Registry
 from training.tracking.sync import connect
 
@@ -163,7 +163,7 @@ def test_slurm_worker_runs_one_run_and_stops_it_in_time(stack, first):
     path = f"{Path(sys.executable).parent}:{stack.env['PATH']}"
     env = {**stack.env, "PANDA_POOL": "panda-slurm", "PATH": path}
     with open(stack.folder / "slurm.log", "wb") as log:
-        job = subprocess.Popen(["bash", "deploy/slurm/worker.sh"], cwd=ROOT, env=env, stdout=log, stderr=log)
+        job = subprocess.Popen(["bash", "deploy/slurm/worker.sh"], cwd=stack.project, env=env, stdout=log, stderr=log)
     run_dir = stack.wait_until_training(run, "slurm", 1)
     job.terminate()
     assert job.wait(timeout=90) == 0

@@ -21,6 +21,7 @@ import yaml
 from data_prep.sample import write_sample
 
 ROOT = Path(__file__).parents[2]
+OF_THE_PROJECT = ("deploy", "flows", "prefect.toml", "prefect.yaml", "train.py")
 LONG = {"max_steps": 100_000, "save_steps": 5}  # a training that does not end by itself
 SETTINGS = {
     "model": "panda-tiny",
@@ -53,9 +54,14 @@ class Stack:
     def prefect(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
         return self._run([sys.executable, "-m", "prefect", "--no-prompt", *arguments], timeout)
 
+    @property
+    def project(self) -> Path:
+        """The working directory of all of it: the files of the project, and a `panda.toml` of the test."""
+        return self.folder / "project"
+
     def _run(self, command: list[str], timeout: float) -> subprocess.CompletedProcess:
         return subprocess.run(
-            command, cwd=ROOT, env=self.env, capture_output=True, text=True, check=False, timeout=timeout
+            command, cwd=self.project, env=self.env, capture_output=True, text=True, check=False, timeout=timeout
         )
 
     def config(self, name: str, **settings: Any) -> str:
@@ -218,7 +224,12 @@ def wait_for(condition: Callable[[], Any], timeout: float, what: str) -> float:
 
 
 def new_stack(folder: Path) -> Stack:
-    """Nothing of it runs yet."""
+    """Nothing of it runs yet. Runs may take their configuration from anywhere in the folder of the test."""
+    project = folder / "project"
+    project.mkdir()
+    for name in OF_THE_PROJECT:
+        (project / name).symlink_to(ROOT / name)
+    (project / "panda.toml").write_text(f'allowed_roots = ["{folder}"]\n')
     env = {
         **os.environ,
         "PREFECT_HOME": str(folder / "prefect"),

@@ -83,12 +83,12 @@ def start(folder: Path, corpus: Path, **settings: str) -> subprocess.Popen:
     chosen = {"model": "panda-tiny", "until_stage": "plan", **places, **settings}
     command = [
         sys.executable,
-        "train.py",
+        str(ROOT / "train.py"),
         "--json",
         *(word for key, value in chosen.items() for word in flag(key, value)),
     ]
     env = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def flag(name: str, value: object) -> list[str]:
@@ -139,6 +139,7 @@ def test_killed_worker_loses_nothing(tmp_path):
     for folder in (here, there):
         folder.mkdir()
         (folder / "slow_reader.py").symlink_to(tmp_path / "slow_reader.py")
+        (folder / "panda.toml").write_text('allowed_targets = ["slow_reader"]')  # workers find it by PYTHONPATH
     reader = '{"_target_": "slow_reader.read"}'
     end(start(here, corpus, reader=reader))
     with cluster(tmp_path) as (address, workers):

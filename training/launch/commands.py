@@ -86,10 +86,13 @@ def direct_commands(
 
 
 def torchrun_command(run_dir: Path, settings: EngineSettings, machine: Machine, resume: bool, worker: str) -> Command:
-    """This machine's torchrun agent; static rendezvous keeps rank 0 on machine 0. Restarts are ours, with resume."""
+    """This machine's torchrun agent; static rendezvous keeps rank 0 on machine 0. Restarts are ours, with resume.
+
+    It listens at `master_addr` alone (`training/launch/agent.py`).
+    """
     size = num_local_ranks(settings, machine)
     argv = [
-        *[sys.executable, "-m", "torch.distributed.run"],
+        *[sys.executable, "-m", "training.launch.agent"],
         *["--nnodes", str(settings.nodes), "--node-rank", str(settings.node_rank)],
         *["--nproc-per-node", str(size), "--max-restarts", "0"],
         *["--master-addr", settings.master_addr, "--master-port", str(settings.master_port or DEFAULT_PORT)],

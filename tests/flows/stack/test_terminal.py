@@ -10,7 +10,7 @@ import pytest
 
 from data_prep.sample import write_sample
 from flows.stack.prefect_server import answers
-from tests.support.stack import ROOT, Stack, new_stack, num_steps, wait_for
+from tests.support.stack import Stack, new_stack, num_steps, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -24,7 +24,7 @@ def stack(tmp_path) -> Stack:
 def start(stack: Stack, *arguments: str) -> subprocess.Popen:
     """A command of Python, its output in a file."""
     with open(stack.folder / "terminal.log", "wb") as log:
-        return subprocess.Popen([sys.executable, *arguments], cwd=ROOT, env=stack.env, stdout=log, stderr=log)
+        return subprocess.Popen([sys.executable, *arguments], cwd=stack.project, env=stack.env, stdout=log, stderr=log)
 
 
 def press_ctrl_c(stack: Stack, process: subprocess.Popen, seconds: float) -> int:
@@ -60,5 +60,7 @@ def test_served_deployments(stack):
     wait_for(lambda: process.poll() is not None or "are being served" in log_of(stack), 120, "deployments")
     state = stack.end_of(stack.start(stack.config("served"), until_stage="plan"))
     assert (state.type.value, state.name) == ("COMPLETED", "Prepared"), log_of(stack)
+    state = stack.end_of(stack.start(stack.config("served"), output_dir="/etc/panda"))
+    assert state.name == "UserError" and "outside of the directories" in state.message
     press_ctrl_c(stack, process, 60)
     assert not answers(url)

@@ -6,6 +6,7 @@ import signal
 
 import pytest
 from prefect.client.schemas.actions import DeploymentUpdate
+from prefect.exceptions import PrefectHTTPStatusError
 
 from tests.support.stack import LONG, Stack, flow_run_id, running_stack, wait_for
 
@@ -72,6 +73,50 @@ class TestRefusedAtSubmission:
             lambda: "contradict each other; set one" in stack.logs(run).split("Finished in state")[-1], 60, "its end"
         )
         assert "Traceback" not in stack.logs(run)
+
+
+class TestRefusedOverTheNetwork:
+    """Whoever can start a run by HTTP cannot make it run code, read or write elsewhere, or talk to others."""
+
+    def test_what_only_the_owner_may_say(self, stack, tmp_path):
+        pwned = tmp_path / "pwned"
+        shell = {"_target_": "subprocess.getoutput", "cmd": f"touch {pwned}"}
+        table = {
+            "template: builtins.print may not be named": {"template": {"_target_": "builtins.print", "x": shell}},
+            "outside of the directories": {"output_dir": "/etc/panda"},
+            'allowed_addresses = ["http://127.0.0.1:9"]': {"overrides": ["mlflow_tracking_uri='http://127.0.0.1:9'"]},
+            "trust_remote_code=True: not by a parameter": {"overrides": ["trust_remote_code=true"]},
+            "is resolved in files of this machine only": {"overrides": ["experiment_name=${oc.env:PATH}"]},
+        }
+        conf = stack.config("network")
+        with stack.client() as client:
+            deployment = client.read_deployment_by_name("panda-prepare/default").id  # its runs need not wait in turn
+            runs = {
+                said: client.create_flow_run_from_deployment(
+                    deployment, parameters={"conf_path": conf, **parameters}
+                ).id
+                for said, parameters in table.items()
+            }
+            command = {"command": f"touch {pwned}"}
+            with pytest.raises(PrefectHTTPStatusError, match="'command' was unexpected"):
+                client.create_flow_run_from_deployment(deployment, job_variables=command)
+        for said, run in runs.items():
+            state = stack.end_of(run)
+            assert (state.type.value, state.name) == ("FAILED", "UserError"), said
+            assert said in state.message
+        assert not pwned.exists() and not stack.outputs("network").exists()
+
+    def test_a_function_of_the_project_and_the_roots_of_the_owner(self, stack):
+        """`panda.toml` of this project allows the folder of the test; modules of the project need no line."""
+        (stack.project / "my_readers.py").write_text(
+            'def capitals(path):\n    return [{"input": "a", "target": "CAPITALS"}] * 2\n'
+        )
+        reader = {"_target_": "my_readers.capitals"}
+        wanted = {"cache_dir": str(stack.folder / "other cache"), "until_stage": "records", "deduplicate": "none"}
+        run = stack.start(stack.config("mine", pretraining_data_dir=None), reader=reader, **wanted)
+        state = stack.end_of(run)
+        assert state.name == "Prepared", state.message
+        assert list((stack.folder / "other cache" / "records").iterdir())
 
 
 class TestRun:

@@ -1,5 +1,6 @@
 """The launcher with the real worker on two gloo ranks: memory, stalls, lost ranks, a killed parent."""
 
+import ipaddress
 import subprocess
 import sys
 import time
@@ -11,6 +12,7 @@ import pytest
 import yaml
 
 from tests.support import tiny
+from tests.support.listeners import listeners
 from training.launch.exits import ExitReason
 from training.launch.launcher import ExitReport, launch
 from training.launch.run_config import read_config
@@ -55,6 +57,15 @@ def with_hook(root: Path, plan: Path, name: str, **settings: Any) -> Path:
         config["callbacks"][0]["config"] = str(run_dir / "config.yaml")
         (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
     return run_dir
+
+
+def test_all_listeners_of_a_training_are_on_loopback(root, plan):
+    run_dir = tiny.write_run(root, "listening", plan_dir=plan, max_steps=2, num_processes=2)
+    found: list[str] = []
+    settings = read_config(run_dir / "config.yaml").settings
+    report = launch(run_dir, settings, lambda event: found.extend(listeners()), lambda line: None)
+    assert report.reason is ExitReason.completed, report.details
+    assert found and {ipaddress.ip_address(address).is_loopback for address in found} == {True}, set(found)
 
 
 def test_out_of_memory_goes_on_from_the_checkpoint_with_the_same_losses(root, plan, expected):

@@ -245,7 +245,7 @@ def test_torchrun_command(tmp_path):
     settings = TrainSettings(nodes=3, node_rank=2, master_addr="10.0.0.1", num_processes=8)
     (command,) = rank_commands(tmp_path, settings, MACHINE, resume=False)
     assert " ".join(command.argv[1:]) == (
-        "-m torch.distributed.run --nnodes 3 --node-rank 2 --nproc-per-node 8 --max-restarts 0 "
+        "-m training.launch.agent --nnodes 3 --node-rank 2 --nproc-per-node 8 --max-restarts 0 "
         f"--master-addr 10.0.0.1 --master-port 29500 -m training.worker --config {tmp_path}/config.yaml"
     )
     assert command.name == "node-2"
@@ -263,12 +263,15 @@ def test_hostfile_command(tmp_path):
 NODE = """
 import json, sys
 from pathlib import Path
+from tests.support.listeners import listeners
 from training.launch.launcher import Listener, launch_worker
 from training.settings import TrainSettings
 run_dir, node_rank, port = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
 settings = TrainSettings(nodes=2, node_rank=node_rank, master_port=port, num_processes=2, stop_deadline_seconds=2)
 events = []
-report = launch_worker("tests.support.ranks", run_dir, settings, Listener(events.append, lambda line: None), False)
+def note(event):
+    events.append(event | {"listeners": listeners()})
+report = launch_worker("tests.support.ranks", run_dir, settings, Listener(note, lambda line: None), False)
 print(json.dumps({"report": report.as_dict(), "events": events}))
 """
 
@@ -295,6 +298,8 @@ def test_two_nodes_on_loopback(tmp_path):
     assert {event["sum"] for event in sums} == {1 + 2 + 3 + 4}
     assert sorted((event["rank"], event["local_rank"]) for event in sums) == [(0, 0), (1, 1), (2, 0), (3, 1)]
     assert {event["rank"] for event in answers[1]["events"] if "rank" in event} == {2, 3}
+    found = {address for answer in answers for event in answer["events"] for address in event["listeners"]}
+    assert found == {"127.0.0.1"}, "the agent of machine 0 listens at master_addr alone"
 
 
 @pytest.mark.distributed
