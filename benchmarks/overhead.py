@@ -18,7 +18,8 @@ import sys
 import time
 from pathlib import Path
 
-from flows.stack.prefect_server import answers, api_url
+from flows.stack.prefect_home import address
+from flows.stack.prefect_server import unusable
 
 ROOT = Path(__file__).parent.parent
 FIRST_STAGE = "validate and shard begins"  # said with --verbose
@@ -32,8 +33,8 @@ def main() -> None:
     parser.add_argument("--server", action="store_true", help="With the Prefect server at PREFECT_API_URL.")
     parser.add_argument("--repeat", type=int, default=3)
     options = parser.parse_args()
-    if options.server and not answers(api_url()):
-        sys.exit(f"no Prefect server at {api_url()}")
+    if options.server and (reason := unusable(address())):
+        sys.exit(reason)
     runs = [prepare_only(options) for _ in range(options.repeat)]
     first, total, stages, processor = (statistics.median(column) for column in zip(*runs, strict=True))
     where = "server up" if options.server else "temporary server"

@@ -1,27 +1,57 @@
 """What tests of several folders share."""
 
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
 import pytest
 
 from flows.stack import prefect_server as server
+from flows.stack.prefect_home import AUTH_STRING
 from tests.support.tokenizers import bytes_dir, bytes_tokenizer, llama_dir, llama_tokenizer, smollm2_dir
 
 __all__ = ["bytes_dir", "bytes_tokenizer", "llama_dir", "llama_tokenizer", "smollm2_dir"]  # fixtures
 
 
+@dataclass(frozen=True)
+class Server:
+    """A Prefect server that tests share."""
+
+    url: str
+    auth_string: str
+    database: Path
+
+
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory):
     """One light Prefect server for many runs, so that each does not start its own (6 s); own database, own port."""
+    home = tmp_path_factory.mktemp("prefect")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("PREFECT_HOME", str(tmp_path_factory.mktemp("prefect")))
+        patch.setenv("PREFECT_HOME", str(home))
+        patch.setenv("PREFECT_PROFILES_PATH", str(home / "profiles.toml"))
         patch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")  # answers nothing, so a temporary one starts
         with server.connected() as wait_until_up:
             wait_until_up()
-            url = server.api_url()
+            here = Server(os.environ["PREFECT_API_URL"], os.environ[AUTH_STRING], home / "prefect.db")
             patch.undo()  # only the tests that ask for the server see it
-            yield url
+            for name in (AUTH_STRING, "PREFECT_UI_URL"):
+                os.environ.pop(name, None)
+            yield here
 
 
 @pytest.fixture
 def use_prefect_server(prefect_server, monkeypatch):
     """Runs of this test report to the shared server."""
-    monkeypatch.setenv("PREFECT_API_URL", prefect_server)
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server.url)
+    monkeypatch.setenv(AUTH_STRING, prefect_server.auth_string)
+
+
+@pytest.fixture
+def prefect_client(prefect_server):
+    """A client of the shared server."""
+    from prefect.client.orchestration import get_client
+    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+
+    known = {PREFECT_API_URL: prefect_server.url, PREFECT_API_AUTH_STRING: prefect_server.auth_string}
+    with temporary_settings(known), get_client(sync_client=True) as client:
+        yield client

@@ -18,11 +18,12 @@ MAY_IMPORT = {
 CONFIGS_MAY_SEE = {"data_prep.settings", "data_prep.errors", "training.settings"}
 FLOORS = {
     "data_prep": [
-        "errors", "settings store processes owner", "allowed", "targets", "records", "tokens", "plan", "inspection pipeline sample"
+        "errors", "settings store processes owner", "allowed", "targets", "records", "tokens", "plan",
+        "inspection pipeline sample",
     ],
     "training": [
-        "errors settings lean_imports", "rendezvous", "distributed devices", "launch models", "engines planning", "trainer",
-        "tracking", "comparison", "export", "registry", "worker evaluate compare",
+        "errors settings lean_imports", "rendezvous", "distributed devices", "launch models",
+        "engines planning", "trainer",        "tracking", "comparison", "export", "registry", "worker evaluate compare",
     ],
     "configs": ["errors settings", "field_types", "load", "cli", "docs"],
     "tasks": ["stage reporting cluster", "prepare train register gate"],

@@ -27,7 +27,8 @@ from configs.settings import PandaSettings
 from data_prep.errors import PandaError
 from flows.cli.console import plain_table, stdout_console
 from flows.parts import preflight
-from flows.stack.prefect_server import connected
+from flows.stack.prefect_home import address
+from flows.stack.prefect_server import connected, unusable
 from tasks.reporting import report_rows
 from training.settings import TrackingSettings
 from training.tracking.redact import public_link, redact_text
@@ -153,7 +154,9 @@ def _print_gate(console: Console, gate: dict[str, Any]) -> None:
 
 def ui_commands(settings: PandaSettings, summary: dict[str, Any]) -> list[str]:
     """The commands that open the two UIs, each with the address of this run."""
-    prefect = f"prefect server start    # http://127.0.0.1:4200/runs/flow-run/{summary['prefect_flow_run_id']}"
+    there = address()
+    page = f"{there.url.removesuffix('/api')}/runs/flow-run/{summary['prefect_flow_run_id']}"
+    prefect = f"panda up    # {page}" if unusable(there) else f"{page} (Prefect)"
     uri = tracking_uri(TrackingSettings.of(settings), Path(summary["run_dir"]).parent)
     pages = f"/#/experiments{TRAINING_VIEW}"
     mlflow = f"mlflow ui --backend-store-uri {shlex.quote(redact_text(uri))}    # http://127.0.0.1:5000{pages}"

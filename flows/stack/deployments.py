@@ -15,7 +15,6 @@ import argparse
 import contextlib
 import importlib
 import logging
-import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -36,8 +35,9 @@ from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
 from data_prep.errors import PandaError
-from flows.stack import services
-from flows.stack.prefect_server import answers, api_url, wait_for_server
+from flows.stack import listeners, old_database, services
+from flows.stack.prefect_home import address
+from flows.stack.prefect_server import answers, environment, unusable, wait_for_server
 from flows.stack.services import POOL
 
 MISSED_HEARTBEATS = 3
@@ -184,19 +184,24 @@ def serve_flow(argv: list[str]) -> int:
 @contextlib.contextmanager
 def server(state_dir: Path) -> Iterator[None]:
     """The server that is up, or one that lives as long as we do."""
-    url = os.environ["PREFECT_API_URL"] = api_url()
-    if answers(url):
-        yield
-        return
-    logger.info("starting a Prefect server at %s", url)
-    log = state_dir / "prefect-server.log"
-    process = services.start(services.prefect_server(url), log)
-    try:
-        with open(log, encoding="utf-8") as text:
-            wait_for_server(process, url, text)
-        yield
-    finally:
-        services.stop(process, STOP_SECONDS)
+    there = address()
+    reason = unusable(there)
+    with environment(there.variables()):
+        if not reason:
+            yield
+            return
+        if answers(there.url) or not listeners.is_local(there.url):
+            raise PandaError(f"{reason}; PREFECT_API_URL=http://127.0.0.1:PORT/api names another port")
+        logger.info("starting a Prefect server at %s", there.url)
+        old_database.adopt()
+        log = state_dir / "prefect-server.log"
+        process = services.start(services.prefect_server(there.url), log)
+        try:
+            with open(log, encoding="utf-8") as text:
+                wait_for_server(process, there.url, text)
+            yield
+        finally:
+            services.stop(process, STOP_SECONDS)
 
 
 def declared() -> list[dict[str, Any]]:

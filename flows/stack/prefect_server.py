@@ -1,11 +1,13 @@
 """The Prefect server a direct run reports to: the one that is up, or a temporary one of our own.
 
-In: prefect.toml and the environment. Out: the address in PREFECT_API_URL. A temporary server starts while we import the
-rest (3 s, 7 s when it creates the database), is light (no UI, no scheduler), lives on loopback and dies with this
-process; its database is the user's, so a server started later shows the run.
-Prefect would start one by itself, but later, and when prefect.toml names an address it does so with broken events.
+In: an `Address` (prefect_home.py). Out: address and auth string in the environment. A temporary server starts
+while we import the rest (3 s, 7 s when it creates the database), is light (no UI, no scheduler) and dies with this
+process; its database is the project's, so a server started later shows the run. Every server we start, also that of
+`panda up`, is on loopback, asks for the auth string, and takes nothing from pages of others (flows/stack/guard.py).
+Prefect would start one by itself, but later, and when an address is configured it does so with broken events.
 """
 
+import base64
 import contextlib
 import logging
 import os
@@ -14,16 +16,19 @@ import subprocess
 import sys
 import tempfile
 import time
-import tomllib
+import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TextIO
 
 from data_prep.errors import PandaError
+from flows.stack import guard, listeners, old_database
+from flows.stack.prefect_home import SERVER_AUTH_STRING, Address, address, own_address, server_auth_string, set_by_user
 from training.launch.commands import python_path
 
-DEFAULT_URL = "http://127.0.0.1:4200/api"
+CORS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")
+OTHER_LOGINS = ("PREFECT_API_KEY", "PREFECT_CLIENT_CUSTOM_HEADERS")  # of Prefect Cloud, of a proxy
 START_SECONDS = 120
 LOG_CHARACTERS = 2000
 TEMPORARY = {
@@ -44,27 +49,45 @@ class ServerError(PandaError):
 @contextlib.contextmanager
 def connected() -> Iterator[Callable[[], None]]:
     """Yields a function that waits until the server answers; import what is heavy before calling it."""
-    url = api_url()
-    if answers(url):
-        os.environ["PREFECT_API_URL"] = url
-        yield lambda: None
+    there = address()
+    reason = unusable(there)
+    if not reason:
+        with environment(there.variables()):
+            yield lambda: None
         return
-    logger.info("no Prefect server at %s: starting a temporary one", url)
-    port = _free_port()
-    os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{port}/api"
-    with tempfile.TemporaryFile("w+") as log:
+    if there.by_user and answers(there.url):
+        raise ServerError(reason)
+    logger.info("%s: starting a temporary one", reason)
+    temporary = own_address(_free_port())
+    old_database.adopt()
+    seen_at = {"PREFECT_UI_URL": there.url.removesuffix("/api")}  # where a server started later shows the run
+    with environment(seen_at | temporary.variables()), tempfile.TemporaryFile("w+") as log:
         process = subprocess.Popen(
-            [sys.executable, "-m", "flows.stack.prefect_server", str(port)],
+            [sys.executable, "-m", "flows.stack.prefect_server", str(listeners.port_of(temporary.url))],
             env={**os.environ, **TEMPORARY, "PYTHONPATH": python_path()},
             stdout=log,
             stderr=log,
             start_new_session=True,  # Ctrl-C is for us: the server has to see the run end
         )
         try:
-            yield lambda: wait_for_server(process, os.environ["PREFECT_API_URL"], log)
+            yield lambda: wait_for_server(process, temporary.url, log)
         finally:
             process.terminate()
             process.wait(timeout=30)
+
+
+@contextlib.contextmanager
+def environment(variables: dict[str, str]) -> Iterator[None]:
+    """Of this process and its children, for a while."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            os.environ.pop(name, None)
+            if value is not None:
+                os.environ[name] = value
 
 
 def wait_for_server(process: subprocess.Popen, url: str, log: TextIO) -> None:
@@ -86,13 +109,32 @@ def answers(url: str) -> bool:
         return False
 
 
-def api_url() -> str:
-    """The address of the server to use: PREFECT_API_URL, or prefect.toml's, read without importing prefect (1.5 s)."""
-    if url := os.environ.get("PREFECT_API_URL"):
-        return url
-    with contextlib.suppress(OSError, KeyError, tomllib.TOMLDecodeError):
-        return tomllib.loads(Path("prefect.toml").read_text(encoding="utf-8"))["api"]["url"]
-    return DEFAULT_URL
+def unusable(there: Address) -> str:
+    """Why the server of this address is not to be used; empty when it is."""
+    if not answers(there.url):
+        return f"no Prefect server at {there.url}"
+    project = listeners.project_of(there.url) if listeners.is_local(there.url) else None
+    if project and project != Path.cwd() and not there.by_user:
+        return f"the Prefect server at {there.url} is that of {project}"
+    others = any(set_by_user(name) for name in OTHER_LOGINS)
+    if not others and http_status(there.url, there.auth_string) == 401:
+        whose = f", started in {project}," if project else ""
+        return f"the Prefect server at {there.url}{whose} refuses our auth string (PREFECT_API_AUTH_STRING)"
+    return ""
+
+
+def http_status(url: str, auth_string: str) -> int:
+    """HTTP status of a request that needs the auth string, where a server asks for one."""
+    headers = {"Authorization": f"Basic {base64.b64encode(auth_string.encode()).decode()}"} if auth_string else {}
+    try:
+        with urllib.request.urlopen(
+            urllib.request.Request(f"{url}/admin/version", headers=headers), timeout=10
+        ) as done:
+            return done.status
+    except urllib.error.HTTPError as error:
+        return error.code
+    except OSError:
+        return 0
 
 
 def _free_port() -> int:
@@ -106,9 +148,17 @@ def _serve(port: int) -> None:
     from training.launch.exits import die_with_parent
 
     die_with_parent()
+    own = guard.origins(port, [set_by_user("PREFECT_UI_API_URL") or "", *_allowed_by_user()])
+    os.environ.update({SERVER_AUTH_STRING: server_auth_string(), CORS[0]: ",".join(own)})
     import uvicorn
+    from prefect.server.api.server import create_app
 
-    uvicorn.run("prefect.server.api.server:create_app", factory=True, host="127.0.0.1", port=port, log_level="error")
+    uvicorn.run(guard.Guard(create_app(), own), host=listeners.LOOPBACK[0], port=port, log_level="error")
+
+
+def _allowed_by_user() -> list[str]:
+    """Origins beside our own, as Prefect's setting names them."""
+    return next((value.split(",") for name in CORS if (value := set_by_user(name))), [])
 
 
 if __name__ == "__main__":

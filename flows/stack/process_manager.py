@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from flows.stack.prefect_server import answers
-from flows.stack.services import Service, start, stop, stop_engines
+from flows.stack.services import Service, private, start, stop, stop_engines
 from training.launch.commands import python_path
 
 POLL_SECONDS = 1.0
@@ -105,16 +105,18 @@ class Keeper:
         text = json.dumps({"keeper": os.getpid(), "services": [kept.as_dict() for kept in self.kept]}, indent=2)
         if text != self.written:
             temporary = self.state_dir / ".state.json"
-            temporary.write_text(text, encoding="utf-8")
+            with open(temporary, "w", encoding="utf-8", opener=private) as file:
+                file.write(text)
             temporary.replace(self.state_dir / "state.json")
             self.written = text
 
 
 def spawn(state_dir: Path, services: list[Service]) -> None:
     """Start a keeper in the background, in a session of its own: it outlives us and our terminal."""
-    state_dir.mkdir(parents=True, exist_ok=True)
-    (state_dir / "spec.json").write_text(json.dumps([asdict(service) for service in services]), encoding="utf-8")
-    with open(state_dir / "keeper.log", "ab") as log:
+    state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with open(state_dir / "spec.json", "w", encoding="utf-8", opener=private) as file:
+        json.dump([asdict(service) for service in services], file)
+    with open(state_dir / "keeper.log", "ab", opener=private) as log:
         subprocess.Popen(
             [sys.executable, "-m", "flows.stack.process_manager", str(state_dir)],
             env={**os.environ, "PYTHONPATH": python_path()},
@@ -145,7 +147,7 @@ def read_state(state_dir: Path) -> dict[str, Any] | None:
 @contextlib.contextmanager
 def _lock(state_dir: Path) -> Iterator[None]:
     """Held as long as the process lives; BlockingIOError when another one holds it."""
-    with open(state_dir / "lock", "a", encoding="utf-8") as file:
+    with open(state_dir / "lock", "a", encoding="utf-8", opener=private) as file:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
 

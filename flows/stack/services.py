@@ -18,11 +18,11 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from flows.stack.listeners import LOOPBACK, OWNER, port_of
+from flows.stack.prefect_home import set_by_user
 from training.launch.commands import python_path
 
 POOL = "panda"
-OWNER = "PANDA_STACK"  # in the environment of everything a service starts: state directory and service
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PR_SET_PDEATHSIG = 1
 LEFTOVER_GRACE_SECONDS = 28.0  # a flow run among them may be writing a checkpoint
 
@@ -39,10 +39,10 @@ class Service:
 
 
 def prefect_server(api_url: str) -> Service:
-    """The whole server, with UI and schedules. Its UI has to know the address it is served at."""
-    address = urlsplit(api_url)
-    host, port = address.hostname or LOOPBACK[0], str(address.port or 4200)
-    env = {"PREFECT_SERVER_API_HOST": host, "PREFECT_SERVER_API_PORT": port, "PREFECT_UI_API_URL": api_url}
+    """The whole server, with UI and schedules. Its UI has to know the address at which people see it."""
+    host, port = urlsplit(api_url).hostname or LOOPBACK[0], str(port_of(api_url))
+    env = {"PREFECT_SERVER_API_HOST": host, "PREFECT_SERVER_API_PORT": port}
+    env["PREFECT_UI_API_URL"] = set_by_user("PREFECT_UI_API_URL") or api_url
     return Service(
         "prefect server",
         [sys.executable, "-m", "flows.stack.prefect_server", port],
@@ -81,10 +81,10 @@ def worker(mlflow_address: str) -> Service:
 
 def start(service: Service, log: Path) -> subprocess.Popen:
     """Start a service as our child, its output appended to its log; what an earlier one left behind is ended first."""
-    log.parent.mkdir(parents=True, exist_ok=True)
+    log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     owner = f"{log.parent}:{service.name}"
     end_leftovers(owner)
-    with open(log, "ab") as output:
+    with open(log, "ab", opener=private) as output:
         return subprocess.Popen(
             service.argv,
             env={**os.environ, "PYTHONPATH": python_path(), **service.env, OWNER: owner},
@@ -94,6 +94,13 @@ def start(service: Service, log: Path) -> subprocess.Popen:
             start_new_session=True,
             preexec_fn=_end_with_owner,  # safe: the owner has one thread  # noqa: PLW1509
         )
+
+
+def private(path: str, flags: int) -> int:
+    """An `opener` of files for their owner alone, also of those an earlier version has left."""
+    descriptor = os.open(path, flags, 0o600)
+    os.fchmod(descriptor, 0o600)
+    return descriptor
 
 
 def _end_with_owner() -> None:
@@ -152,8 +159,3 @@ def is_running(pid: int) -> bool:
         return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:
         return False
-
-
-def is_local(url: str) -> bool:
-    """Whether an address is on this machine's loopback: only there do we start servers."""
-    return urlsplit(url).hostname in LOOPBACK

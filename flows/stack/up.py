@@ -2,10 +2,13 @@
 
 In: flags, prefect.toml, PREFECT_API_URL. Out: Prefect server, MLflow server and a worker, owned by a keeper
 (`process_manager`), state and logs in `.panda/`; deployments and automations on the server. Each can be repeated. A
-Prefect server that answers already, or lives on another machine, is used as it is. Cost: `up` 11 to 30 s, then 3 s.
+Prefect server that answers already, or lives on another machine, is used as it is, but not that of another project.
+Without a prefect.yaml in the working directory, only the servers. Cost: `up` 11 to 30 s, then 3 s.
 """
 
 import argparse
+import contextlib
+import json
 import logging
 import os
 import shutil
@@ -14,17 +17,29 @@ import sys
 import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 
 from data_prep.errors import PandaError
-from flows.stack import process_manager, services
-from flows.stack.prefect_server import answers, api_url
+from flows.stack import listeners, old_database, process_manager, services
+from flows.stack.prefect_home import (
+    AUTH_STRING,
+    URL,
+    Address,
+    address,
+    ensure_profile,
+    own_address,
+    profiles_path,
+    remember,
+)
+from flows.stack.prefect_server import answers, http_status, unusable
 from training.tracking.sync import TRAINING_VIEW
 
 START_SECONDS = 180.0
 STOP_SECONDS = 60.0
 LOG_LINES = 12
+MLFLOW_PORT = 5000
 
 logger = logging.getLogger(__name__)
 
@@ -37,20 +52,34 @@ def up(argv: list[str]) -> int:
     """Start what is not running, apply prefect.yaml, wait until all of it answers."""
     options = _options("up", "Start Prefect server, MLflow server and worker in the background.", argv)
     state_dir = Path(options.state_dir).absolute()
+    there = own_address(options.prefect_port) if options.prefect_port else address()
+    if process_manager.is_up(state_dir):
+        _check(there)
+    else:
+        mlflow_port = options.mlflow_port or _mlflow_port(state_dir)
+        wanted = _services(there, mlflow_port, Path(options.output_dir).absolute())
+        os.environ.update(there.variables())
+        process_manager.spawn(state_dir, wanted)
+    _wait_for_servers(state_dir, there.url)
     if options.prefect_port:
-        os.environ["PREFECT_API_URL"] = f"http://127.0.0.1:{options.prefect_port}/api"
-    url = api_url()
-    if not process_manager.is_up(state_dir):
-        process_manager.spawn(state_dir, _services(url, options.mlflow_port, Path(options.output_dir).absolute()))
-    _wait_for_servers(state_dir, url)
-    os.environ["PREFECT_API_URL"] = url
+        remember(there.url)
+    usual = _without_environment()
+    os.environ.update(there.variables())
+    _apply(state_dir)
+    print(_welcome(state_dir, there, usual))
+    return 0
+
+
+def _apply(state_dir: Path) -> None:
+    """What prefect.yaml declares, onto the server; then the worker is waited for."""
+    if not Path("prefect.yaml").exists():
+        logger.info("no prefect.yaml here: servers only, no deployments")
+        return
     logger.info("servers answer; applying prefect.yaml")
     from flows.stack.deployments import deploy
 
     deploy()
     _wait_for_worker(state_dir)
-    print(_welcome(state_dir, url))
-    return 0
 
 
 def down(argv: list[str]) -> int:
@@ -87,23 +116,65 @@ def _options(verb: str, text: str, argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog=f"panda {verb}", description=text, allow_abbrev=False)
     parser.add_argument("--state_dir", default=".panda", help="Directory of state and logs [.panda]")
     if verb == "up":
-        parser.add_argument("--prefect_port", type=int, help="Port of the Prefect server [as PREFECT_API_URL says]")
-        parser.add_argument("--mlflow_port", type=int, default=5000, help="Port of the MLflow server [5000]")
+        parser.add_argument("--prefect_port", type=int, help="Port of the Prefect server, remembered [last, or 4200]")
+        parser.add_argument("--mlflow_port", type=int, help="Port of the MLflow server, remembered [last, or 5000]")
         parser.add_argument("--output_dir", default="./outputs", help="Where the MLflow database is [./outputs]")
     return parser.parse_args(argv)
 
 
-def _services(url: str, mlflow_port: int, output_dir: Path) -> list[services.Service]:
+def _services(there: Address, mlflow_port: int, output_dir: Path) -> list[services.Service]:
     """What is to be started: a Prefect server only where none is and it would be ours."""
     output_dir.mkdir(parents=True, exist_ok=True)
-    os.environ["PREFECT_API_URL"] = url
-    found = answers(url)
-    if not found and not services.is_local(url):
-        raise StackError(f"no Prefect server answers at {url} (PREFECT_API_URL); one on this machine: unset it")
-    logger.info("%s Prefect server at %s", "using the" if found else "starting a", url)
-    prefect = [] if found else [services.prefect_server(url)]
+    found = answers(there.url) and not listeners.is_orphan(there.url)
+    if found:
+        _check(there)
+    elif not listeners.is_local(there.url):
+        raise StackError(f"no Prefect server answers at {there.url} (PREFECT_API_URL); one on this machine: unset it")
+    else:
+        old_database.adopt()
+    logger.info("%s Prefect server at %s", "using the" if found else "starting a", there.url)
+    prefect = [] if found else [services.prefect_server(there.url)]
     mlflow = services.mlflow_server(mlflow_port, output_dir)
-    return [*prefect, mlflow, services.worker(mlflow.address)]
+    if listeners.listener(mlflow.base) and not listeners.is_orphan(mlflow.base):
+        raise StackError(
+            f"port {mlflow_port} for MLflow is taken{_whose(mlflow.base)}; {_other_ports(there.url, mlflow_port)}"
+        )
+    worker = [services.worker(mlflow.address)] if Path("prefect.yaml").exists() else []
+    return [*prefect, mlflow, *worker]
+
+
+def _check(there: Address) -> None:
+    """Refuse another project's server; say so when ours takes orders from everybody."""
+    reason = unusable(there)
+    if reason and answers(there.url):
+        raise StackError(f"{reason}; {_other_ports(there.url)}")
+    if not reason and listeners.is_local(there.url) and http_status(there.url, "") == 200:
+        logger.warning(
+            "warning: the Prefect server at %s asks for no auth string (started by hand or by an earlier version): any "
+            "program of this machine, perhaps any web page, can use it. `panda down`, then `panda up` ends that.",
+            there.url,
+        )
+
+
+def _whose(url: str) -> str:
+    project = listeners.project_of(url)
+    return f" by {project}" if project else ""
+
+
+def _other_ports(url: str, mlflow_port: int = MLFLOW_PORT) -> str:
+    """What to type when somebody else is there."""
+    if not listeners.is_local(url):
+        return "PREFECT_API_AUTH_STRING is to hold what it asks for"
+    ports = (listeners.free_port(listeners.port_of(url)), listeners.free_port(mlflow_port))
+    return "ports of its own for this project: make up PREFECT_PORT={} MLFLOW_PORT={}".format(*ports)
+
+
+def _mlflow_port(state_dir: Path) -> int:
+    """That of the last time."""
+    with contextlib.suppress(OSError, ValueError, StopIteration):
+        spec = json.loads((state_dir / "spec.json").read_text(encoding="utf-8"))
+        return urlsplit(next(one["base"] for one in spec if one["name"] == "mlflow server")).port or MLFLOW_PORT
+    return MLFLOW_PORT
 
 
 def _wait_for_servers(state_dir: Path, url: str) -> None:
@@ -161,20 +232,40 @@ def _vitals(service: dict[str, Any]) -> str:
     return f"pid {service['pid']}, {megabytes:.0f} MB, {hours:.1f} h{restarts}"
 
 
-def _welcome(state_dir: Path, url: str) -> str:
-    """Addresses, and what to type next, such that it can be pasted as it is."""
+def _without_environment() -> str:
+    """The server that `prefect` finds in this directory by itself."""
+    given = os.environ.pop(URL, None)
+    url = address().url
+    if given is not None:
+        os.environ[URL] = given
+    return url
+
+
+def _welcome(state_dir: Path, there: Address, usual: str) -> str:
+    """Addresses, how to log in, and what to type next, such that it can be pasted as it is."""
     state = process_manager.read_state(state_dir) or {"services": []}
     ours = {service["name"]: service["address"] for service in state["services"]}
     beside = Path(sys.executable).with_name("prefect")
     prefect = "prefect" if shutil.which("prefect") or not beside.exists() else os.path.relpath(beside)
-    os.environ.pop("PREFECT_API_URL")
-    elsewhere = f"PREFECT_API_URL={url} " if api_url() != url else ""
+    elsewhere = f"PREFECT_API_URL={there.url} " if usual != there.url else ""
     return "\n".join(
         [
-            f"Prefect UI   {url.removesuffix('/api')}",
+            f"Prefect UI   {there.url.removesuffix('/api')}",
+            *_login(there),
             f"MLflow UI    {ours.get('mlflow server')}/#/experiments{TRAINING_VIEW}",
             f"Logs         {os.path.relpath(state_dir)}",
             "Next:",
             f"  {elsewhere}{prefect} deployment run panda-train/default --watch",
         ]
     )
+
+
+def _login(there: Address) -> list[str]:
+    """What the Prefect UI asks for; shown to a person at a terminal, not to a log."""
+    if http_status(there.url, "") != 401:
+        return []
+    ours = there.auth_string == ensure_profile()[AUTH_STRING]
+    where = f"{AUTH_STRING} in {os.path.relpath(profiles_path())}" if ours else f"your {AUTH_STRING}"
+    return [
+        f"  log in by  {there.auth_string}   ({where})" if ours and sys.stdout.isatty() else f"  log in by  {where}"
+    ]

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -87,12 +88,18 @@ class Stack:
         assert done.returncode == 0, done.stdout + done.stderr
         return flow_run_id(done.stdout)
 
+    def auth_string(self) -> str:
+        """What `panda up` has made."""
+        profiles = tomllib.loads(Path(self.env["PREFECT_PROFILES_PATH"]).read_text())
+        return profiles["profiles"]["panda"]["PREFECT_API_AUTH_STRING"]
+
     @contextmanager
     def client(self) -> Iterator[Any]:
         from prefect.client.orchestration import get_client
-        from prefect.settings import PREFECT_API_URL, temporary_settings
+        from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
-        with temporary_settings({PREFECT_API_URL: self.env["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+        known = {PREFECT_API_URL: self.env["PREFECT_API_URL"], PREFECT_API_AUTH_STRING: self.auth_string()}
+        with temporary_settings(known), get_client(sync_client=True) as client:
             yield client
 
     def flow_run(self, flow_run_id: UUID) -> Any:
@@ -189,8 +196,11 @@ class Stack:
         """All processes of a flow run: the engine first."""
         return [process for process in psutil.process_iter() if owner_of(process) == str(flow_run_id)]
 
+    def state(self) -> dict[str, Any]:
+        return json.loads((self.folder / "state" / "state.json").read_text())
+
     def worker_pid(self) -> int:
-        state = json.loads((self.folder / "state" / "state.json").read_text())
+        state = self.state()
         return next(service["pid"] for service in state["services"] if service["name"] == "worker")
 
 
@@ -207,6 +217,14 @@ def owner_of(process: psutil.Process) -> str | None:
         return None if zombie else process.environ().get("PREFECT__FLOW_RUN_ID")
     except psutil.Error:
         return None
+
+
+def listening(pid: int) -> set[tuple[str, int]]:
+    """(Address, port) of everything a process and its descendants listen on."""
+    process = psutil.Process(pid)
+    family = [process, *process.children(recursive=True)]
+    sockets = [socket for member in family for socket in member.net_connections("inet")]
+    return {tuple(socket.laddr) for socket in sockets if socket.status == psutil.CONN_LISTEN}
 
 
 def num_steps(run: Path | None) -> int:
@@ -233,6 +251,7 @@ def new_stack(folder: Path) -> Stack:
     env = {
         **os.environ,
         "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_PROFILES_PATH": str(folder / "prefect" / "profiles.toml"),
         "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),

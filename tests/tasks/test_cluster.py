@@ -14,7 +14,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from data_prep import store
 from tests.support.stack import ROOT, free_port, wait_for
@@ -122,7 +122,8 @@ def test_same_bytes_and_few_tasks(corpus, tmp_path):
 
 def tasks_of_newest_run() -> dict[str, bool]:
     """Name of each task -> whether it is completed."""
-    api = temporary_settings({PREFECT_API_URL: os.environ["PREFECT_API_URL"]})
+    there = (PREFECT_API_URL, PREFECT_API_AUTH_STRING)
+    api = temporary_settings({setting: os.environ[setting.name] for setting in there})
     with api, get_client(sync_client=True) as client:
         run = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)[0]
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run.id]}))

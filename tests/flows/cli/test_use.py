@@ -14,6 +14,7 @@ import pytest
 from data_prep.errors import PandaError
 from flows.cli.use import HOST, server_command
 from tests.support.mlflow_fixtures import wait_for_health
+from tests.support.stack import listening
 from tests.support.tiny_models import save_adapter, save_full_model
 from tests.training.registry.test_register import greedy, tracked_run
 from training.launch.commands import free_port
@@ -84,6 +85,7 @@ def test_serve_answers_openai_clients(outputs):
         )  # fmt: skip
     try:
         wait_for_health(port, process)
+        assert listening(process.pid) == {("127.0.0.1", port)}
         merged = next((outputs.parent / "cache" / "merged").iterdir())
         body = {"model": str(merged), "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
         call = urllib.request.Request(

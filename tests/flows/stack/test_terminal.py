@@ -9,8 +9,8 @@ import psutil
 import pytest
 
 from data_prep.sample import write_sample
-from flows.stack.prefect_server import answers
-from tests.support.stack import Stack, new_stack, num_steps, wait_for
+from flows.stack.prefect_server import answers, http_status
+from tests.support.stack import Stack, listening, new_stack, num_steps, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -62,5 +62,7 @@ def test_served_deployments(stack):
     assert (state.type.value, state.name) == ("COMPLETED", "Prepared"), log_of(stack)
     state = stack.end_of(stack.start(stack.config("served"), output_dir="/etc/panda"))
     assert state.name == "UserError" and "outside of the directories" in state.message
+    assert {address for address, _ in listening(process.pid)} == {"127.0.0.1"}
+    assert http_status(url, "") == 401
     press_ctrl_c(stack, process, 60)
     assert not answers(url)

@@ -3,12 +3,16 @@
 import os
 import re
 import signal
+from urllib.parse import urlsplit
 
+import httpx
+import psutil
 import pytest
 from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.exceptions import PrefectHTTPStatusError
 
-from tests.support.stack import LONG, Stack, flow_run_id, running_stack, wait_for
+from flows.stack.prefect_server import http_status
+from tests.support.stack import LONG, Stack, flow_run_id, listening, running_stack, wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
@@ -47,6 +51,48 @@ class TestStack:
         with stack.client() as client:
             schedules = client.read_deployment_by_name("panda-train/default").schedules
         assert [(schedule.slug, schedule.active) for schedule in schedules] == [("weekly", False)]
+
+
+class TestNobodyElse:
+    """Strangers get nothing; what a stranger's request gets is in test_server_guard.py."""
+
+    def test_all_listeners_are_on_loopback(self, stack):
+        found = listening(stack.state()["keeper"])
+        assert {address for address, _ in found} == {"127.0.0.1"}
+        served = {urlsplit(service["base"]).port for service in stack.state()["services"] if service["base"]}
+        assert len(served) == 2 and served <= {port for _, port in found}
+
+    def test_strangers_are_refused(self, stack):
+        url = stack.env["PREFECT_API_URL"]
+        assert http_status(url, "") == http_status(url, "panda:wrong") == 401
+        assert http_status(url, stack.auth_string()) == 200
+        page = {"Origin": "http://stranger.example"}
+        assert httpx.get(f"{url}/health", headers=page).status_code == 403
+        assert httpx.get(f"{url}/health", headers={"Host": "stranger.example"}).status_code == 403
+
+    def test_state_and_logs_are_for_their_owner_alone(self, stack):
+        state = stack.folder / "state"
+        assert {path.name: path.stat().st_mode & 0o777 for path in [state, *state.iterdir()]} == {
+            "state": 0o700,
+            **dict.fromkeys(
+                (
+                    "keeper.log",
+                    "lock",
+                    "mlflow-server.log",
+                    "prefect-server.log",
+                    "spec.json",
+                    "state.json",
+                    "worker.log",
+                ),
+                0o600,
+            ),
+        }
+
+    def test_the_auth_string_is_written_nowhere_else(self, stack, first):
+        secret = stack.auth_string().partition(":")[2]
+        files = [path for path in stack.folder.rglob("*") if path.is_file()]
+        assert [path.name for path in files if secret.encode() in path.read_bytes()] == ["profiles.toml"]
+        assert not [one for one in psutil.process_iter(["cmdline"]) if secret in " ".join(one.info["cmdline"] or [])]
 
 
 class TestRefusedAtSubmission:
