@@ -17,6 +17,7 @@ from typing import Any
 
 import yaml
 
+from configs import guide_names
 from configs.errors import ConfigError, did_you_mean
 from configs.field_types import allowed, kind_of, takes_mapping, takes_none
 from configs.load import Loaded, load, one_line, parse_yaml
@@ -110,6 +111,7 @@ def parse(parser: argparse.ArgumentParser, argv: list[str]) -> CommandLine:
 def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[CommandLine, list[str]]:
     """What is right in argv, and the problems with the rest; a misspelt flag comes with the nearest real one."""
     parser.error = _raise_usage  # type: ignore[method-assign]  # argparse would print usage and exit; we list problems
+    argv = guide_names.in_words(argv)
     overrides = [text for text in argv if OVERRIDE.match(text)]
     known, unknown = parser.parse_known_args([text for text in argv if not OVERRIDE.match(text)])
     problems = _explain_unknown(parser, unknown)

@@ -18,6 +18,7 @@ from typing import Any
 import yaml
 from pydantic import ValidationError
 
+from configs import guide_names
 from configs.errors import ConfigError, did_you_mean
 from configs.field_types import allowed, kind_of, takes_mapping
 from configs.settings import PandaSettings
@@ -65,8 +66,8 @@ def load(
     :param problems: what is known to be wrong already; reported together with what is found here.
     """
     values, problems = dict(values or {}), list(problems or [])
-    conf = _read_user_file(Path(conf_path)) if conf_path else {}
-    overrides = _parsable(_without_unknown(overrides or [], problems), problems)
+    conf = _read_user_file(Path(conf_path), problems) if conf_path else {}
+    overrides = _parsable(_without_unknown(guide_names.in_words(overrides or []), problems), problems)
     dotted = dict(text.split("=", 1) for text in overrides if "=" in text)
 
     def given(name: str) -> str | None:
@@ -97,13 +98,14 @@ def dump(settings: PandaSettings) -> str:
     return yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False, allow_unicode=True)
 
 
-def _read_user_file(path: Path) -> dict[str, Any]:
+def _read_user_file(path: Path, problems: list[str]) -> dict[str, Any]:
     """The user's values. The config.yaml of a run will do: its `paths` are facts of that run, no settings."""
     conf = _read_yaml(path)
     if "defaults" in conf:
         raise ConfigError([f"{path}: a defaults list has no place here; write `model: llama-7b` and `preset: lora`"])
     if "hydra" in conf:
         raise ConfigError([f"{path}: `hydra` is no setting; what it configures is not the user's"])
+    conf = guide_names.in_mapping(conf, str(path), problems)
     return {name: value for name, value in conf.items() if name != RUN_PATHS}
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from data_prep.plan.build import PlanResult, plan_rows
 from data_prep.records.shard import Progress, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
+from data_prep.tokenizer import DEFAULT_VOCAB_SIZE, train_tokenizer
 from data_prep.tokens.tokenize import tokenize_records
-from data_prep.tokens.tokenizer import DEFAULT_VOCAB_SIZE, train_tokenizer
 
 
 def prepare(  # noqa: PLR0913, PLR0917  # the settings of three stages
@@ -23,7 +23,7 @@ def prepare(  # noqa: PLR0913, PLR0917  # the settings of three stages
     vocab_size: int = DEFAULT_VOCAB_SIZE,
 ) -> PlanResult:
     """Read, tokenize and plan a corpus below ``cache_dir``; ``vocab_size`` is that of a tokenizer trained here."""
-    records = shard_records(corpus, cache_dir, progress)
+    records = shard_records(corpus, cache_dir, progress, tokenizer_dir=tokenizer_dir)
     if tokenizer_dir is None:
         tokenizer_dir = train_tokenizer(records, vocab_size, cache_dir)
     tokens = tokenize_records(records, tokenize, tokenizer_dir, cache_dir, corpus.prepare_workers, progress)

@@ -7,7 +7,9 @@ repeated on purpose, so that the data report has something to explain. Cost: wel
 
 import itertools
 import json
+import os
 import random
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -39,11 +41,16 @@ def write_sample(folder: Path, seed: int = 7) -> None:
     draw.shuffle(animals)
     english = [record for animal in animals[:500] for record in _english(*animal)]
     chinese = [record for animal in animals[500:900] for record in _chinese(*animal)]
-    temporary = folder.with_name(folder.name + ".tmp")
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     _write(temporary / "instruction_tuning" / "english.json", json.dumps([*english, *_bad()], indent=1))
     _write(temporary / "instruction_tuning" / "chinese.jsonl", _lines(chinese) + '{"input": "断了的记录", "target": \n')
     _write(temporary / "pretraining" / "stories.jsonl", _lines(_stories(draw, animals[900:1000])))
-    temporary.rename(folder)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another run has written it meanwhile: the same bytes
+        shutil.rmtree(temporary)
+        if not folder.is_dir():
+            raise
 
 
 def _english(animal: str, colour: str, place: str, size: str) -> list[dict[str, str]]:

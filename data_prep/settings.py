@@ -70,7 +70,8 @@ class CorpusSettings(Settings):
     )
     reader: Target | None = Field(
         None,
-        description="A `_target_` node: your generator of records from one file, called as fn(path, **kwargs).",
+        description="A `_target_` node: your function or data set of the records of one file, called with its path (as "
+        "`file_path` if it has that parameter), `tokenizer` if it has that one, and the fields of the node.",
     )
     max_rejected_fraction: float = Field(
         0.1, ge=0, le=1, description="Stop when a larger fraction of the records is rejected as unusable."

@@ -47,11 +47,11 @@ def target_fingerprint(node: dict[str, Any], setting: str) -> dict[str, Any]:
     """What a node's results depend on: the node itself and the bytes of the module it names (not what that imports)."""
     module, _ = _split(node, setting)
     try:
-        spec = importlib.util.find_spec(module)
-    except ImportError:
-        spec = None
+        spec, why = importlib.util.find_spec(module), ""
+    except ImportError as error:  # of a package around it, which is imported for that
+        spec, why = None, f" ({error})"
     if spec is None:
-        raise PandaError(f"{setting}: no module {module}; {_places()}")
+        raise PandaError(f"{setting}: no module {module}{why}; {_places()}")
     return {"node": node, "source": hash_file(spec.origin) if spec.origin and spec.has_location else None}
 
 

@@ -7,12 +7,13 @@ from data_prep.inspection.inspect import inspect_plan, inspection_markdown
 from data_prep.plan.build import PlanResult, plan_rows
 from data_prep.records.shard import RecordsResult, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
+from data_prep.tokenizer import load_tokenizer, train_tokenizer
 from data_prep.tokens.tokenize import TokensResult, tokenize_records
-from data_prep.tokens.tokenizer import load_tokenizer, train_tokenizer
 from tasks.cluster import on_cluster
 from tasks.reporting import StageProgress, show_prepared, show_report
 from tasks.stage import stage
 from training.models.delta import model_directory
+from training.models.hub import description
 from training.settings import ModelSettings
 
 DEFAULT_VOCAB_SIZE = 8192
@@ -32,6 +33,7 @@ def shard(settings: PandaSettings) -> RecordsResult:
         Path(settings.cache_dir),
         StageProgress("records"),
         on_cluster(settings.prepare_cluster),
+        description(ModelSettings.of(settings)) if settings.reader else None,
     )
 
 

@@ -5,6 +5,7 @@ Fast: every command is understood, and those that train nothing are run. Slow: t
 tiny stand-ins of the weights (`support/stand_ins.py`). Output shown below a command must be part of what it prints.
 """
 
+import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ python train.py --conf_path my.yaml
 python train.py --instruction_tuning_data_dir my/instructions --pretraining_data_dir my/documents
 python train.py --model llama-7b --ckpt_path pretrain/llama-7b
 python train.py --model llama-7b --ckpt_path my-llama
-python train.py --model llama-7b --ckpt_path chitanda/llama-panda-zh-7b-delta --learning_rate 2e-3 --num_train_epochs 2
+python train.py --model llama-7b --ckpt_path chitanda/llama-panda-zh-7b-delta --learing_rate 2e-3 --num_train_epochs 2
 python train.py --model llama-65b --use_lora --lora_r 64 --lora_alpha 16 --lora_dropout 0.05
 python train.py --model llama-65b --use_quant
 """
@@ -37,7 +38,7 @@ per_gpu_train_batch_size per_gpu_eval_batch_size optimizer learning_rate lr_sche
 weight_decay adam_epsilon adam_betas max_grad_norm num_train_epochs max_steps warmup_proportion warmup_steps
 bit_training use_lora lora_r lora_alpha lora_dropout use_quant
 """
-TRAINS_NOTHING = {"--dry_run", "--print_config", "--learing_rate"}
+TRAINS_NOTHING = {"--dry_run", "--print_config", "--learnig_rate"}
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,12 @@ def workplace(tmp_path_factory) -> Path:
     (folder / "my" / "tables" / "pairs.tsv").write_text(
         "".join(f"{a} plus {b} is\t{a + b}\n" for a in range(9) for b in range(9)), encoding="utf-8"
     )
+    (folder / "my" / "lines").mkdir()
+    sums = [{"inputs": f"{a} plus {b} is", "targets": f"{a + b}"} for a in range(9) for b in range(9)]
+    (folder / "my" / "lines" / "sums.txt").write_text("\n".join(map(json.dumps, sums)), encoding="utf-8")
+    (folder / "my" / "pairs").mkdir()
+    document = {"inputs": "", "targets": "Numbers can be added, and the order does not matter."}
+    (folder / "my" / "pairs" / "partition_25.json").write_text(json.dumps(document), encoding="utf-8")
     (folder / "my" / "instructions").symlink_to(folder / "dataset" / "instruction_tuning")
     (folder / "my" / "documents").symlink_to(folder / "dataset" / "pretraining")
     return folder

@@ -18,14 +18,14 @@ MAY_IMPORT = {
 CONFIGS_MAY_SEE = {"data_prep.settings", "data_prep.errors", "training.settings"}
 FLOORS = {
     "data_prep": [
-        "errors", "settings store processes owner", "allowed", "targets", "records", "tokens", "plan",
+        "errors", "settings store processes owner", "allowed", "targets", "tokenizer", "records", "tokens", "plan",
         "inspection pipeline sample",
     ],
     "training": [
         "errors settings lean_imports", "rendezvous", "distributed devices", "launch models",
         "engines planning", "trainer",        "tracking", "comparison", "export", "registry", "worker evaluate compare",
     ],
-    "configs": ["errors settings", "field_types", "load", "cli", "docs"],
+    "configs": ["errors settings", "field_types guide_names", "load", "cli", "docs"],
     "tasks": ["stage reporting cluster", "prepare train register gate"],
     "flows": ["stack", "parts", "panda_train panda_prepare panda_evaluate", "cli"],
 }  # fmt: skip

@@ -18,14 +18,14 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep import store
-from data_prep.errors import CorpusError, PandaError
+from data_prep.errors import CorpusError
 from data_prep.processes import peak_rss_bytes
 from data_prep.records.files import UnitSpec
 from data_prep.records.json_stream import read_blocks
 from data_prep.records.normalise import Rejected, Row, content_hash, decode, from_mapping, normalise
 from data_prep.records.reasons import Reason
 from data_prep.records.source import Block, Piece, Source
-from data_prep.targets import load_target
+from data_prep.records.user_reader import read_records
 
 MAX_EXAMPLES = 5
 READER_BLOCK_RECORDS = 4096
@@ -174,7 +174,7 @@ def _blocks(spec: UnitSpec, facts: list[dict[str, int]]) -> Iterator[tuple[int, 
     """(number of the piece, block) of all pieces of a unit; adds to ``facts`` what was read of each piece."""
     for number, (piece, expected) in enumerate(zip(spec.pieces, spec.hashes, strict=True)):
         source = Source(piece)
-        for block in read_blocks(source) if spec.reader is None else _user_blocks(piece, spec.reader):
+        for block in read_blocks(source) if spec.reader is None else _user_blocks(piece, spec):
             yield number, block
         if spec.reader is None:
             _check_unchanged(source, piece, expected)
@@ -272,20 +272,15 @@ def _binary16(values: list[bytes]) -> pa.Array:
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(values), [None, pa.py_buffer(b"".join(values))])
 
 
-def _user_blocks(piece: Piece, reader: dict[str, Any]) -> Iterator[Block]:
-    """What the user's generator yields, in blocks; its errors are the user's to see, with the file that caused them."""
+def _user_blocks(piece: Piece, spec: UnitSpec) -> Iterator[Block]:
+    """What the user's reader yields, in blocks."""
+    assert spec.reader is not None, "only units with a reader come here"
     count = 0
-    try:
-        records = iter(load_target(reader, "reader")(piece.path))
-        while block := list(islice(records, READER_BLOCK_RECORDS)):
-            numbers = np.arange(count + 1, count + len(block) + 1)
-            yield Block(block, np.full(len(block), -1), np.zeros(len(block), np.int64), numbers)
-            count += len(block)
-    except PandaError:
-        raise
-    except Exception as error:
-        where = f"reader {reader['_target_']} failed on {piece.path} after {count} records"
-        raise CorpusError(f"{where}: {type(error).__name__}: {error}") from error
+    records = read_records(spec.reader, piece.path, spec.tokenizer_dir)
+    while block := list(islice(records, READER_BLOCK_RECORDS)):
+        numbers = np.arange(count + 1, count + len(block) + 1)
+        yield Block(block, np.full(len(block), -1), np.zeros(len(block), np.int64), numbers)
+        count += len(block)
 
 
 def _raw(record: Any) -> bytes:

@@ -24,8 +24,8 @@ from data_prep import store
 from data_prep.errors import CorpusError, NoCorpusError
 from data_prep.records.json_stream import BOM, HEAD_BYTES, SUFFIXES, find_form, find_opening
 from data_prep.records.source import Piece
+from data_prep.records.user_reader import reader_fingerprint
 from data_prep.settings import CorpusSettings
-from data_prep.targets import target_fingerprint
 
 PART_BYTES = 16 << 20
 BORDER_READ_BYTES = 64 << 10  # records are seldom longer
@@ -56,6 +56,7 @@ class UnitSpec:
     size: int
     reader: dict[str, Any] | None = None
     reader_source: dict[str, Any] | None = None
+    tokenizer_dir: Path | None = None
 
     @property
     def fingerprint(self) -> str:
@@ -91,15 +92,21 @@ def find_files(corpus: CorpusSettings) -> list[InputFile]:
     return files
 
 
-def plan_units(files: list[InputFile], corpus: CorpusSettings, num_workers: int) -> list[UnitSpec]:
-    """The units of all files, in the order of the files."""
+def plan_units(
+    files: list[InputFile],
+    corpus: CorpusSettings,
+    num_workers: int,
+    tokenizer_dir: Path | None = None,
+    cache_dir: Path | None = None,
+) -> list[UnitSpec]:
+    """The units of all files, in the order of the files; a user's reader may ask for the tokenizer."""
     reader = corpus.reader
     pieces = [(file, piece) for file in files for piece in (_cut(file) if reader is None else [Piece(file.path)])]
     with ThreadPoolExecutor(num_workers) as threads:
         hashes = list(threads.map(_hash_piece, [piece for _, piece in pieces], chunksize=16))
-    source = None if reader is None else target_fingerprint(reader, "reader")
+    source = None if reader is None else reader_fingerprint(reader, tokenizer_dir, cache_dir)
     specs = [
-        UnitSpec((piece,), (content,), file.kind, file.source, _piece_size(piece, file), reader, source)
+        UnitSpec((piece,), (content,), file.kind, file.source, _piece_size(piece, file), reader, source, tokenizer_dir)
         for (file, piece), content in zip(pieces, hashes, strict=True)
     ]
     return list(_grouped(specs)) if len(files) >= MIN_FILES_TO_GROUP else specs

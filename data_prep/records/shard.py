@@ -40,7 +40,7 @@ from pydantic import BaseModel, ConfigDict
 from data_prep import store
 from data_prep.errors import CorpusError, StoreError
 from data_prep.processes import FanOut, on_processes, peak_rss_bytes
-from data_prep.records.build_unit import UNIT_LEDGER_FILE, build_unit, find_unit
+from data_prep.records.build_unit import RECORDS_FILE, UNIT_LEDGER_FILE, build_unit, find_unit
 from data_prep.records.files import InputFile, UnitSpec, find_files, join, plan_units
 from data_prep.settings import CorpusSettings
 
@@ -93,20 +93,31 @@ class RecordsResult(BaseModel):
     seconds: float
     peak_rss_bytes: int
 
+    def texts(self) -> Iterator[str]:
+        """Every text of every valid record, in corpus order."""
+        for unit in self.units:
+            for batch in read_arrow(Path(unit.path) / RECORDS_FILE).to_batches():
+                yield from batch.column("texts").values.to_numpy(zero_copy_only=False)
+
 
 def shard_records(
-    corpus: CorpusSettings, cache_dir: Path, progress: Progress | None = None, fan_out: FanOut | None = None
+    corpus: CorpusSettings,
+    cache_dir: Path,
+    progress: Progress | None = None,
+    fan_out: FanOut | None = None,
+    tokenizer_dir: Path | None = None,
 ) -> RecordsResult:
     """Read and validate the whole corpus; units that are there already cost the hashing of their files.
 
     :param fan_out: where units are made; None = here, in ``prepare_workers`` processes when that is worth it.
+    :param tokenizer_dir: for a user's reader that takes a tokenizer; nothing else here looks at it.
     :raises CorpusError: nothing to read, no usable record, or more than ``max_rejected_fraction`` rejected.
     """
     started = time.perf_counter()
     root = Path(cache_dir) / STAGE
     num_workers = corpus.prepare_workers or len(os.sched_getaffinity(0))
     files = find_files(corpus)
-    specs = plan_units(files, corpus, num_workers)
+    specs = plan_units(files, corpus, num_workers, tokenizer_dir, cache_dir)
     made = _Units(root, num_workers, progress, fan_out)
     specs = _joined_where_cut_wrongly(specs, made)
     units = _with_positions(specs, made)

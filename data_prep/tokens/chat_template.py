@@ -26,8 +26,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from data_prep import store
 from data_prep.errors import TokenizerError
+from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.layouts import Layout, Piece, Role, Slot, Template, document_layout, is_document, runs_of
-from data_prep.tokens.tokenizer import LoadedTokenizer
 
 Render = Callable[[list[dict[str, str]], bool], str]
 Roles = tuple[int, ...]

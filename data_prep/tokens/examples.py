@@ -19,10 +19,10 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.errors import TokenizerError
+from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.encoder import Encoded, Engine
 from data_prep.tokens.layouts import Layout, Run, Slot, Template
 from data_prep.tokens.token_shard import TokenShard
-from data_prep.tokens.tokenizer import LoadedTokenizer
 
 
 @dataclass(frozen=True)

@@ -8,9 +8,9 @@ test compares them. With ``template=tokenizer`` it is the tokenizer's own. Cost:
 import json
 from typing import Any
 
+from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.layouts import Role
 from data_prep.tokens.templates import ALPACA, ALPACA_HEADING
-from data_prep.tokens.tokenizer import LoadedTokenizer
 
 _PLAIN = """\
 {{- BOS }}{% for message in messages -%}

@@ -11,9 +11,9 @@ from typing import Any
 from data_prep import store
 from data_prep.errors import TokenizerError
 from data_prep.targets import load_target, target_fingerprint
+from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.chat_template import load_chat_template
 from data_prep.tokens.layouts import Layout, Piece, Role, Segment, Slot, Template, document_layout, is_document, runs_of
-from data_prep.tokens.tokenizer import LoadedTokenizer
 
 
 def load_template(setting: str | dict[str, Any], tokenizer: LoadedTokenizer) -> Template:

@@ -18,7 +18,7 @@ from data_prep.errors import PandaError
 from data_prep.pipeline import prepare as prepare_data
 from data_prep.plan.build import PlanResult
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.tokens.tokenizer import DEFAULT_VOCAB_SIZE, LoadedTokenizer, load_tokenizer
+from data_prep.tokenizer import DEFAULT_VOCAB_SIZE, LoadedTokenizer, load_tokenizer
 from flows.cli.console import plain_table, stdout_console
 from flows.cli.run import print_json
 from training.models.hub import base_checkpoint, description, resolve_checkpoint

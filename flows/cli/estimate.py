@@ -23,12 +23,12 @@ from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.files import UnitSpec, find_files, plan_units
 from data_prep.records.shard import RecordsResult, RecordsUnit, read_arrow, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
+from data_prep.tokenizer import DEFAULT_VOCAB_SIZE, LoadedTokenizer, load_tokenizer, trained_fingerprint
 from data_prep.tokens.encoder import Engine, load_engine
 from data_prep.tokens.examples import tokenize_columns
 from data_prep.tokens.layouts import Template
 from data_prep.tokens.templates import load_template
 from data_prep.tokens.tokenize import TokensResult, tokenize_records, unit_fingerprint
-from data_prep.tokens.tokenizer import DEFAULT_VOCAB_SIZE, LoadedTokenizer, load_tokenizer, trained_fingerprint
 
 BYTES_PER_TOKEN = 3.5
 """Of JSON text, where no tokenizer is at hand to count."""
@@ -86,7 +86,7 @@ def forecast_data(settings: PandaSettings, tokenizer_dir: Path | None, last: dic
     """
     corpus, cache = CorpusSettings.of(settings), Path(settings.cache_dir)
     try:
-        specs = plan_units(find_files(corpus), corpus, settings.prepare_workers or 1)
+        specs = plan_units(find_files(corpus), corpus, settings.prepare_workers or 1, tokenizer_dir, cache)
     except NoCorpusError:
         return DataForecast(stages=[Stage("records", 0, 1, "no corpus yet")])
     forecast = DataForecast(corpus_bytes=sum(spec.size for spec in specs))
@@ -94,7 +94,7 @@ def forecast_data(settings: PandaSettings, tokenizer_dir: Path | None, last: dic
     forecast.stages.append(Stage("records", len(specs) - len(missing), len(specs), _why_records(missing, specs, last)))
     if missing:
         return _estimated(forecast, settings, specs, tokenizer_dir)
-    records = shard_records(corpus, cache)
+    records = shard_records(corpus, cache, tokenizer_dir=tokenizer_dir)
     tokenizer_dir = tokenizer_dir or _trained_tokenizer(settings, records)
     if tokenizer_dir is None:
         forecast.stages.append(Stage("tokens", 0, len(records.units), "the tokenizer is not there yet"))

@@ -15,7 +15,7 @@ from configs.settings import PandaSettings
 from data_prep.errors import PandaError
 from data_prep.pipeline import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.tokens.tokenizer import DEFAULT_VOCAB_SIZE
+from data_prep.tokenizer import DEFAULT_VOCAB_SIZE
 from flows.cli.console import stdout_console
 from flows.cli.registry import Verb, parse_verb
 from flows.cli.run import print_json

@@ -22,7 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from configs.cli import CommandLine
-from configs.load import Loaded, dump
+from configs.load import Loaded
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
 from flows.cli.console import plain_table, stdout_console
@@ -47,9 +47,6 @@ def run(line: CommandLine, loaded: Loaded) -> int:
     """Check, then run `panda-train` with what was typed as its parameters."""
     use_sample_corpus_if_nothing_else(loaded)
     preflight.check(loaded.settings, chosen(loaded))
-    resolved = Path("configs") / "tmp.yaml"
-    if resolved.parent.is_dir():
-        resolved.write_text(dump(loaded.settings), encoding="utf-8")
     summary = call_flow(as_parameters(line))
     if line.switches.json:
         print_json(summary)

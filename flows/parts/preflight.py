@@ -69,10 +69,11 @@ def _corpus_problems(settings: PandaSettings, chosen: set[str]) -> list[str]:
         value = getattr(settings, name)
         if value is None:
             continue
-        if _has_corpus(Path(value)):
+        if _has_corpus(Path(value), "" if settings.reader else SUFFIXES):
             usable += 1
         elif name in chosen:
-            state = "is empty (no .json or .jsonl file below it)" if Path(value).is_dir() else "does not exist"
+            wanted = "file" if settings.reader else ".json or .jsonl file"
+            state = f"is empty (no {wanted} below it)" if Path(value).is_dir() else "does not exist"
             problems.append(f"{name}={value!r}: the directory {state}")
     if not usable and not problems:
         problems.append(
@@ -82,8 +83,11 @@ def _corpus_problems(settings: PandaSettings, chosen: set[str]) -> list[str]:
     return problems
 
 
-def _has_corpus(folder: Path) -> bool:
-    return any(name.endswith(SUFFIXES) for _, _, files in os.walk(folder) for name in files)
+def _has_corpus(folder: Path, suffixes: str | tuple[str, ...]) -> bool:
+    """Whether a file of a corpus is below it; a user's reader takes any."""
+    return any(
+        name.endswith(suffixes) and not name.startswith(".") for _, _, files in os.walk(folder) for name in files
+    )
 
 
 def _output_problems(settings: PandaSettings) -> list[str]:

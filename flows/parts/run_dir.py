@@ -5,9 +5,12 @@ In: settings. Out: `<output_dir>/<run>/` with ``config.yaml`` first and ``summar
 would do the same work. Cost: none.
 """
 
+import errno
+import itertools
 import json
 import logging
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,17 +94,39 @@ def create(settings: PandaSettings) -> RunDir:
     if settings.resume:
         return _existing(output, settings.run_name)
     name = settings.run_name or f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(settings.model).name}"
-    path = output / name
     try:
         output.mkdir(parents=True, exist_ok=True)
-        path.mkdir(exist_ok=not any(path.iterdir()) if path.is_dir() else False)
-    except FileExistsError:
-        raise ConfigError(
-            [f"run_name={name!r}: {path} is there already; choose another name, or go on with it: --resume"]
-        ) from None
+        path = _claimed(output, name) if settings.run_name else _free(output, name)
     except OSError as error:
         raise ConfigError([f"output_dir={settings.output_dir!r}: cannot write there ({error.strerror})"]) from None
+    if path is None:
+        raise ConfigError(
+            [f"run_name={name!r}: {output / name} is there already; choose another name, or go on with it: --resume"]
+        )
     return RunDir(path)
+
+
+def _free(output: Path, name: str) -> Path:
+    """A directory of our own, also when several runs start in the same second."""
+    names = (name if number == 1 else f"{name}-{number}" for number in itertools.count(1))
+    return next(path for path in (_claimed(output, one) for one in names) if path)
+
+
+def _claimed(output: Path, name: str) -> Path | None:
+    """The directory, if no other run has it: of several that want the same one, one gets it.
+
+    A directory can be renamed to where nothing or an empty one is; with a folder in it, it is not empty any more.
+    """
+    path, ours = output / name, output / f".{name}.{os.getpid()}"
+    (ours / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        ours.rename(path)
+    except OSError as error:
+        shutil.rmtree(ours)
+        if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+            return None
+        raise
+    return path
 
 
 def as_in_the_run(loaded: Loaded, values: dict[str, Any], overrides: list[str] | None) -> Loaded:
@@ -126,6 +151,7 @@ def write_config(run: RunDir, settings: PandaSettings, paths: dict[str, Path | N
     content = settings.model_dump(mode="json")
     content["paths"] = {name: str(path.absolute()) if path else None for name, path in paths.items()}
     write_atomically(run.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    logger.info("all settings of this run: %s (--conf_path takes such a file)", run.config)
 
 
 def write_summary(run: RunDir, summary: dict[str, Any]) -> None:

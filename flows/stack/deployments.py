@@ -1,8 +1,8 @@
 """Put onto a Prefect server what operations need there: work pool, deployments, an automation. Safe to repeat.
 
-In: prefect.yaml in the working directory; the server at PREFECT_API_URL. Out: nothing; whether a schedule is paused
-stays as the user left it (the one in prefect.yaml is paused when it first appears). Cost: ~6 s, mostly two imports of
-Prefect.
+In: prefect.yaml in the working directory; the server at PREFECT_API_URL. Out: nothing; schedules made by hand stay, and
+whether a schedule is paused stays as the user left it (the one in prefect.yaml is paused when it first appears).
+Cost: ~6 s, mostly two imports of Prefect.
 
 `panda serve-flow`: one command, one terminal: server (if none is up), deployments and their runs, until Ctrl-C.
 
@@ -22,7 +22,6 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
-from uuid import UUID
 
 import yaml
 from prefect.client.orchestration import SyncPrefectClient, get_client
@@ -35,7 +34,7 @@ from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
 from data_prep.errors import PandaError
-from flows.stack import listeners, old_database, services
+from flows.stack import listeners, old_database, schedules, services
 from flows.stack.prefect_home import address
 from flows.stack.prefect_server import answers, environment, unusable, wait_for_server
 from flows.stack.services import POOL
@@ -49,9 +48,9 @@ def deploy() -> None:
     """Pool, then `prefect deploy --all`, then the automation."""
     with get_client(sync_client=True) as client:
         _ensure_pool(client)
-        active = _schedules(client)
+        states = schedules.name_all(client, declared())
         _prefect_deploy()
-        _restore_schedules(client, active)
+        schedules.restore(client, states)
     deploy_automation()
 
 
@@ -136,23 +135,6 @@ def pool_template() -> dict[str, Any]:
     return template
 
 
-def _schedules(client: SyncPrefectClient) -> dict[UUID, dict[str | None, bool]]:
-    """Deployment -> schedule by slug -> active."""
-    return {
-        deployment.id: {schedule.slug: schedule.active for schedule in deployment.schedules}
-        for deployment in client.read_deployments()
-    }
-
-
-def _restore_schedules(client: SyncPrefectClient, active: dict[UUID, dict[str | None, bool]]) -> None:
-    """Undo what `prefect deploy` did to schedules the user had activated or paused."""
-    for deployment in client.read_deployments():
-        before = active.get(deployment.id, {})
-        for schedule in deployment.schedules:
-            if before.get(schedule.slug, schedule.active) != schedule.active:
-                client.update_deployment_schedule(deployment.id, schedule.id, active=before[schedule.slug])
-
-
 def _prefect_deploy() -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -177,7 +159,8 @@ def serve_flow(argv: list[str]) -> int:
         from prefect import serve
 
         deploy_automation()
-        serve(*(runner_deployment(entry) for entry in declared()), print_starting_message=True)
+        states = _named_schedules()
+        serve(*(runner_deployment(entry, states) for entry in declared()), print_starting_message=True)
     return 0
 
 
@@ -212,16 +195,36 @@ def declared() -> list[dict[str, Any]]:
     return yaml.safe_load(path.read_text(encoding="utf-8"))["deployments"]
 
 
-def runner_deployment(entry: dict[str, Any]) -> Any:
-    """One of them, for `serve`: the same but for the work pool, which serving does not use."""
+def _named_schedules() -> dict[str, dict[str, bool]]:
+    """Those on the server, such that serving leaves them as people made them, and which of them are active."""
+    from prefect.client.orchestration import get_client
+
+    from flows.stack import schedules
+
+    with get_client(sync_client=True) as client:
+        return schedules.name_all(client, declared())
+
+
+def runner_deployment(entry: dict[str, Any], states: dict[str, dict[str, bool]] | None = None) -> Any:
+    """One of them, for `serve`: the same but for the work pool, which serving does not use.
+
+    :param states: which schedules are active on the server; others are as prefect.yaml says.
+    """
     from prefect.client.schemas.objects import ConcurrencyLimitConfig
     from prefect.schedules import Cron
 
     path, _, name = entry["entrypoint"].partition(":")
     flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
     limit = entry.get("concurrency_limit")
+    known = (states or {}).get(f"{flow.name}/{entry['name']}", {})
     schedules = [
-        Cron(one["cron"], timezone=one.get("timezone"), slug=one.get("slug"), active=one.get("active", True))
+        Cron(
+            one["cron"],
+            timezone=one.get("timezone"),
+            slug=one.get("slug"),
+            active=known.get(one.get("slug"), one.get("active", True)),
+            parameters=one.get("parameters"),
+        )
         for one in entry.get("schedules", [])
     ]
     return flow.to_deployment(

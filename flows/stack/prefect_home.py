@@ -87,8 +87,8 @@ def set_by_user(name: str) -> str | None:
     if Path(".env").is_file():
         import dotenv
 
-        if value := dotenv.dotenv_values(".env").get(name):
-            return value
+        if found := dotenv.dotenv_values(".env").get(name):
+            return found
     value: Any = _read(Path("prefect.toml"))
     for key in IN_TOML.get(name, ()):
         value = value.get(key, {}) if isinstance(value, dict) else {}

@@ -10,9 +10,9 @@ from configs.errors import ConfigError
 from configs.settings import PandaSettings, fields_by_group
 
 HEAVY = {"torch", "transformers", "prefect", "mlflow", "numpy", "pyarrow", "deepspeed", "tokenizers", "huggingface_hub"}
-ARGV = """--learing_rate 2e-3 --lora_r 0 --model lama-7b --preset lor foo_bar=1 --lora_dropout lora_alpha=[
+ARGV = """--learnig_rate 2e-3 --lora_r 0 --model lama-7b --preset lor foo_bar=1 --lora_dropout lora_alpha=[
 warmup_steps=1,2 --optimizer SGD --zero_stage 7 --mixture {instruction:2}"""
-TEXT = """unknown flag --learing_rate; did you mean --learning_rate?
+TEXT = """unknown flag --learnig_rate; did you mean --learning_rate?
 --mixture {instruction:2}: a key without a value; write {key: value} with a space after the colon, in quotes
 --lora_dropout needs a value: a number >= 0 and < 1
 unknown setting 'foo_bar' (override)

@@ -139,7 +139,8 @@ def test_every_line_shows_its_origin(conf):
     ("text", "message"),
     [
         ("lora_r: 0", "lora_r=0: must be a whole number >= 1 ({path})"),
-        ("learing_rate: 1", "unknown setting 'learing_rate'; did you mean learning_rate? ({path})"),
+        ("learnig_rate: 1", "unknown setting 'learnig_rate'; did you mean learning_rate? ({path})"),
+        ("learing_rate: 1\nlearning_rate: 2", "learing_rate is the guide's name of learning_rate; give one of the two"),
         ("lora_r: [", "{path}: while parsing"),
         ("lora_r: 1\nlora_r: 2", "{path}: while constructing a mapping"),
         ("- 1", "{path}: a mapping of settings is expected, not a list"),

@@ -1,7 +1,7 @@
 """`_target_` nodes end to end: a project of the user, in the working directory, that nothing of ours names or installs.
 
-The guide's example is ``read_tensor: {_target_: data.collators.zh_instruct.TextDatasetUnifyV3, pair_file_list: ...}``.
-Its counterpart is ``reader: {_target_: my_project.readers.pairs, ...}``: the files come from the corpus directories.
+The guide's ``read_tensor: {_target_: data.collators.zh_instruct.TextDatasetUnifyV3, pair_file_list: ...}`` is walked by
+``tests/test_guide.py``; here are a generator as ``reader`` and the nodes of all other settings.
 """
 
 import json
@@ -71,7 +71,7 @@ assert settings.architecture == {"_target_": "my_project.readers.architecture", 
 from data_prep.pipeline import prepare
 from data_prep.records.shard import shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.tokens.tokenizer import load_tokenizer, train_tokenizer
+from data_prep.tokenizer import load_tokenizer, train_tokenizer
 from data_prep.plan.reader import open_plan
 corpus, cache = CorpusSettings.of(settings), Path("cache")
 records = shard_records(corpus, cache)

@@ -28,7 +28,7 @@ def corpus(tmp_path):
 
 
 MISTAKES = {
-    "misspelt flag": (["--learing_rate", "1"], ["--learing_rate", "did you mean --learning_rate"]),
+    "misspelt flag": (["--learnig_rate", "1"], ["--learnig_rate", "did you mean --learning_rate"]),
     "stray word": (["llama-7b"], ["'llama-7b'", "neither a flag nor"]),
     "several wrong values": (
         ["--learning_rate", "-1", "--max_seq_length", "x"],

@@ -52,6 +52,12 @@ class Stack:
         command = [sys.executable, "-m", "flows.cli.main", *arguments, "--state_dir", str(self.folder / "state")]
         return self._run(command, timeout)
 
+    def schedule_verb(self, *arguments: str) -> str:
+        """`panda schedule ...`; returns what it prints."""
+        done = self._run([sys.executable, "-m", "flows.cli.main", "schedule", *arguments], 120)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
     def prefect(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess:
         return self._run([sys.executable, "-m", "prefect", "--no-prompt", *arguments], timeout)
 

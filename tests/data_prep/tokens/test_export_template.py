@@ -6,10 +6,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from data_prep.tokenizer import load_tokenizer
 from data_prep.tokens.export_template import served_template
 from data_prep.tokens.layouts import Role
 from data_prep.tokens.templates import load_template
-from data_prep.tokens.tokenizer import load_tokenizer
 
 ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
 CHATS = [

@@ -8,7 +8,6 @@ from urllib.parse import urlsplit
 import httpx
 import psutil
 import pytest
-from prefect.client.schemas.actions import DeploymentUpdate
 from prefect.exceptions import PrefectHTTPStatusError
 
 from flows.stack.prefect_server import http_status
@@ -199,22 +198,24 @@ class TestRun:
 
 
 class TestSchedule:
-    def test_scheduled_run_of_an_old_corpus_is_skipped(self, stack, first):
-        """Also finds out whether the server schedules at all: with SQLAlchemy 2.1 it silently does not."""
-        self.default_parameters(stack, {"conf_path": stack.config("short", max_steps=6)})
-        try:
-            with stack.schedule("--interval", "20"):
-                wait_for(lambda: self.ended(stack), 240, "a scheduled run")
-        finally:
-            self.default_parameters(stack, {})
-        state = self.ended(stack)[0].state
-        assert (state.type.value, state.name) == ("COMPLETED", "SkippedNoNewData"), state.message
-        assert "models:/panda-panda-tiny/1" in state.message
+    def test_scheduled_run_has_its_settings(self, stack, first):
+        """It finds the corpus of the first run in the outputs that only its file names: old, so it is skipped.
 
-    def default_parameters(self, stack, parameters):
-        with stack.client() as client:
-            deployment = client.read_deployment_by_name("panda-train/default")
-            client.update_deployment(deployment.id, DeploymentUpdate(parameters=parameters))
+        Also finds out whether the server schedules at all: with SQLAlchemy 2.1 it silently does not.
+        """
+        conf = stack.config("short", max_steps=6)
+        stack.schedule_verb("add", "soon", "--cron", "* * * * *", "--conf_path", conf, "--min_new_target_tokens", "5")
+        try:
+            stack.schedule_verb("pause", "soon")
+            assert stack.panda("up").returncode == 0  # applies prefect.yaml again
+            stack.schedule_verb("resume", "soon")
+            wait_for(lambda: self.ended(stack), 240, "a scheduled run")
+        finally:
+            stack.schedule_verb("remove", "soon")
+        run = self.ended(stack)[0]
+        assert run.parameters == {"conf_path": conf, "min_new_target_tokens": 5}
+        assert (run.state.type.value, run.state.name) == ("COMPLETED", "SkippedNoNewData"), run.state.message
+        assert "models:/panda-panda-tiny/1" in run.state.message
 
     def ended(self, stack):
         return [run for run in stack.scheduled_runs() if run.state.is_final()]

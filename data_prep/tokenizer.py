@@ -19,8 +19,6 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep import store
 from data_prep.errors import TokenizerError
-from data_prep.records.build_unit import RECORDS_FILE
-from data_prep.records.shard import read_arrow
 
 TOKENIZER_FILE = "tokenizer.json"
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -88,13 +86,16 @@ def train_tokenizer(records: Any, vocab_size: int, cache_dir: Path) -> Path:
     """
 
     def make(building: Path) -> dict[str, Any]:
-        core = _train(_texts(records), vocab_size)
-        core.save(str(building / TOKENIZER_FILE))
-        config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
-        (building / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
+        core = _train(records.texts(), vocab_size)
+        _save(core, building)
         return {"vocab_size": core.get_vocab_size()}
 
     return store.build(Path(cache_dir) / "tokenizers", trained_fingerprint(records, vocab_size), make).path
+
+
+def write_untrained(directory: Path) -> None:
+    """A tokenizer that knows single bytes and the special tokens of `train_tokenizer`: what there is before records."""
+    _save(_train(iter(()), 0), directory)
 
 
 def trained_fingerprint(records: Any, vocab_size: int) -> str:
@@ -118,10 +119,10 @@ def _train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return core
 
 
-def _texts(records: Any) -> Iterator[str]:
-    for unit in records.units:
-        for batch in read_arrow(Path(unit.path) / RECORDS_FILE).to_batches():
-            yield from batch.column("texts").values.to_numpy(zero_copy_only=False)
+def _save(core: Tokenizer, directory: Path) -> None:
+    core.save(str(directory / TOKENIZER_FILE))
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
+    (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 
 
 def _tokenizer_file(directory: Path, cache_dir: Path | None) -> Path:
