@@ -23,7 +23,8 @@ FLOORS = {
     ],
     "training": [
         "errors settings lean_imports", "rendezvous", "distributed devices", "launch models",
-        "engines planning", "trainer",        "tracking", "comparison", "export", "registry", "worker evaluate compare",
+        "engines planning", "trainer",
+        "tracking", "comparison", "export", "registry", "serving", "worker evaluate compare",
     ],
     "configs": ["errors settings", "field_types guide_names", "load", "cli", "docs"],
     "tasks": ["stage reporting cluster", "prepare train register gate"],
@@ -31,7 +32,7 @@ FLOORS = {
 }  # fmt: skip
 """The rooms of a package, ground floor first: a room imports only rooms of lower floors."""
 TRAINS = {"trainer", "engines", "models", "planning", "launch", "worker"}
-USES_WHAT_WAS_TRAINED = {"tracking", "registry", "comparison", "export"}
+USES_WHAT_WAS_TRAINED = {"tracking", "registry", "comparison", "export", "serving"}
 MAX_MODULES = 12
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
 

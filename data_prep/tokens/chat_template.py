@@ -41,14 +41,11 @@ def load_chat_template(tokenizer: LoadedTokenizer) -> Template:
 
     :raises TokenizerError: it has none; later, per pattern of roles, if the answers cannot be found with proof.
     """
-    source = tokenizer.chat_template
-    if source is None:
-        raise TokenizerError(f"template: tokenizer, but {tokenizer.path} has no chat template. {_ADVICE}")
-    render = _renderer(source, tokenizer)
+    render = chat_renderer(tokenizer)
     layout = lru_cache(maxsize=4096)(partial(chat_layout, render, tokenizer))
     return Template(
         "tokenizer",
-        store.fingerprint(template="tokenizer", version=2, source=source),
+        store.fingerprint(template="tokenizer", version=2, source=tokenizer.chat_template),
         layout=layout,
         check=partial(_check, render, layout, {i: tokenizer.special_text(i) for i in tokenizer.stop_ids}),
     )
@@ -168,8 +165,11 @@ def _rendered(render: Render, messages: list[dict[str, str]], add_generation_pro
         raise _refused(roles, f"it fails: {error}") from error
 
 
-def _renderer(source: str, tokenizer: LoadedTokenizer) -> Render:
+def chat_renderer(tokenizer: LoadedTokenizer) -> Render:
     """The template with the environment that transformers gives it, less the clock."""
+    source = tokenizer.chat_template
+    if source is None:
+        raise TokenizerError(f"template: tokenizer, but {tokenizer.path} has no chat template. {_ADVICE}")
     environment = ImmutableSandboxedEnvironment(
         trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, LoopControlExtension]
     )

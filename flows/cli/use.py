@@ -1,8 +1,7 @@
 """`panda export`, `chat`, `serve`: use a registered version, as files, in the terminal, or behind an endpoint.
 
-In: a version. Out: a directory, a conversation, or a running server. The server is an existing one (vLLM where it is
-installed, else `transformers serve`), on the loopback device unless told otherwise; this process becomes it. Cost: that
-of loading the model; an adapter is merged once for serving and kept in the cache.
+In: a version. Out: a directory, a conversation, or a running server, on the loopback device unless told otherwise.
+Cost: that of loading the model.
 
 `panda benchmark VERSION --tasks ...`: ask a registered version lm-eval's tasks; the scores go to MLflow.
 
@@ -10,12 +9,12 @@ In: a version, names of tasks. Out: a table, or one JSON object with ``--json``;
 `training.registry.benchmark`.
 """
 
-import os
-import shutil
+import socket
 import sys
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
@@ -25,10 +24,12 @@ from flows.cli.console import stdout_console
 from flows.cli.registry import Verb, parse_verb
 from flows.cli.run import print_json
 from training.export.export import to_gguf
-from training.models.hub import base_of
 from training.registry.benchmark import Questions, Score, ask, record
 from training.registry.publish import publish
 from training.registry.versions import Version
+
+if TYPE_CHECKING:
+    from training.serving.deployed import Deployed
 
 BASE = Switch("base", "Directory of the un-quantised base model of an adapter, if it has moved.", {"metavar": "DIR"})
 GGUF = Switch("gguf", "Also write a GGUF file, with llama.cpp's converter.")
@@ -60,17 +61,16 @@ def export(argv: list[str]) -> int:
 def chat(argv: list[str]) -> int:
     """Talk to a version."""
     text = "Talk to a version in the terminal."
-    verb = parse_verb("panda chat VERSION", text, argv, (MAX_NEW_TOKENS, TEMPERATURE, SYSTEM))
+    verb = parse_verb("panda chat VERSION", text, argv, (MAX_NEW_TOKENS, TEMPERATURE, SYSTEM, BASE))
     version = verb.registry.resolve(verb.words[0])
-    from training.export.chat import HELP
-    from training.export.chat import chat as talk
-    from training.registry.register import load_served
+    from training.serving.chat import HELP
+    from training.serving.chat import chat as talk
+    from training.serving.deployed import Sampling
 
-    served = load_served(version.uri, verb.registry.uri).unwrap_python_model()
-    options = {"max_new_tokens": verb.switches.max_new_tokens, "max_tokens": 0, "top_p": 1.0,
-               "temperature": verb.switches.temperature}  # fmt: skip
+    deployed = _load(verb, version)
     print(f"{version.uri}: {HELP}", file=sys.stderr)
-    talk(served, _lines(), options, verb.switches.system, lambda words: print(words, end="", flush=True))
+    sampling = Sampling(verb.switches.max_new_tokens, verb.switches.temperature)
+    talk(deployed, _lines(), sampling, verb.switches.system, lambda words: print(words, end="", flush=True))
     return 0
 
 
@@ -85,37 +85,67 @@ def _lines() -> Iterator[str]:
 
 def serve(argv: list[str]) -> int:
     """Offer an OpenAI-compatible endpoint."""
-    text = "Serve a version at http://HOST:PORT/v1 (OpenAI's protocol), with vLLM if installed, else transformers."
+    text = "Serve a version to OpenAI clients at http://HOST:PORT/v1; for many of them at once, export it for vLLM."
     verb = parse_verb("panda serve VERSION", text, argv, (HOST, PORT, BASE))
-    model_dir = servable(verb, verb.registry.resolve(verb.words[0]))
-    command = server_command(model_dir, verb.switches.host, verb.switches.port)
-    where = f"http://{verb.switches.host}:{verb.switches.port}/v1"
-    print(f"serving at {where}; clients name the model {str(model_dir)!r}", file=sys.stderr, flush=True)
-    os.execv(command[0], command)
+    version = verb.registry.resolve(verb.words[0])
+    with bind(verb.switches.host, verb.switches.port) as bound:
+        from training.serving.server import Names
+        from training.serving.server import serve as answer
+
+        deployed = _load(verb, version)
+        print(_beginning(version, bound, deployed.prompt.template is None), file=sys.stderr, flush=True)
+        answer(deployed, Names(tuple(names_of(version)), version.created_ms // 1000), bound)
+    return 0
 
 
-def servable(verb: Verb, version: Version) -> Path:
-    """A directory of whole weights: the registry's own, or the merged adapter in the cache."""
-    model_dir = verb.registry.files(version, verb.cache_dir)
-    if base_of(model_dir) is None:
-        return model_dir
-    target = verb.cache_dir / "merged" / version.source.removeprefix("models:/")
-    if not target.exists():
-        base = Path(verb.switches.base) if verb.switches.base else None
-        publish(verb.registry, version, target, verb.cache_dir, base)
-    return target
+def bind(host: str, port: int) -> socket.socket:
+    """A socket at this address, before anything is loaded.
+
+    :raises PandaError: the address is taken, or is not one of this machine.
+    """
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        bound = socket.socket(family, socket.SOCK_STREAM)
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+    except (OSError, OverflowError) as error:
+        raise PandaError(f"cannot listen on {host}:{port} ({error}); choose another with --host or --port") from error
+    return bound
 
 
-def server_command(model_dir: Path, host: str, port: int) -> list[str]:
-    """The command line of vLLM or of transformers' own server, whichever is installed here."""
-    beside = Path(sys.executable).parent  # the environment need not be activated
-    path = f"{beside}{os.pathsep}{os.environ.get('PATH', '')}"
-    where = ["--host", host, "--port", str(port)]
-    if vllm := shutil.which("vllm", path=path):
-        return [vllm, "serve", str(model_dir), *where]
-    if transformers := shutil.which("transformers", path=path):
-        return [transformers, "serve", *where, str(model_dir)]
-    raise PandaError("serve: neither `vllm` nor `transformers` is installed; pip install 'transformers[serving]'")
+def names_of(version: Version) -> list[str]:
+    """What clients call a version: the model's name, with its number, with its aliases."""
+    aliases = (f"{version.name}@{alias}" for alias in sorted(version.aliases))
+    return [version.name, f"{version.name}:{version.version}", *aliases]
+
+
+def _beginning(version: Version, bound: socket.socket, has_no_template: bool) -> str:
+    """What is said when the server is ready: address, names, and the command for more than a few users."""
+    from training.serving.server import is_loopback
+
+    host, port = bound.getsockname()[:2]
+    names = names_of(version)
+    directory = f"{version.name}-{version.version}"
+    lines = [
+        f"{version.uri} at http://{f'[{host}]' if ':' in host else host}:{port}/v1; clients name the model "
+        f"{' or '.join(names)}",
+        "this server is for trying a version and for few users; for load: "
+        f"panda export {names[1]} {directory} && vllm serve {directory} --served-model-name {' '.join(names)} "
+        f"--host {host} --port {port}",
+    ]
+    if has_no_template:
+        lines.append("it has no chat template (a function of yours made its prompts): messages are joined line by line")
+    if not is_loopback(bound):
+        lines.append("everyone who reaches this address can use it: there is no password; put a proxy in front")
+    return "\n".join(lines)
+
+
+def _load(verb: Verb, version: Version) -> "Deployed":
+    """The model of a version, in memory."""
+    from training.serving.deployed import load
+
+    base = Path(verb.switches.base) if verb.switches.base else None
+    return load(verb.registry.files(version, verb.cache_dir), verb.cache_dir, base)
 
 
 SWITCHES = (

@@ -210,10 +210,11 @@ def check_saved(directory: Path) -> None:
             raise ModelError(f"{file}: {len(empty)} tensors are empty, first {empty[0]}; the model was not gathered")
 
 
-def load_deployed(directory: Path, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """What `save_model` wrote, in evaluation mode: the whole model, or base and adapter."""
+def load_deployed(directory: Path, dtype: torch.dtype | str = torch.float32, base_dir: Path | None = None) -> nn.Module:
+    """What `save_model` wrote, in evaluation mode: the whole model, or base (`base_dir` where it moved) and adapter."""
     adapter = directory / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else str(directory)
+    base = str(base_dir or base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True, use_safetensors=True)
     if adapter.is_file():
         from peft import PeftModel

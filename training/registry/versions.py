@@ -30,7 +30,7 @@ PARENT_TAG = "panda.parent"
 TAKEDOWN_TAG = "panda.takedown."  # + content hash
 BENCHMARK_TAG = "panda.benchmark."  # + task of lm-eval
 MAX_TAG_CHARS = 4500  # MLflow takes 5,000 bytes and more, depending on its database
-REFERENCE = re.compile(r"^(?:models:/)?(?P<name>[^/@:]+)(?:/(?P<version>\d+)|@(?P<alias>[\w-]+))?$")
+REFERENCE = re.compile(r"^(?:models:/)?(?P<name>[^/@:]+)(?:[/:](?P<version>\d+)|@(?P<alias>[\w-]+))?$")
 
 
 class RegistryError(PandaError):
@@ -106,7 +106,7 @@ class Registry:
         """The version a person means; a bare name means its champion, without one the newest version."""
         match = REFERENCE.match(reference)
         if not match:
-            raise RegistryError(f"{reference!r}: write models:/NAME/VERSION, models:/NAME@ALIAS or NAME")
+            raise RegistryError(f"{reference!r}: write NAME, NAME@ALIAS or NAME:VERSION (or models:/NAME/VERSION)")
         name, number, alias = match["name"], match["version"], match["alias"]
         versions = self.versions(name)
         if not versions:

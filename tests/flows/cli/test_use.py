@@ -1,23 +1,14 @@
-"""`panda export`, `chat`, `serve` as real commands on a registry with full weights and an adapter."""
+"""`panda export` and `chat` as real commands on a registry with full weights and an adapter."""
 
-import contextlib
 import json
-import os
-import signal
 import subprocess
 import sys
-import urllib.request
 from pathlib import Path
 
 import pytest
 
-from data_prep.errors import PandaError
-from flows.cli.use import HOST, server_command
-from tests.support.mlflow_fixtures import wait_for_health
-from tests.support.stack import listening
 from tests.support.tiny_models import save_adapter, save_full_model
 from tests.training.registry.test_register import greedy, tracked_run
-from training.launch.commands import free_port
 from training.registry.register import register
 
 pytestmark = pytest.mark.slow
@@ -73,44 +64,6 @@ def test_chat_is_a_conversation(outputs):
     first = greedy(model, model_dir, "hello", 6)
     assert answers[0] == answers[1] == first
     assert answers[2] == greedy(model, model_dir, f"hello{first}world", 6)
-
-
-def test_serve_answers_openai_clients(outputs):
-    """The adapter is merged into the cache first; transformers' server answers on loopback."""
-    port = free_port()
-    with open(outputs / "serve.log", "ab") as log:
-        process = subprocess.Popen(
-            command(outputs, "serve", "panda-adapter", "--port", str(port)),
-            cwd=ROOT, stdout=log, stderr=log, start_new_session=True, env={**os.environ, "HF_HUB_OFFLINE": "1"},
-        )  # fmt: skip
-    try:
-        wait_for_health(port, process)
-        assert listening(process.pid) == {("127.0.0.1", port)}
-        merged = next((outputs.parent / "cache" / "merged").iterdir())
-        body = {"model": str(merged), "messages": [{"role": "user", "content": "hello"}], "max_tokens": 4}
-        call = urllib.request.Request(
-            f"http://127.0.0.1:{port}/v1/chat/completions", json.dumps(body).encode(),
-            {"Content-Type": "application/json"},
-        )  # fmt: skip
-        answer = json.loads(urllib.request.urlopen(call, timeout=60).read())
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] == 4
-
-
-def test_vllm_is_preferred_and_listens_on_loopback(tmp_path, monkeypatch):
-    (tmp_path / "vllm").write_text("#!/bin/sh\n")
-    (tmp_path / "vllm").chmod(0o755)
-    monkeypatch.setenv("PATH", str(tmp_path))
-    where = ["--host", HOST.options["default"], "--port", "8000"]
-    assert server_command(Path("/m"), where[1], 8000) == [str(tmp_path / "vllm"), "serve", "/m", *where]
-    assert where[1] == "127.0.0.1"
-    (tmp_path / "vllm").unlink()
-    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
-    with pytest.raises(PandaError, match="neither `vllm` nor `transformers` is installed"):
-        server_command(Path("/m"), where[1], 8000)
 
 
 def test_a_version_that_is_not_there(outputs):
