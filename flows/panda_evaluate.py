@@ -33,8 +33,9 @@ def panda_evaluate(**parameters: Any) -> State[Any]:
     except PandaError as error:
         return flow_states.failed(error)
     message = ", ".join(f"{source} {loss:.4f}" for source, loss in losses["after"].items())
+    said = f"held-out loss: {message}" if message else "no record is held out (validation_fraction)"
     summary = {"run_dir": str(run.path), "losses": losses}
-    return flow_states.completed(flow_states.told(summary, "Evaluated", f"held-out loss: {message}"))
+    return flow_states.completed(flow_states.told(summary, "Evaluated", said))
 
 
 def _trained(run: Path) -> dict[str, Any]:

@@ -117,7 +117,7 @@ def train_and_register(
         with watch("register"):
             version = register(settings, tracked, prepared, version_tags(known, losses))
         summary |= {"model": version, "mlflow_run_id": tracked.run_id}
-        links = show_links(run.path, tracked, version)
+        links = show_links(run.path, tracked, version) or {}
         until(settings, "register", summary)
         with watch("gate"):
             verdict = gate(tracked, settings, version)

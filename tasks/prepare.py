@@ -15,6 +15,7 @@ from tasks.stage import stage
 from training.models.delta import model_directory
 from training.models.hub import description
 from training.settings import ModelSettings
+from training.tracking.looks import only_a_look
 
 DEFAULT_VOCAB_SIZE = 8192
 EXAMPLES_SHOWN = 2  # of each source
@@ -79,6 +80,7 @@ def plan(settings: PandaSettings, tokens: TokensResult) -> PlanResult:
     """Token shards -> which example goes into which row, and the data report."""
     result = plan_rows(tokens, CorpusSettings.of(settings), PackSettings.of(settings), Path(settings.cache_dir))
     show_report(result.report)
-    tokenizer = load_tokenizer(Path(tokens.tokenizer_dir), Path(settings.cache_dir))
-    show_prepared(inspection_markdown(inspect_plan(Path(result.path), tokenizer, EXAMPLES_SHOWN)))
+    with only_a_look("the examples"):
+        tokenizer = load_tokenizer(Path(tokens.tokenizer_dir), Path(settings.cache_dir))
+        show_prepared(inspection_markdown(inspect_plan(Path(result.path), tokenizer, EXAMPLES_SHOWN)))
     return result

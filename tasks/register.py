@@ -1,20 +1,23 @@
 """Task of registration: the model of the run becomes a version in MLflow, and proves itself by being loaded back.
 
-A prompt to try the finished model on: the first held-out instruction.
+A prompt to try the finished model on: an instruction, or how a document begins; held-out ones first.
 
-In: plan and tokenizer directories. Out: text. Cost: assembling one row.
+In: plan and tokenizer directories. Out: text, perhaps empty: then the model begins by itself. Cost: assembling the
+first rows, in which instructions are if there are any.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from data_prep.plan.reader import IGNORED, open_plan
+from data_prep.plan.reader import IGNORED, Plan, open_plan
 from data_prep.tokenizer import load_tokenizer
 from tasks.reporting import show_model
 from tasks.stage import stage
 from training.registry.register import register_run
+from training.tracking.looks import only_a_look
 from training.tracking.run import TrackedRun
 
 
@@ -32,16 +35,45 @@ def model_name(configured: str | None, model: str) -> str:
     return configured or f"panda-{Path(model).name.replace(':', '-')}"
 
 
+MAX_ROWS = 256
+DOCUMENT_TOKENS = 32
+
+
 def sample_prompt(plan_dir: Path, tokenizer_dir: Path, cache_dir: Path) -> str:
-    """The masked beginning of the first held-out segment that has one; empty when only documents are held out."""
-    plan = open_plan(plan_dir, "validation")
-    core = load_tokenizer(tokenizer_dir, cache_dir).core
-    for row in range(plan.num_rows):
-        batch = plan.batch(np.array([row]))
-        starts = np.flatnonzero((batch.position_ids[0] == 0) & (batch.sources[0] >= 0))
-        for start in starts:
-            masked = batch.labels[0, start:] == IGNORED
-            length = int(np.argmin(masked))  # tokens before the first target
-            if length > 1:
-                return core.decode(batch.input_ids[0, start : start + length].tolist(), skip_special_tokens=True)
+    """The first prompt there is: of an instruction before the beginning of a document, held out before trained."""
+    with only_a_look("a prompt to try the model on"):
+        core = load_tokenizer(tokenizer_dir, cache_dir).core
+        for plan in (open_plan(plan_dir, "validation"), open_plan(plan_dir, "train")):
+            segments = list(_segments(plan))
+            for ids in [*map(_instruction, segments), *map(_document, segments)]:
+                text = core.decode(ids, skip_special_tokens=True).rstrip("\ufffd")  # half a character
+                if text.strip():
+                    return text
     return ""
+
+
+Segment = tuple[np.ndarray, np.ndarray, int]  # ids, labels, tokens of the example before it
+
+
+def _segments(plan: Plan) -> Iterator[Segment]:
+    """The segments of the first rows."""
+    rows = plan.rows
+    for row in range(min(plan.num_rows, MAX_ROWS)):
+        batch, at = plan.batch(np.array([row])), 0
+        for segment in range(rows.row_offsets[row], rows.row_offsets[row + 1]):
+            end = at + int(rows.length[segment])
+            yield batch.input_ids[0, at:end], batch.labels[0, at:end], int(rows.start[segment])
+            at = end
+
+
+def _instruction(segment: Segment) -> list[int]:
+    """The tokens before the first target; none for a document, all of which are targets but the first token."""
+    ids, labels, _ = segment
+    length = int(np.argmin(labels == IGNORED))
+    return ids[:length].tolist() if length > 1 else []
+
+
+def _document(segment: Segment) -> list[int]:
+    """The first half of a segment that begins with its document, 32 tokens at most."""
+    ids, _, before = segment
+    return [] if before else ids[: min(DOCUMENT_TOKENS, max(2, len(ids) // 2))].tolist()

@@ -1,6 +1,6 @@
 """What a stage shows in the Prefect UI: tables and links.
 
-In: plain results. Out: Prefect artifacts. Cost: ~40 ms each.
+In: plain results. Out: Prefect artifacts; one that cannot be made is a warning (`only_a_look`). Cost: ~40 ms each.
 
 Progress of a long stage: one line now and then in the log, one bar in the Prefect UI.
 
@@ -27,6 +27,7 @@ from prefect.runtime import flow_run
 from data_prep.inspection.render import as_code
 from training.comparison.report import verdict_markdown
 from training.registry.register import patiently
+from training.tracking.looks import only_a_look
 from training.tracking.plots import write_plots
 from training.tracking.redact import public_link, redact_text
 from training.tracking.run import TrackedRun
@@ -35,6 +36,7 @@ from training.tracking.sync import TRAINING_VIEW, connect
 MLFLOW_UI = "PANDA_MLFLOW_UI"  # set by `panda up` for its worker: where people look at MLflow
 
 
+@only_a_look("the data report")
 def show_report(report: dict[str, Any]) -> None:
     """The data report as a table: one line per number, rejected and dropped ones by reason."""
     create_table_artifact(table=report_rows(report), key="data-report", description="What became of the corpus")
@@ -52,11 +54,13 @@ def report_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     ]
 
 
+@only_a_look("the examples")
 def show_prepared(markdown: str) -> None:
     """Packing, lengths, and examples with their mask."""
     create_markdown_artifact(markdown, key="prepared-data", description="Packing, lengths, examples with their mask")
 
 
+@only_a_look("the curves")
 def show_pictures(run_dir: Path) -> None:
     """Loss curve and speed, inside the artifact: the UI cannot read files."""
     for path in write_plots(run_dir):
@@ -64,7 +68,8 @@ def show_pictures(run_dir: Path) -> None:
         create_image_artifact(f"data:image/png;base64,{picture}", key=f"curve-{path.stem}", description=path.stem)
 
 
-def show_links(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> dict[str, str]:
+@only_a_look("the links")
+def show_links(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> dict[str, str] | None:
     """From here to MLflow and back; returns the links by name, in Markdown."""
     links = links_of(run_dir, tracked, version)
     rows = "".join(f"| {name} | {link} |\n" for name, link in links.items())
@@ -87,6 +92,7 @@ def links_of(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> dic
     return {"model": model, "MLflow run": run, "Prefect run": prefect, "directory": f"`{run_dir}`"}
 
 
+@only_a_look("the table of losses")
 def show_evaluation(losses: dict[str, Any]) -> None:
     """Held-out loss before and after training."""
     table = [
@@ -96,6 +102,7 @@ def show_evaluation(losses: dict[str, Any]) -> None:
     create_table_artifact(table=table, key="evaluation", description="Held-out loss per target token")
 
 
+@only_a_look("the artifact of the model")
 def show_model(version: dict[str, Any]) -> None:
     """The registered version, and what it says."""
     create_markdown_artifact(model_markdown(version), key="model", description="The registered model, loaded back")
@@ -109,6 +116,7 @@ def model_markdown(version: dict[str, Any]) -> str:
     return f"{head}\n\nAsked:\n\n{as_code(prompt)}\n\nit writes:\n\n{shown}\n"
 
 
+@only_a_look("the artifact of the gate")
 def show_gate(result: dict[str, Any]) -> None:
     """Why the version became the champion or not: the reasons, then a line per slice and check."""
     create_markdown_artifact(markdown=verdict_markdown(result), key="gate", description="Candidate, champion and base")

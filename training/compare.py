@@ -22,6 +22,7 @@ from training.comparison.job import Job, read_job
 from training.comparison.scores import Answer, Asked, measure
 from training.comparison.statistics import Scores
 from training.devices import any_device, compute_dtype
+from training.errors import ModelError
 from training.launch.exits import run_rank
 from training.launch.run_config import RunConfig, read_config
 from training.settings import GateSettings
@@ -32,10 +33,10 @@ RECORDS = "gate_records.jsonl"
 log = logging.getLogger(__name__)
 
 
-def models_of(job: Job) -> dict[str, Asked]:
+def models_of(job: Job) -> dict[str, dict[str, Any]]:
     """Role -> model, the candidate first."""
     given = {"candidate": job.candidate, "champion": job.champion, "base": job.base}
-    return {role: Asked(one["name"], Path(one["model_dir"]), one["template"]) for role, one in given.items() if one}
+    return {role: one for role, one in given.items() if one}
 
 
 def run_job(config: RunConfig, job: Job) -> dict[str, Any]:
@@ -45,9 +46,9 @@ def run_job(config: RunConfig, job: Job) -> dict[str, Any]:
     held_out = heldout.choose(config.plan_dir, settings.gate_records, seen)
     scores, answers, problems = measure_all(config, job, held_out)
     candidate = scores.pop("candidate")
-    names = {role: asked.name for role, asked in models_of(job).items()}
+    names = {role: one["name"] for role, one in models_of(job).items()}
     others = {role: (names[role], one) for role, one in scores.items()}
-    verdict = statistics.judge(settings, held_out.slices(), candidate, others)
+    verdict = statistics.judge(settings, held_out.slices(), candidate, others, held_out.num_excluded)
     decisive = "champion" if job.champion else "base"
     if decisive in problems:
         verdict = statistics.Verdict(False, [problems[decisive]], verdict.reference, verdict.slices, verdict.checks)
@@ -72,20 +73,23 @@ def measure_all(
     scores: dict[str, Scores] = {}
     answers: dict[str, list[dict[str, Any]]] = {}
     problems: dict[str, str] = {}
-    for role, asked in models_of(job).items():
+    for role, one in models_of(job).items():
         try:
-            scores[role], said = _measure(config, job, asked, held_out)
-            answers[role] = [asdict(one) for one in said]
+            scores[role], said = _measure(config, job, one, held_out)
+            answers[role] = [asdict(answer) for answer in said]
         except (PandaError, OSError) as error:
             if role == "candidate":
                 raise
-            problems[role] = f"the {role} {asked.name} cannot be asked: {error}"
+            problems[role] = f"the {role} {one['name']} cannot be asked: {error}"
             log.warning("%s", problems[role])
         gc.collect()
     return scores, answers, problems
 
 
-def _measure(config: RunConfig, job: Job, asked: Asked, held_out: HeldOut) -> tuple[Scores, list[Answer]]:
+def _measure(config: RunConfig, job: Job, one: dict[str, Any], held_out: HeldOut) -> tuple[Scores, list[Answer]]:
+    if "problem" in one:
+        raise ModelError(one["problem"])
+    asked = Asked(one["name"], Path(one["model_dir"]), one["template"])
     rows, dtype = config.settings.per_gpu_eval_batch_size, compute_dtype(config.settings, any_device())
     if not len(held_out):
         return statistics.nothing_asked(), []

@@ -313,9 +313,14 @@ def check_conservation(report: dict[str, Any], examples: Examples, verdicts: Ver
     if report["rows"] == 0:
         from data_prep.errors import CorpusError
 
+        ways = ["hold out less (validation_fraction)"] if report["validation_records"] else []
+        ways += (
+            ["let in longer records (max_seq_length, overflow)"] if Reason.TOO_LONG.value in report["dropped"] else []
+        )
         raise CorpusError(
             f"nothing to train on: of {report['records_in']} records none is in the training rows "
             f"(rejected {report['rejected']}, dropped {report['dropped']}, held out {report['validation_records']})"
+            + "".join(f"; {way}" for way in ways)
         )
 
 

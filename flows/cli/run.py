@@ -114,7 +114,8 @@ def show(summary: dict[str, Any], settings: PandaSettings) -> None:
     if "data" in summary:
         _print_data(console, summary)
     if "losses" in summary:
-        _print_table(console, "Held-out loss per target token", _losses(summary["losses"]))
+        nothing = [("no record is held out (validation_fraction)", "")]
+        _print_table(console, "Held-out loss per target token", _losses(summary["losses"]) or nothing)
     if "model" in summary:
         _print_model(console, summary["model"])
     if "gate" in summary:
@@ -138,7 +139,7 @@ def _print_data(console: Console, summary: dict[str, Any]) -> None:
 def _print_model(console: Console, model: dict[str, Any]) -> None:
     """The registered version, and what it says."""
     console.print(f"Registered [bold]{model['name']}[/bold] version {model['version']}   {model['uri']}")
-    console.print("Loaded back from the registry, it answers:")
+    console.print("Loaded back from the registry, it goes on like this:")
     console.print(f"  > {model['prompt'].strip()}\n  {model['sample'].strip()}", markup=False)
 
 

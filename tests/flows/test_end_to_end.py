@@ -79,7 +79,8 @@ class TestFirstRun:
     def test_the_version_says_what_it_was_made_of(self, first, folder):
         import mlflow
 
-        client = mlflow.MlflowClient(f"sqlite:///{folder}/outputs/mlflow.db")
+        uri = f"sqlite:///{folder}/outputs/mlflow.db"
+        client = mlflow.MlflowClient(uri, uri)  # the registry's may be that of another test
         version = client.get_model_version(first["model"]["name"], "1")
         tags = version.tags
         plan = yaml.safe_load((Path(first["run_dir"]) / "config.yaml").read_text())["paths"]["plan_dir"]
@@ -119,6 +120,21 @@ class TestFirstRun:
         best = {metric.key: metric for metric in models[0].metrics}["eval/eval_loss"]
         assert best.value == pytest.approx(first["losses"]["after"]["all"], abs=1e-5)
         assert best.dataset_name == "held-out"
+
+
+@pytest.mark.distributed
+@pytest.mark.usefixtures("use_prefect_server")
+def test_documents_only_and_nothing_held_out(folder):
+    """The guide's pretraining case; all other cases are in `test_every_run_is_registered.py`."""
+    summary, _ = train(
+        folder, "--model", "panda-tiny", "--instruction_tuning_data_dir", "null", "--validation_fraction", "0",
+        "--max_steps", "2", "--registered_model_name", "documents", *SMALL,
+    )  # fmt: skip
+    assert (
+        summary["model"]["uri"] == "models:/documents/1" and summary["model"]["prompt"] and summary["model"]["sample"]
+    )
+    assert summary["losses"] == {"before": {}, "after": {}}
+    assert summary["gate"]["promoted"] and "it was not asked either" in summary["gate"]["reasons"][0]
 
 
 @pytest.mark.distributed

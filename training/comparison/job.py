@@ -14,7 +14,10 @@ JOB = "gate-job.json"
 
 @dataclass(frozen=True)
 class Job:
-    """A model is {"name", "model_dir", "template"}; `champion_plan`: what the champion was trained on, if known."""
+    """A model is {"name", "model_dir", "template"}; `champion_plan`: what the champion was trained on, if known.
+
+    A model whose files cannot be had has "problem" instead of "model_dir".
+    """
 
     gate: dict[str, Any]
     cache_dir: str

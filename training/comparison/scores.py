@@ -53,18 +53,25 @@ class Answer:
 
 @torch.inference_mode()
 def answer(
-    model: nn.Module, tokenizer: LoadedTokenizer, prompts: list[list[int]], targets: list[list[int]]
+    model: nn.Module,
+    tokenizer: LoadedTokenizer,
+    prompts: list[list[int]],
+    targets: list[list[int]],
+    num_new: int = MAX_NEW_TOKENS,
 ) -> list[Answer]:
-    """Greedy answers to prompts (ids); `targets` are the ids of the right answers."""
+    """Greedy answers to prompts (ids) of `num_new` tokens at most; `targets` are the ids of the right answers.
+
+    A model cannot go on from nothing: an empty prompt is eos, after which a new text begins.
+    """
     if not prompts:
         return []
-    ids, mask = left_padded(prompts, tokenizer.pad_id)
+    ids, mask = left_padded([prompt or [tokenizer.eos_id] for prompt in prompts], tokenizer.pad_id)
     device = next(model.parameters()).device
     generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]  # nn.Module says Tensor
     output = generate(
         input_ids=ids.to(device),
         attention_mask=mask.to(device),
-        max_new_tokens=MAX_NEW_TOKENS,
+        max_new_tokens=num_new,
         do_sample=False,
         pad_token_id=tokenizer.pad_id,
         eos_token_id=sorted(tokenizer.stop_ids),
@@ -153,8 +160,9 @@ def measure(
     model = load_deployed(asked.model_dir, dtype).to(any_device())
     longest = min(LONGEST_ROW, getattr(causal_model(model).config, "max_position_embeddings", LONGEST_ROW))
     losses, tokens = record_losses(model, shard, micro_batch_rows, longest)
-    prompts, targets = prompts_of(shard, held_out.prompts(NUM_PROMPTS), longest - MAX_NEW_TOKENS)
-    answers = answer(model, tools.tokenizer, prompts, targets)
+    num_new = min(MAX_NEW_TOKENS, longest // 2)
+    prompts, targets = prompts_of(shard, held_out.prompts(NUM_PROMPTS), longest - num_new)
+    answers = answer(model, tools.tokenizer, prompts, targets, num_new)
     return Scores(losses, tokens, check_columns(answers)), answers
 
 

@@ -83,16 +83,22 @@ def judge(
     slices: dict[str, np.ndarray],
     candidate: Scores,
     others: dict[str, tuple[str, Scores]],
+    num_excluded: int = 0,
 ) -> Verdict:
-    """Compare with each of `others` (role -> name, scores); the champion decides, without one the base."""
+    """Compare with each of `others` (role -> name, scores); the champion decides, without one the base.
+
+    :param num_excluded: held-out records that are left out, because the champion was trained on them.
+    """
     rows = [row for role, (_, scores) in others.items() for row in compare(role, slices, candidate, scores)]
     checks = [row for role, (_, scores) in others.items() for row in compare_checks(role, candidate, scores)]
     decisive = next((role for role in ("champion", "base") if role in others), None)
     faults = unusable(candidate)
     if decisive is None:
-        return Verdict(not faults, faults or ["the first version: there is nothing to compare it with"], None, rows)
+        return Verdict(not faults, faults or [first_version(candidate)], None, rows)
     name = f"{decisive} {others[decisive][0]}"
-    faults += loss_faults(settings, name, [row for row in rows if row["against"] == decisive])
+    faults += nothing_held_out(candidate, num_excluded) or loss_faults(
+        settings, name, [row for row in rows if row["against"] == decisive]
+    )
     faults += check_faults(name, [row for row in checks if row["against"] == decisive])
     gain = next((interval_of(row) for row in rows if row["against"] == decisive and row["slice"] == ALL), None)
     return Verdict(
@@ -200,10 +206,25 @@ def unusable(candidate: Scores) -> list[str]:
     return faults
 
 
+def first_version(candidate: Scores) -> str:
+    """Why a version becomes champion by being there, and whether it was asked at all."""
+    asked = (
+        "" if len(candidate.losses) else ", and as no record is held out (validation_fraction) it was not asked either"
+    )
+    return f"the first version: there is nothing to compare it with{asked}"
+
+
+def nothing_held_out(candidate: Scores, num_excluded: int) -> list[str]:
+    """Why nothing can be compared; empty when something can."""
+    if len(candidate.losses):
+        return []
+    if num_excluded:
+        return [f"the champion was trained on all {num_excluded} held-out records, so nothing can be compared"]
+    return ["no record is held out (validation_fraction), so nothing can be compared"]
+
+
 def loss_faults(settings: GateSettings, name: str, rows: list[dict[str, Any]]) -> list[str]:
     """Why the losses forbid a promotion; empty when they do not."""
-    if not rows:
-        return ["no record is held out (validation_fraction), so nothing can be compared"]
     whole, *slices = rows
     if whole["records"] < MIN_RECORDS:
         return [

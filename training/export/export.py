@@ -20,6 +20,7 @@ from training.export.merge import merge
 from training.export.parity import Difference, difference
 from training.models.hub import base_of
 from training.models.transformers4 import write_for_older_readers
+from training.tracking.looks import only_a_look
 
 MAX_MEAN_KL = 1e-3  # nats; rounding to bfloat16 costs about 1e-4
 MIN_TOP1_AGREEMENT = 0.98
@@ -61,7 +62,8 @@ def export(
         unfinished.mkdir()
         done = _fill(unfinished, model_dir, prompts, base)
         done = Exported(str(target), done.kind, done.base_model, done.difference)
-        (unfinished / "README.md").write_text(card(done), encoding="utf-8")
+        with only_a_look("the model card"):
+            (unfinished / "README.md").write_text(card(done), encoding="utf-8")
         unfinished.rename(target)
     return done
 

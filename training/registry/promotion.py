@@ -26,6 +26,7 @@ from training.registry.versions import (
     RegistryError,
     Version,
 )
+from training.tracking.looks import only_a_look
 
 PASSED, FAILED = "passed", "failed"
 
@@ -40,7 +41,8 @@ def settle(registry: Registry, version: Version, result: dict[str, Any]) -> bool
         reasons = [f"the champion has changed since it was compared with {compared_with}: panda promote {version.uri}"]
     registry.tag(version, {GATE_TAG: PASSED if promoted else FAILED, REASONS_TAG: "; ".join(reasons), **_gain(result)})
     result["promoted"], result["reasons"] = promoted, reasons
-    registry.describe(version, verdict_markdown(result))
+    with only_a_look(f"the description of {version.uri}"):
+        registry.describe(version, verdict_markdown(result))
     if promoted:
         make_champion(registry, version)
     else:
@@ -107,8 +109,11 @@ def job_of(registry: Registry, version: Version, run_dir: Path, gate: dict[str, 
 
 def _champion_model(registry: Registry, champion: Version, cache_dir: Path, template: Any) -> dict[str, Any]:
     config = config_of(registry, champion)
-    model_dir = registry.files(champion, cache_dir)
-    return {"name": champion.uri, "model_dir": str(model_dir), "template": config.get("template", template)}
+    model = {"name": champion.uri, "template": config.get("template", template)}
+    try:
+        return {**model, "model_dir": str(registry.files(champion, cache_dir))}
+    except (RegistryError, OSError) as error:
+        return {**model, "problem": str(error)}
 
 
 def _champion_plan(registry: Registry, champion: Version, cache_dir: Path) -> str | None:

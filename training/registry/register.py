@@ -1,20 +1,22 @@
 """The registry: a finished run's model becomes one version of a registered model, however often this is tried.
 
 In: RUN/model, the MLflow run. Out: a `ModelVersion`. The steps, each of which a later try finds done by the tag
-`panda.key` (hash of the run and of the model's bytes): logged model created -> files linked or uploaded -> logged model
-READY -> version created. A logged model that was left half-done is deleted and made again. Cost: one hash over the
-weights and one upload; on one file system hard links instead of the upload.
+`panda.key` (hash of the run and of the step whose weights are deployed, tag `panda.step`; not of bytes, which the same
+weights have others of under another version of this code): logged model created -> files linked or uploaded -> logged
+model READY -> loaded back and compared -> version created. A logged model that was left half-done, or that is not what
+RUN/model is, is deleted. Cost: one upload and one loading; on one file system hard links instead of the upload.
 
 Lay out RUN/model as an MLflow model directory: code, signature, requirements, and the weights as hard links.
 
 In: RUN/model (safetensors, tokenizer; full weights or an adapter). Out: a directory MLflow loads with `mlflow.pyfunc`.
-Nothing is unpickled, loaded into memory or copied on one file system; on another the files are copied once. Cost: one
-sha256 pass over the weights (0.7 GB/s and more), for the identity of what is registered.
+Nothing is unpickled, loaded into memory or copied on one file system; on another the files are copied once. Cost: no
+more than that.
 """
 
 import contextlib
 import hashlib
 import importlib.metadata
+import json
 import logging
 import os
 import shutil
@@ -22,37 +24,23 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 from urllib.parse import unquote, urlparse
 
 import yaml
 
-from training.errors import MlflowAway
-from training.lean_imports import silence_vain_warnings
+from training.errors import MlflowAway, ModelError
 from training.models.hub import base_of
+from training.registry.loaded_back import load_back, load_served
 from training.tracking.logged_models import NOT_IN_NAMES, REGISTERED
+from training.tracking.looks import only_a_look
 from training.tracking.redact import what_it_says
-from training.tracking.sync import connect, import_mlflow
+from training.tracking.sync import away_errors, connect
 
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 WEIGHTS = "artifacts/model"  # where the model lies below the MLflow model directory
-CHUNK_BYTES = 1 << 22
-
-
-def content_hash(directory: Path) -> str:
-    """sha256 over names and contents of the files of a directory, in sorted order."""
-    total = hashlib.sha256()
-    for path in sorted(path for path in directory.rglob("*") if path.is_file()):
-        total.update(f"{path.relative_to(directory)}\0{hash_file(path)}\0".encode())
-    return total.hexdigest()
-
-
-def hash_file(path: Path) -> str:
-    """sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_package(model_dir: Path, package: Path) -> None:
@@ -157,6 +145,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 KEY_TAG = "panda.key"
+STEP_TAG = "panda.step"  # optimizer steps behind the weights; versions of earlier code have none
 RETRY_SECONDS = (2, 5, 10, 20, 40)
 SHOWN_CHARS = 200
 SAMPLE_TOKENS = 48
@@ -166,34 +155,50 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A version of a registered model; `uri` is `models:/NAME/VERSION`."""
+    """A version of a registered model; `uri` is `models:/NAME/VERSION`, `served` the model loaded back from MLflow."""
 
     name: str
     version: int
     uri: str
+    served: Any = field(compare=False, repr=False)
 
 
 def register_run(tracked: "TrackedRun", name: str, tags: dict[str, str], prompt: str) -> tuple[ModelVersion, str]:
-    """The version for RUN/model, and what it writes after `prompt` when it is loaded back.
+    """The version for RUN/model, and what it writes after `prompt`; an empty text where it cannot be asked.
 
     :raises MlflowAway: MLflow did not answer; the message says how to go on.
+    :raises ModelError: what MLflow has is not the model; the message says so, and no version is made.
     """
+    model_dir, again = tracked.run_dir / "model", f"go on with --resume --run_name {tracked.run_dir.name}"
     try:
-        run_id = patiently(tracked.wait_for_run_id)
-        version = register(tracked.run_dir, run_id, name, tags, tracked.uri)
-        return version, load_and_generate(version.uri, prompt, SAMPLE_TOKENS, tracked.uri)
+        version = register(tracked.run_dir, patiently(tracked.wait_for_run_id), name, tags, tracked.uri)
     except MlflowAway as error:
-        raise MlflowAway(
-            f"{tracked.run_dir / 'model'} is complete but not registered: {error}; when it is back, go on with "
-            f"--resume --run_name {tracked.run_dir.name}"
-        ) from error
+        raise MlflowAway(f"{model_dir} is complete but not registered: {error}; when it is back, {again}") from error
+    except ModelError as error:
+        raise ModelError(f"{model_dir} is not registered: {error}; when that is mended, {again}") from error
+    with only_a_look("a text of the model"):
+        return version, generate(version.served, prompt, SAMPLE_TOKENS)
+    return version, ""
 
 
 def register(run_dir: Path, run_id: str, name: str, tags: dict[str, str], uri: str) -> ModelVersion:
-    """The version of `name` for RUN/model of this run: created, or the one that is there already."""
-    model_dir = run_dir / "model"
-    key = hashlib.sha256(f"{run_id}\0{content_hash(model_dir)}".encode()).hexdigest()[:32]
-    return patiently(lambda: _register(connect(uri), model_dir, run_id, name, {**tags, KEY_TAG: key}))
+    """The version of `name` for RUN/model of this run: created, or the one that is there already.
+
+    :raises ModelError: loaded back it is not RUN/model.
+    """
+    step = deployed_step(run_dir)
+    key = hashlib.sha256(f"{run_id}\0step {step}".encode()).hexdigest()[:32]
+    model = _Model(run_dir / "model", run_id, uri, {**tags, STEP_TAG: str(step), KEY_TAG: key})
+    return patiently(lambda: _register(connect(uri), model, name))
+
+
+def deployed_step(run_dir: Path) -> int:
+    """After how many optimizer steps the weights in RUN/model were: the best ones where those are kept."""
+    trained = json.loads((run_dir / "train.json").read_text(encoding="utf-8"))
+    best = trained.get("best_step")
+    if best is not None and yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["keep_best"]:
+        return best
+    return trained["steps"]
 
 
 def patiently(action: Callable[[], Result]) -> Result:
@@ -201,15 +206,10 @@ def patiently(action: Callable[[], Result]) -> Result:
 
     :raises MlflowAway: it did not for longer than a minute.
     """
-    import_mlflow()
-    from mlflow.exceptions import MlflowException
-    from requests import RequestException  # an upload through a server raises these as they are
-    from sqlalchemy.exc import SQLAlchemyError  # a database that cannot be reached
-
     for seconds in (*RETRY_SECONDS, None):
         try:
             return action()
-        except (MlflowException, RequestException, SQLAlchemyError, MlflowAway) as error:
+        except away_errors() as error:
             said = what_it_says(error, SHOWN_CHARS)
             if getattr(error, "error_code", None) in FINAL_ERRORS:
                 raise
@@ -220,33 +220,108 @@ def patiently(action: Callable[[], Result]) -> Result:
     raise AssertionError("the last try returns or raises")
 
 
-def _register(client: "MlflowClient", model_dir: Path, run_id: str, name: str, tags: dict[str, str]) -> ModelVersion:
-    version = find_version(client, name, tags[KEY_TAG])
-    if version is None:
-        logged = find_logged(client, run_id, tags[KEY_TAG]) or log_model(client, model_dir, run_id, tags)
+@dataclass(frozen=True)
+class _Model:
+    """What is to be registered, and the tags that name it."""
+
+    model_dir: Path
+    run_id: str
+    uri: str
+    tags: dict[str, str]
+
+    @property
+    def key(self) -> str:
+        return self.tags[KEY_TAG]
+
+
+def _register(client: "MlflowClient", model: _Model, name: str) -> ModelVersion:
+    """Find the version, or a logged model to make it of, or make both; the version comes last, when all is right."""
+    version = find_version(client, name, model.key)
+    logged = find_logged(client, model)
+    if not (version or logged) and adopt_older(client, model):
+        version, logged = find_version(client, name, model.key), find_logged(client, model)
+    if version:
+        served = _as_registered(version, model)
+    else:
+        logged = logged or log_model(client, model.model_dir, model.run_id, model.tags)
+        served = _proven(client, logged, model)
         ensure_registered_model(client, name)
-        created = client.create_model_version(
-            name, source=f"models:/{logged.model_id}", run_id=run_id, tags=tags, model_id=logged.model_id
+        version = client.create_model_version(
+            name, source=logged.model_uri, run_id=model.run_id, tags=model.tags, model_id=logged.model_id
         )
-        version = int(created.version)
-    return ModelVersion(name, version, f"models:/{name}/{version}")
+    return ModelVersion(name, int(version.version), f"models:/{name}/{version.version}", served)
 
 
-def find_version(client: "MlflowClient", name: str, key: str) -> int | None:
+def _as_registered(version: Any, model: _Model) -> Any:
+    """The version that is there, loaded back; one run and step have one version, so other weights are an error."""
+    try:
+        return load_back(version.source, model.uri, model.model_dir)
+    except ModelError as error:
+        this = f"models:/{version.name}/{version.version}, registered by this run at step {model.tags[STEP_TAG]}"
+        raise ModelError(f"{this}: {error}; what is trained anew belongs into a run of its own") from error
+
+
+def _proven(client: "MlflowClient", logged: "LoggedModel", model: _Model) -> Any:
+    """The logged model, loaded back; one that is not what was trained does not stay."""
+    try:
+        return load_back(logged.model_uri, model.uri, model.model_dir)
+    except ModelError:
+        discard(client, logged)
+        raise
+
+
+def find_version(client: "MlflowClient", name: str, key: str) -> Any | None:
     """The version with our key: of several (two tries at once) the oldest."""
     found = client.search_model_versions(f"name = '{name}' and tags.`{KEY_TAG}` = '{key}'")
-    return min((int(version.version) for version in found), default=None)
+    return min(found, key=lambda version: int(version.version), default=None)
 
 
-def find_logged(client: "MlflowClient", run_id: str, key: str) -> "LoggedModel | None":
+def find_logged(client: "MlflowClient", model: _Model) -> "LoggedModel | None":
     """A READY logged model with our key; half-done ones of earlier tries are deleted."""
-    experiment = client.get_run(run_id).info.experiment_id
-    found = client.search_logged_models([experiment], f"tags.`{KEY_TAG}` = '{key}'")
-    ready = [model for model in found if str(model.status) == "READY"]
-    for model in found:
-        if model not in ready:
-            discard(client, model)
+    found = logged_models(client, model.run_id, f"= '{model.key}'")
+    ready = [one for one in found if str(one.status) == "READY"]
+    for one in found:
+        if one not in ready:
+            discard(client, one)
     return ready[0] if ready else None
+
+
+def logged_models(client: "MlflowClient", run_id: str, key: str) -> "list[LoggedModel]":
+    """What a run has logged to be registered, with a key that is as `key` says."""
+    experiment = client.get_run(run_id).info.experiment_id
+    wanted = f"source_run_id = '{run_id}' and tags.`{KEY_TAG}` {key}"
+    return list(client.search_logged_models([experiment], wanted))
+
+
+def adopt_older(client: "MlflowClient", model: _Model) -> bool:
+    """Give our key to what earlier code has registered of this run; returns whether there was such a model.
+
+    Its key was made of the model's bytes and its step is not written down, so the weights decide: a run that went on
+    since has others.
+    """
+    older = [one for one in logged_models(client, model.run_id, "LIKE '%'") if STEP_TAG not in one.tags]
+    for half_done in (one for one in older if str(one.status) != "READY"):
+        discard(client, half_done)
+    mine = next((one for one in older if str(one.status) == "READY" and _is(one, model)), None)
+    if mine is None:
+        return False
+    named = {KEY_TAG: model.key, STEP_TAG: model.tags[STEP_TAG]}
+    client.set_logged_model_tags(mine.model_id, named)
+    for version in client.search_model_versions(f"run_id = '{model.run_id}'"):
+        if version.source == mine.model_uri:
+            for tag, value in named.items():
+                client.set_model_version_tag(version.name, version.version, tag, value)
+    return True
+
+
+def _is(logged: "LoggedModel", model: _Model) -> bool:
+    """Whether a logged model has the weights of RUN/model."""
+    try:
+        load_back(logged.model_uri, model.uri, model.model_dir)
+    except ModelError as error:
+        logger.info("%s of this run is another model: %s", logged.model_uri, error)
+        return False
+    return True
 
 
 def discard(client: "MlflowClient", model: "LoggedModel") -> None:
@@ -297,15 +372,9 @@ def ensure_registered_model(client: "MlflowClient", name: str) -> None:
 
 def load_and_generate(model_uri: str, prompt: str, max_new_tokens: int, uri: str) -> str:
     """Text the registered model writes after `prompt`, loaded back through `mlflow.pyfunc`."""
-    model = patiently(lambda: load_served(model_uri, uri))
-    return model.predict({"prompt": [prompt]}, params={"max_new_tokens": max_new_tokens})[0]
+    return generate(patiently(lambda: load_served(model_uri, uri)), prompt, max_new_tokens)
 
 
-def load_served(model_uri: str, uri: str) -> Any:
-    """A registered model, loaded through `mlflow.pyfunc`."""
-    connect(uri)
-    import mlflow
-
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    silence_vain_warnings()
-    return mlflow.pyfunc.load_model(model_uri)
+def generate(served: Any, prompt: str, max_new_tokens: int) -> str:
+    """Text a loaded model writes after `prompt`."""
+    return served.predict({"prompt": [prompt]}, params={"max_new_tokens": max_new_tokens})[0]

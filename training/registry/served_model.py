@@ -43,8 +43,7 @@ class ServedModel(PythonModel):
         rows = rows_of(model_input)
         if rows and rows[0].get("messages") is not None:
             return self.complete_chat(plain(rows[0]["messages"]), options)
-        prompts = [self.tokenizer(str(row["prompt"]), return_tensors="pt").input_ids for row in rows]
-        return [self.generate(ids, options)[0] for ids in prompts]
+        return [self.generate(self.encode(str(row["prompt"])), options)[0] for row in rows]
 
     def complete_chat(self, messages: list[dict[str, str]], options: dict[str, Any]) -> dict[str, Any]:
         """The assistant's next message in OpenAI's form."""
@@ -68,8 +67,15 @@ class ServedModel(PythonModel):
         """``(1, num_tokens)`` ids through the tokenizer's chat template; without one, the texts line by line."""
         if self.tokenizer.chat_template:
             text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return self.tokenizer(text, return_tensors="pt", add_special_tokens=False).input_ids
-        return self.tokenizer("\n".join(message["content"] for message in messages), return_tensors="pt").input_ids
+            return self.encode(str(text), add_special_tokens=False)
+        return self.encode("\n".join(message["content"] for message in messages))
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> torch.Tensor:
+        """``(1, num_tokens)`` ids; of an empty text bos, without one eos: a model cannot go on from nothing."""
+        ids = self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+        tokenizer = self.tokenizer
+        start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
+        return torch.tensor([ids or [start]], dtype=torch.long)
 
     @torch.inference_mode()
     def generate(self, ids: torch.Tensor, options: dict[str, Any], streamer: Any = None) -> tuple[str, int, str]:
@@ -92,8 +98,18 @@ class ServedModel(PythonModel):
 
 
 def load_weights(directory: str) -> Any:
-    """The model of a directory or hub id, in the precision it was saved in; no pickles, no remote code."""
-    return AutoModelForCausalLM.from_pretrained(directory, dtype="auto", use_safetensors=True, low_cpu_mem_usage=True)
+    """The model of a directory or hub id, in the precision it was saved in; no pickles, no remote code.
+
+    Weights that are not in the files would be random numbers, which transformers only mentions: they are an error here.
+    """
+    loaded: Any = AutoModelForCausalLM.from_pretrained(
+        directory, dtype="auto", use_safetensors=True, low_cpu_mem_usage=True, output_loading_info=True
+    )
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ValueError(f"{directory}: {len(missing)} tensors of the model are not in its files, first {missing[0]}")
+    return model
 
 
 def find_base(reference: str) -> str:

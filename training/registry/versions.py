@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import PandaError, did_you_mean
-from training.registry.register import WEIGHTS, local_path
-from training.tracking.redact import redact_text
+from training.registry.register import FINAL_ERRORS, WEIGHTS, local_path
+from training.tracking.redact import redact_text, what_it_says
 from training.tracking.sync import connect
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ PARENT_TAG = "panda.parent"
 TAKEDOWN_TAG = "panda.takedown."  # + content hash
 BENCHMARK_TAG = "panda.benchmark."  # + task of lm-eval
 MAX_TAG_CHARS = 4500  # MLflow takes 5,000 bytes and more, depending on its database
+MAX_DESCRIPTION_CHARS = 5000  # PostgreSQL refuses a longer one
 REFERENCE = re.compile(r"^(?:models:/)?(?P<name>[^/@:]+)(?:[/:](?P<version>\d+)|@(?P<alias>[\w-]+))?$")
 
 
@@ -135,8 +136,10 @@ class Registry:
             self.client.set_model_version_tag(version.name, str(version.version), name, value[:MAX_TAG_CHARS])
 
     def describe(self, version: Version, markdown: str) -> None:
-        """Set the description that MLflow shows with a version; a long one is cut."""
-        self.client.update_model_version(version.name, str(version.version), markdown[:MAX_TAG_CHARS])
+        """Set the description that MLflow shows with a version; a long one loses its last lines."""
+        if len(markdown) > MAX_DESCRIPTION_CHARS:
+            markdown = markdown[: markdown.rfind("\n", 0, MAX_DESCRIPTION_CHARS)]
+        self.client.update_model_version(version.name, str(version.version), markdown)
 
     def set_alias(self, version: Version, alias: str) -> None:
         self.client.set_registered_model_alias(version.name, alias, str(version.version))
@@ -147,12 +150,20 @@ class Registry:
             self.client.delete_registered_model_alias(version.name, alias)
 
     def files(self, version: Version, cache_dir: Path) -> Path:
-        """The model's files (weights, tokenizer) on this machine: where MLflow keeps them, else fetched once."""
-        location = self.client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
-        stored = local_path(location)
-        if stored and (stored / WEIGHTS).is_dir():
-            return stored / WEIGHTS
-        return self._fetched(version, cache_dir)
+        """The model's files (weights, tokenizer) on this machine: where MLflow keeps them, else fetched once.
+
+        :raises RegistryError: MLflow has them no more.
+        """
+        try:
+            location = self.client.get_logged_model(version.source.removeprefix("models:/")).artifact_location
+            stored = local_path(location)
+            if stored and (stored / WEIGHTS).is_dir():
+                return stored / WEIGHTS
+            return self._fetched(version, cache_dir)
+        except _mlflow_error() as error:
+            if error.error_code not in FINAL_ERRORS:
+                raise
+            raise RegistryError(f"{version.uri}: its files are not there any more: {what_it_says(error)}") from error
 
     def _fetched(self, version: Version, cache_dir: Path) -> Path:
         final = cache_dir / "registry" / version.source.removeprefix("models:/")

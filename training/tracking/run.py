@@ -26,6 +26,7 @@ from training.launch.exits import ExitReason
 from training.settings import TrackingSettings
 from training.tracking import plots, run_record, system_metrics
 from training.tracking import sync as mlflow_sync
+from training.tracking.looks import only_a_look
 from training.tracking.redact import redact, redact_text, what_it_says
 from training.tracking.run_record import Dataset, RunRecord
 from training.tracking.sync import USER_TAG
@@ -61,10 +62,15 @@ class TrackedRun:
         return run_record.read_known(self.run_dir).run_id
 
     def wait_for_run_id(self) -> str:
-        """The id, after sending all that is known now; for registration, which cannot go on without MLflow."""
-        if not self.sync() or self.run_id is None:
+        """The id, after trying to send all that is known now; for registration, which cannot go on without it.
+
+        News of the run that MLflow does not take keep no model from being registered.
+        """
+        self.sync()
+        run_id = self.run_id
+        if run_id is None:
             raise MlflowAway(f"no run could be opened at {redact_text(self.uri)}")
-        return self.run_id
+        return run_id
 
     def describe(self, markdown: str) -> None:
         """Set what MLflow shows as the description of the run; sent with the next news."""
@@ -208,10 +214,8 @@ def status_of(error: BaseException) -> str:
 
 def close_run(tracked: TrackedRun, status: str) -> bool:
     """End the run with FINISHED, FAILED or KILLED; False when MLflow will hear of it later."""
-    try:
+    with only_a_look(f"the plots of {tracked.run_dir}"):
         plots.write_plots(tracked.run_dir)
-    except Exception:
-        logger.warning("no plots of %s", tracked.run_dir, exc_info=True)
     record = run_record.read_known(tracked.run_dir)
     record.finish(status)
     run_record.write(tracked.run_dir, record)

@@ -5,6 +5,7 @@ Every step can be repeated: a process may die, or the server go away, between an
 1,000 metrics for what is new in the metric files; MLflow's import (2 to 4 s) once.
 """
 
+import contextlib
 import importlib
 import json
 import logging
@@ -13,9 +14,11 @@ import shutil
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training.errors import MlflowAway
 from training.tracking import logged_models, run_record
 from training.tracking.metric_lines import SERIES, metrics_of
 from training.tracking.redact import redact_text, what_it_says
@@ -83,6 +86,16 @@ def connect(uri: str) -> "MlflowClient":
         _reached.add(uri)
     point_mlflow_at(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
+
+
+def away_errors() -> tuple[type[Exception], ...]:
+    """What is raised where MLflow does not answer, and also where it says no."""
+    import_mlflow()
+    from mlflow.exceptions import MlflowException
+    from requests import RequestException  # an upload through a server raises these as they are
+    from sqlalchemy.exc import SQLAlchemyError  # a database that cannot be reached
+
+    return MlflowException, RequestException, SQLAlchemyError, MlflowAway
 
 
 def is_remote_database(uri: str) -> bool:
@@ -188,8 +201,10 @@ def send_facts(client: "MlflowClient", record: RunRecord) -> None:
     known = run.data.params
     new = [Param(name, value[:MAX_PARAM_CHARS]) for name, value in record.params.items() if name not in known]
     for first in range(0, len(new), MAX_PARAMS):
-        client.log_batch(record.known_id, params=new[first : first + MAX_PARAMS])
-    client.log_batch(record.known_id, tags=[RunTag(name, value) for name, value in record.tags.items()])
+        with unless_refused("parameters"):
+            client.log_batch(record.known_id, params=new[first : first + MAX_PARAMS])
+    with unless_refused("the tags"):
+        client.log_batch(record.known_id, tags=[RunTag(name, value) for name, value in record.tags.items()])
     inputs = [
         DatasetInput(
             dataset=MlflowDataset(
@@ -203,7 +218,8 @@ def send_facts(client: "MlflowClient", record: RunRecord) -> None:
         )
         for dataset in record.datasets
     ]
-    client.log_inputs(record.known_id, inputs)
+    with unless_refused("the data sets"):
+        client.log_inputs(record.known_id, inputs)
     if record.status == run_record.RUNNING:
         client.update_run(record.known_id, status=run_record.RUNNING)
         record.sent_status = run_record.RUNNING
@@ -213,6 +229,19 @@ def open_training_view(client: "MlflowClient", experiment_id: str) -> None:
     """Set the kind of the experiment, unless somebody has chosen one."""
     if KIND_TAG not in client.get_experiment(experiment_id).tags:
         client.set_experiment_tag(experiment_id, KIND_TAG, TRAINING)
+
+
+@contextlib.contextmanager
+def unless_refused(what: str) -> Iterator[None]:
+    """Go on without what MLflow will not take however often it is sent; what follows is to arrive all the same."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except MlflowException as error:
+        if error.error_code != "INVALID_PARAMETER_VALUE":
+            raise
+        logger.warning("MLflow does not take %s of the run: %s", what, what_it_says(error))
 
 
 def send_series(client: "MlflowClient", record: RunRecord, path: Path, prefix: str) -> None:

@@ -137,6 +137,14 @@ def test_what_no_version_may_be():
 def test_nothing_held_out_promotes_nothing_over_a_champion():
     result = judge(SETTINGS, {}, nothing_asked(), {"champion": ("c", nothing_asked())})
     assert not result.promoted and "no record is held out" in result.reasons[0]
+    excluded = judge(SETTINGS, {}, nothing_asked(), {"champion": ("c", nothing_asked())}, num_excluded=7)
+    assert excluded.reasons == ["the champion was trained on all 7 held-out records, so nothing can be compared"]
+
+
+def test_a_first_version_that_was_not_asked_says_so():
+    result = judge(SETTINGS, {}, nothing_asked(), {})
+    assert result.promoted and "as no record is held out (validation_fraction) it was not asked" in result.reasons[0]
+    assert "not asked" not in judge(SETTINGS, SLICES, scores(2.0), {}).reasons[0]
 
 
 def test_tokenizers_may_differ():

@@ -89,6 +89,7 @@ def test_records_the_champion_was_trained_on_do_not_count(project):
     job = replace(job, champion={**job.candidate, "name": "models:/other/1"}, champion_plan=plan_of_all)
     result = run_job(read_config(first.run_dir / "config.yaml"), job)
     assert result["records"] == 0 and result["excluded_records"] > 40 and not result["promoted"]
+    assert f"the champion was trained on all {result['excluded_records']} held-out records" in result["reasons"][0]
 
 
 def test_a_champion_that_cannot_be_asked_stays_champion(project, registry):
@@ -98,6 +99,14 @@ def test_a_champion_that_cannot_be_asked_stays_champion(project, registry):
     second = add_version(project, "run-2", 30)
     assert second.version.aliases == [CHALLENGER]
     assert second.verdict["reasons"][0].startswith(f"the champion models:/{NAME}/1 cannot be asked")
+
+
+def test_a_description_that_is_too_long_for_mlflow_loses_lines_not_the_verdict(project, registry):
+    first = add_version(project, "run-1", 1)
+    many = {**first.verdict, "reasons": [f"reason {i} " + "of many words " * 5 for i in range(200)]}
+    settle(registry, first.version, many)
+    described = registry.client.get_model_version(NAME, "1").description
+    assert 4800 < len(described) <= 5000 and described.splitlines()[-1].endswith("of many words ")
 
 
 def test_a_champion_that_changed_meanwhile_is_not_replaced(project, registry):

@@ -1,9 +1,11 @@
 """The registry on real databases and a real server: one version per model, no copies, no pickles, and it answers."""
 
 import contextlib
+import hashlib
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,26 +17,36 @@ from pathlib import Path
 import pytest
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from safetensors.torch import load_file, save_file
 
 from tests.support.mlflow_fixtures import guarded, server
 from tests.support.tiny_models import save_adapter, save_full_model
-from training.errors import MlflowAway
+from training.errors import MlflowAway, ModelError
 from training.launch.commands import free_port
 from training.launch.exits import ExitReason, reason_of_error
 from training.registry import register as registry
-from training.registry.register import load_and_generate, load_served, register, register_run
+from training.registry.loaded_back import load_served
+from training.registry.register import load_and_generate, register, register_run
 from training.settings import TrackingSettings
+from training.tracking import plots
 from training.tracking.run import Facts, TrackedRun, open_run
+from training.tracking.run_record import Dataset
 from training.tracking.sync import connect
 
 TAGS = {"panda.corpus": "c" * 32, "panda.plan": "p" * 32}
 
 
 def tracked_run(run_dir: Path, uri: str | None = None) -> TrackedRun:
-    """A finished MLflow run for this directory."""
+    """A finished MLflow run for this directory, as if three steps had been trained."""
+    trained(run_dir, steps=3)
     with open_run(TrackingSettings(mlflow_tracking_uri=uri), run_dir, Facts({"model": "tiny"})) as tracked:
         tracked.wait_for_run_id()
     return tracked
+
+
+def trained(run_dir: Path, steps: int) -> None:
+    """What the worker writes when it is done."""
+    (run_dir / "train.json").write_text(json.dumps({"steps": steps, "best_step": None}))
 
 
 def versions(uri: str, name: str) -> list:
@@ -65,18 +77,178 @@ def test_full_weights_are_linked_not_copied_and_generate(run_dir):
     assert [path.name for path in run_dir.iterdir() if path.name.startswith(".package")] == []
 
 
-def test_registering_again_gives_the_same_version_until_the_model_changes(run_dir):
+def test_registering_again_gives_the_same_version_until_the_run_goes_on(run_dir):
     run_dir = run_dir.rename(run_dir.with_name("week-48-llama-3.1-8b"))  # MLflow takes no dot in some names
     save_full_model(run_dir / "model")
     tracked = tracked_run(run_dir)
     first = register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
+    written_anew(run_dir)
     assert register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri) == first
     (stored,) = versions(tracked.uri, "panda-tiny")
     assert stored.tags["panda.corpus"] == "c" * 32 and stored.run_id == tracked.run_id
-    save_full_model(run_dir / "model2", seed=5)
-    (run_dir / "model").rename(run_dir / "old")
-    (run_dir / "model2").rename(run_dir / "model")
+    assert stored.tags["panda.step"] == "3"
+    other_weights(run_dir)
+    with pytest.raises(ModelError, match=r"models:/panda-tiny/1, registered by this run at step 3: .* is not as in"):
+        register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
+    trained(run_dir, steps=4)
     assert register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri).version == 2
+
+
+def written_anew(run_dir: Path) -> None:
+    """The same weights in other bytes, as another version of the code would write them."""
+    shutil.copytree(run_dir / "model", run_dir / "model2")
+    weights = run_dir / "model2" / "model.safetensors"
+    save_file(load_file(weights), weights, metadata={"format": "pt", "written_by": "newer code"})
+    (run_dir / "model2" / "chat_template.jinja").write_text("{{ messages[0].content }}")
+    replace_model(run_dir)
+
+
+def other_weights(run_dir: Path) -> None:
+    save_full_model(run_dir / "model2", seed=5)
+    replace_model(run_dir)
+
+
+def replace_model(run_dir: Path) -> None:
+    """RUN/model2 becomes RUN/model, as the worker does it."""
+    shutil.rmtree(run_dir / "model")
+    (run_dir / "model2").rename(run_dir / "model")
+
+
+def older_key(run_id: str, model_dir: Path) -> str:
+    """`panda.key` as the code before `panda.step` made it, of the run and of all bytes of its model."""
+    content = hashlib.sha256()
+    for path in sorted(path for path in model_dir.rglob("*") if path.is_file()):
+        hashed = hashlib.sha256(path.read_bytes()).hexdigest()
+        content.update(f"{path.relative_to(model_dir)}\0{hashed}\0".encode())
+    return hashlib.sha256(f"{run_id}\0{content.hexdigest()}".encode()).hexdigest()[:32]
+
+
+def registered_by_older_code(run_dir: Path, tracked: TrackedRun, name: str | None = "panda-tiny") -> str:
+    """The logged model and the version as the code before `panda.step` left them: its key, its calls, its tags.
+
+    Without a name: killed after the logged model and before the version. Returns the id of the logged model.
+    """
+    client, model_dir = connect(tracked.uri), run_dir / "model"
+    key = older_key(tracked.run_id, model_dir)
+    tags = {**TAGS, "panda.key": key}
+    logged = registry.log_model(client, model_dir, tracked.run_id, tags)
+    if name:
+        registry.ensure_registered_model(client, name)
+        source = f"models:/{logged.model_id}"
+        client.create_model_version(name, source=source, run_id=tracked.run_id, tags=tags, model_id=logged.model_id)
+    return logged.model_id
+
+
+@pytest.mark.parametrize("name", ["panda-tiny", None], ids=["version", "killed before the version"])
+def test_what_older_code_registered_is_found_by_its_weights(name, run_dir):
+    """The key was a hash of bytes, and newer code writes the same weights in other bytes."""
+    save_full_model(run_dir / "model")
+    tracked = tracked_run(run_dir)
+    logged = registered_by_older_code(run_dir, tracked, name)
+    written_anew(run_dir)
+    for _ in range(2):  # the second time by the new key
+        assert register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri).uri == "models:/panda-tiny/1"
+    (stored,) = versions(tracked.uri, "panda-tiny")
+    assert stored.source == f"models:/{logged}" and stored.tags["panda.step"] == "3"
+    assert [one.model_id for one in logged_models(tracked)] == [logged]
+
+
+def test_a_run_that_older_code_registered_and_that_went_on_gets_a_second_version(run_dir):
+    save_full_model(run_dir / "model")
+    tracked = tracked_run(run_dir)
+    registered_by_older_code(run_dir, tracked)
+    other_weights(run_dir)
+    trained(run_dir, steps=4)
+    assert register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri).version == 2
+    assert "panda.step" not in connect(tracked.uri).get_model_version("panda-tiny", "1").tags
+
+
+def test_what_older_code_left_half_done_is_deleted(run_dir, monkeypatch):
+    save_full_model(run_dir / "model")
+    tracked = tracked_run(run_dir)
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "write_package", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            registered_by_older_code(run_dir, tracked)
+    written_anew(run_dir)
+    assert register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri).version == 1
+    assert [str(one.status) for one in logged_models(tracked)] == ["READY"]
+
+
+def logged_models(tracked: TrackedRun) -> list:
+    client = connect(tracked.uri)
+    return client.search_logged_models([client.get_run(tracked.run_id).info.experiment_id])
+
+
+@pytest.mark.parametrize("kind", ["full", "adapter"])
+def test_a_model_that_comes_back_with_other_weights_is_not_registered(kind, run_dir, tmp_path, monkeypatch):
+    """The files that MLflow keeps are not those of RUN/model: nothing is left of it, and trying again succeeds."""
+    save_full_model(run_dir / "model" if kind == "full" else tmp_path / "base")
+    if kind == "adapter":
+        save_adapter(tmp_path / "base", run_dir / "model")
+    tracked, original = tracked_run(run_dir), registry.link_tree
+
+    def changed_on_the_way(source: Path, target: Path) -> None:
+        original(source, target)
+        (weights,) = target.rglob("*.safetensors")
+        tensors = load_file(weights)
+        tensors[max(tensors)] += 1e-3
+        weights.unlink()  # a link: RUN/model keeps its bytes
+        save_file(tensors, weights, metadata={"format": "pt"})
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "link_tree", changed_on_the_way)
+        with pytest.raises(
+            ModelError, match=r"is not registered: loaded back from MLflow it is another model: .* not as"
+        ):
+            register_run(tracked, "panda-tiny", TAGS, "hello")
+    assert not versions(tracked.uri, "panda-tiny") and not logged_models(tracked)
+    assert not list((run_dir.parent / "mlartifacts").rglob("*.safetensors"))
+    version, text = register_run(tracked, "panda-tiny", TAGS, "hello")
+    assert version.version == 1 and text
+
+
+def test_a_model_that_cannot_be_loaded_back_is_not_registered(run_dir):
+    """A tensor is missing: transformers would put random numbers in its place."""
+    save_full_model(run_dir / "model")
+    weights = run_dir / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, weights, metadata={"format": "pt"})
+    tracked = tracked_run(run_dir)
+    with pytest.raises(
+        ModelError, match=r"cannot be loaded back .* 1 tensors .* first model.layers.1.mlp.up_proj.weight"
+    ):
+        register_run(tracked, "panda-tiny", TAGS, "hello")
+    assert not versions(tracked.uri, "panda-tiny") and not logged_models(tracked)
+
+
+def test_from_an_empty_prompt_a_model_begins_by_itself(run_dir):
+    """This tokenizer has no bos; a model cannot be asked with no token at all."""
+    model = save_full_model(run_dir / "model")
+    tracked = tracked_run(run_dir)
+    _, text = register_run(tracked, "panda-tiny", TAGS, "")
+    assert text == greedy(model, run_dir / "model", "</s>", registry.SAMPLE_TOKENS)
+    assert load_and_generate("models:/panda-tiny/1", "", 12, tracked.uri) == greedy(
+        model, run_dir / "model", "</s>", 12
+    )
+
+
+def test_looks_that_fail_keep_no_model_from_the_registry(run_dir, monkeypatch, caplog):
+    """The sample text, the plots and the data sets of the run: each fails, each is one warning."""
+    save_full_model(run_dir / "model")
+    trained(run_dir, steps=3)
+    monkeypatch.setattr(plots, "write_plots", lambda _: 1 / 0)
+    facts = Facts({"model": "tiny"}, datasets=[Dataset("n" * 600, "d", "here")], reports={"data": {"records_in": 1}})
+    with open_run(TrackingSettings(), run_dir, facts) as tracked:
+        monkeypatch.setattr(registry, "generate", lambda *_: 1 / 0)
+        version, text = register_run(tracked, "panda-tiny", TAGS, "hello")
+    assert version.version == 1 and text == ""
+    run = connect(tracked.uri).get_run(tracked.run_id)
+    assert run.info.status == "FINISHED" and run.data.params == {"model": "tiny"}
+    assert "report" in {file.path for file in connect(tracked.uri).list_artifacts(tracked.run_id)}
+    for what in ("a text of the model", "the plots of", "MLflow does not take the data sets"):
+        assert caplog.text.count(what) == 1, what
 
 
 def test_an_adapter_refers_to_its_base(run_dir, tmp_path, monkeypatch):
@@ -254,6 +426,7 @@ def test_a_server_that_dies_in_the_middle_costs_time_only(output_dir, caplog):
 def test_a_run_that_mlflow_never_answered_is_registered_when_it_is_back(run_dir, monkeypatch, caplog):
     """Down for the whole run and longer than registration waits: the reason says how to go on, and that works."""
     save_full_model(run_dir / "model")
+    trained(run_dir, steps=3)
     port = free_port()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(registry, "RETRY_SECONDS", (0, 0))
@@ -274,6 +447,7 @@ def test_a_run_that_mlflow_never_answered_is_registered_when_it_is_back(run_dir,
 def test_a_server_that_asks_for_a_password_gets_it_from_the_environment(run_dir, monkeypatch, caplog):
     """Without it nothing is lost, only not sent; with it the run and its model arrive, and the password stays here."""
     save_full_model(run_dir / "model")
+    trained(run_dir, steps=3)
     port = free_port()
     with server(run_dir.parent, port), guarded(port, "hunter2") as uri:
         settings = TrackingSettings(mlflow_tracking_uri=uri)

@@ -1,0 +1,55 @@
+"""Answers of a real tiny model to prompts that leave it little: none at all, or a context of few positions."""
+
+import numpy as np
+import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from data_prep.tokenizer import load_tokenizer
+from tests.support.plans import example, make_shard
+from tests.support.tiny_models import save_full_model, save_tokenizer
+from training.comparison import scores as measure
+from training.comparison.heldout import HeldOut
+from training.comparison.scores import Asked, answer
+from training.comparison.statistics import unusable
+
+EMPTY, FULL = [], [40, 41, 42]
+
+
+@pytest.mark.parametrize("prompts", [[EMPTY], [EMPTY, FULL]], ids=["alone", "beside another"])
+def test_an_empty_prompt_is_answered_as_the_beginning_of_a_text(prompts, tmp_path):
+    """An empty instruction under a tokenizer without bos: the model begins after eos."""
+    model = save_full_model(tmp_path).eval()
+    tokenizer = load_tokenizer(tmp_path)
+    said = answer(model, tokenizer, prompts, [[50]] * len(prompts), 8)
+    assert said[0] == answer(model, tokenizer, [[tokenizer.eos_id]], [[50]], 8)[0]
+
+
+def test_a_prompt_keeps_a_token_however_small_the_context_is():
+    shard = make_shard([example([1, 2, 3], [4, 5])])
+    assert measure.prompts_of(shard, [0], 1) == ([[3]], [[4, 5]])
+    assert measure.prompts_of(shard, [0], 9) == ([[1, 2, 3]], [[4, 5]])
+
+
+def test_a_model_with_fewer_positions_than_an_answer_is_asked_within_them(tmp_path):
+    """GPT-2 has an embedding for each position, and nothing beyond."""
+    import pyarrow as pa
+    import torch
+
+    from data_prep.tokens.templates import Role
+
+    size = len(save_tokenizer(tmp_path))
+    GPT2LMHeadModel(
+        GPT2Config(vocab_size=size, n_positions=48, n_embd=32, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    ).save_pretrained(tmp_path)
+    texts = [["What is this?" * 4, "A test."], ["Say it.", "It."]]
+    held_out = HeldOut(
+        hashes=["a", "b"],
+        sources=["instruction"] * 2,
+        languages=["other"] * 2,
+        places=["here:1", "here:2"],
+        roles=pa.array([[Role.USER, Role.ASSISTANT]] * 2, pa.list_(pa.int8())),
+        texts=pa.array(texts, pa.list_(pa.large_string())),
+        num_excluded=0,
+    )
+    scores, answers = measure.measure(Asked("gpt", tmp_path, "plain"), held_out, 2, torch.float32, tmp_path / "cache")
+    assert len(answers) == 2 and np.isfinite(scores.losses).all() and not unusable(scores)
