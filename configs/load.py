@@ -88,6 +88,19 @@ def load(
     return _validate({**composed, **chosen, **values, **settled}, _origins(layers), problems)
 
 
+def given_value(name: str, values: dict[str, Any], overrides: list[str] | None, conf_path: str | Path | None) -> Any:
+    """What somebody gave for one setting, without a look at the others: the whole may be wrong.
+
+    :raises ConfigError: the user's YAML file cannot be read.
+    """
+    if values.get(name) is not None:
+        return values[name]
+    texts = [text.split("=", 1)[1] for text in overrides or [] if "=" in text and _key(text) == name]
+    if texts:
+        return parse_yaml(texts[-1])
+    return _read_user_file(Path(conf_path), []).get(name) if conf_path else None
+
+
 def names(group: str) -> list[str]:
     """The names a group offers, for example the models that have a YAML of their own."""
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml") if path.stem != PATH_MODEL)

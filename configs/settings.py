@@ -70,16 +70,22 @@ class UnattendedSettings(Settings):
         "base", description="Start from the base model, or from the registered version with the alias `champion`."
     )
     require_approval: bool = Field(
-        False, description="Wait before registration until a person approves in the Prefect UI."
+        False,
+        description="A version that has passed the gate waits until a person approves in the Prefect UI; only then it "
+        "becomes the champion.",
     )
     approval_timeout_hours: float = Field(
-        24, gt=0, description="Without an answer for so long, the model is not registered."
+        24, gt=0, description="Without an answer for so long, the version stays challenger."
     )
     notify: str | None = Field(
         None,
         pattern=r"^[\w-]+/[\w-]+$",
         examples=["slack-webhook/team"],
-        description="Prefect notification block that is told of failures and new versions, type/name.",
+        description="Prefect notification block, type/name, that is told of new versions, of runs that failed, "
+        "crashed, were cancelled or wait for approval, and of schedules that train nothing.",
+    )
+    notify_after_skips: int = Field(
+        3, ge=1, description="Tell `notify` when so many scheduled runs in a row were skipped, and so many later again."
     )
 
 

@@ -59,4 +59,5 @@ panda_evaluate = flow_of_settings(
     persist_result=False,
     on_failure=[on_bad_end],
     on_crashed=[on_bad_end],
+    on_cancellation=[on_bad_end],
 )

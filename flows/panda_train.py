@@ -19,13 +19,14 @@ from flows.parts.champion import with_replay
 from flows.parts.flow_states import Ended, Stopwatch
 from flows.parts.form import add_result, configure, flow_of_settings, run_title
 from flows.parts.lifetime import begin
-from flows.parts.notify import on_bad_end, tell
+from flows.parts.notify import on_bad_end, on_early_end, tell, tell_of_lost
 from flows.parts.run_dir import AFTER_DATA, RunDir
 from flows.parts.stages import Prepared, facts, prepare_data, prepared_before, until, version_tags
-from tasks.gate import gate
+from tasks.gate import gate, promote
 from tasks.register import model_name, register_model, sample_prompt
 from tasks.reporting import show_links
 from tasks.train import evaluate, evaluated_before, train, trained_before
+from training.comparison.approval import NO_ANSWER, REFUSED
 from training.registry.lineage import parent_of
 from training.registry.register import patiently
 from training.registry.versions import PARENT_TAG, Registry
@@ -40,10 +41,15 @@ def panda_train(**parameters: Any) -> State[Any]:
     try:
         late = policy.came_too_late()
         if late:
+            on_early_end(parameters, "SkippedStillRunning", late)
             return Cancelled(name="SkippedStillRunning", message=late)
-        return ended(run_stages(configure(parameters).settings))
+        settings = configure(parameters).settings
+        tell_of_lost(settings.notify)
+        return ended(run_stages(settings))
     except Ended as end:
-        overview.show(end.summary)
+        if "gate" not in end.summary:
+            overview.show(end.summary)
+        on_early_end(parameters, end.name, str(end))
         return ended(end.summary)
     except PandaError as error:
         return flow_states.failed(error)
@@ -65,10 +71,11 @@ def run_stages(settings: PandaSettings) -> dict[str, Any]:
         settings = with_replay(settings)
         prepared = prepare_data(settings, watch)
         until(settings, "plan", {"data": prepared.plan.report, "seconds": watch.seconds})
-        skip = policy.nothing_new(settings, prepared)
+        interrupted = interrupted_run(settings, prepared)
+        skip = None if interrupted else policy.nothing_new(settings, prepared)
         if skip:
             raise Ended("SkippedNoNewData", skip, {"data": prepared.plan.report, "seconds": watch.seconds})
-        run, resume = open_run(settings, prepared)
+        run, resume = open_run(settings, prepared, interrupted)
     try:
         summary = flow_states.told(train_and_register(settings, run, prepared, resume, watch))
     except Ended as end:
@@ -82,10 +89,14 @@ def run_stages(settings: PandaSettings) -> dict[str, Any]:
     return summary
 
 
-def open_run(settings: PandaSettings, prepared: Prepared) -> tuple[RunDir, bool]:
-    """(Run directory, whether there may be checkpoints in it). A deployment resumes what was interrupted by itself."""
+def interrupted_run(settings: PandaSettings, prepared: Prepared) -> RunDir | None:
+    """What a deployment goes on with by itself, also when its version is registered and only the gate is missing."""
     unattended = deployment.id is not None and not settings.run_name
-    interrupted = run_dir.unfinished(settings, Path(prepared.plan.path)) if unattended else None
+    return run_dir.unfinished(settings, Path(prepared.plan.path)) if unattended else None
+
+
+def open_run(settings: PandaSettings, prepared: Prepared, interrupted: RunDir | None) -> tuple[RunDir, bool]:
+    """(Run directory, whether there may be checkpoints in it)."""
     run = interrupted or run_dir.create(settings)
     run_dir.write_config(run, settings, {"run_dir": run.path, **prepared.paths})
     return run, settings.resume or interrupted is not None
@@ -113,7 +124,6 @@ def train_and_register(
                 losses = evaluated_before(run.path, trained)
         summary |= {"losses": losses}
         until(settings, "evaluate", summary)
-        approval.ask(settings, str(run.path), losses)
         with watch("register"):
             version = register(settings, tracked, prepared, version_tags(known, losses))
         summary |= {"model": version, "mlflow_run_id": tracked.run_id}
@@ -121,12 +131,18 @@ def train_and_register(
         until(settings, "register", summary)
         with watch("gate"):
             verdict = gate(tracked, settings, version)
+        answer = approval.ask(settings, tracked, verdict, losses)
+        if not verdict.pop("settled", False):
+            verdict = promote(tracked, version["uri"], answer)
         summary |= {"gate": verdict}
         overview.show(summary, links)
         overview.tell_mlflow(tracked, summary, links)
+    become = "is the champion now" if verdict["promoted"] else "stays challenger"
+    subject, reasons = f"{version['name']} version {version['version']} {become}", "\n".join(verdict["reasons"])
+    if verdict.get("approval", {}).get("answer") in (REFUSED, NO_ANSWER):
+        raise Ended("NotApproved", f"{subject}: {verdict['reasons'][0]}; {run.path}", summary)
     if settings.notify:
-        become = "is the champion now" if verdict["promoted"] else "stays challenger"
-        tell(settings.notify, f"{version['name']} version {version['version']} {become}", "\n".join(verdict["reasons"]))
+        tell(settings.notify, subject, f"{reasons}\n\n{flow_run.ui_url}")
     return summary
 
 
@@ -152,4 +168,5 @@ panda_train = flow_of_settings(
     persist_result=False,
     on_failure=[on_bad_end],
     on_crashed=[on_bad_end],
+    on_cancellation=[on_bad_end],
 )

@@ -1,28 +1,33 @@
-"""Task of the gate: compare the new version with the champion and the base, move the aliases, show why.
+"""Tasks of the gate: compare the new version with the champion and the base; then move the aliases, show why.
 
 In: the tracked run, its settings, the registered version. Out: the verdict with its tables, also RUN/gate.json and tags
-of the version. A comparison that fails costs the promotion, never the run: the model is trained and registered.
+of the version. Between the two tasks a person may be asked. A comparison that fails costs the promotion, never the run:
+the model is trained and registered.
 """
 
+import contextlib
 import json
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from configs.settings import PandaSettings
 from tasks.reporting import show_gate
 from tasks.stage import stage
+from training.comparison import approval
 from training.comparison.job import write_job
 from training.errors import MlflowAway
 from training.launch import launcher
 from training.launch.exits import ExitReason
-from training.registry.promotion import job_of, settle
+from training.registry.promotion import job_of, settle, wait_for_approval
 from training.registry.register import patiently
-from training.registry.versions import GATE_TAG, Registry
+from training.registry.versions import GATE_TAG, Registry, Version
 from training.settings import GateSettings, TrainSettings
 from training.tracking.run import TrackedRun
 
 COMPARE = "training.compare"
+RESULT = "gate.json"
 
 logger = logging.getLogger(__name__)
 
@@ -32,36 +37,92 @@ def verdict_in_words(result: dict[str, Any]) -> str:
     return f"{'is the champion' if result['promoted'] else 'stays challenger'}: {'; '.join(result['reasons'])}"
 
 
-@stage("gate", says=verdict_in_words)
+def comparison_in_words(result: dict[str, Any]) -> str:
+    """Whether it may become the champion, and why."""
+    return f"{'passes' if result['promoted'] else 'does not pass'}: {'; '.join(result['reasons'])}"
+
+
+@stage("gate", says=comparison_in_words)
 def gate(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> dict[str, Any]:
-    """Decide about the version of the register stage.
+    """Compare the version of the register stage.
 
     :raises MlflowAway: it is registered but could not be compared; the message says how to go on.
     """
+    with _how_to_go_on(tracked, f"{model['uri']} is registered but not compared"):
+        return without_answers(compare(tracked, settings, model))
+
+
+@stage("promote", says=verdict_in_words)
+def promote(tracked: TrackedRun, uri: str, answer: dict[str, str] | None) -> dict[str, Any]:
+    """Do what the comparison in RUN/gate.json, and a person where one was asked, have decided about a version.
+
+    :raises MlflowAway: as in `gate`.
+    """
+    with _how_to_go_on(tracked, f"{uri} is compared but not promoted"):
+        return without_answers(decide(tracked, uri, answer))
+
+
+@contextlib.contextmanager
+def _how_to_go_on(tracked: TrackedRun, where: str) -> Iterator[None]:
     try:
-        return decide(tracked, settings, model)
+        yield
     except MlflowAway as error:
         raise MlflowAway(
-            f"{model['uri']} is registered but not compared: {error}; when it is back, go on with --resume "
-            f"--run_name {tracked.run_dir.name}"
+            f"{where}: {error}; when it is back, go on with --resume --run_name {tracked.run_dir.name}"
         ) from error
 
 
-def decide(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> dict[str, Any]:
-    """Compare, settle, write down; a verdict that is there already stands."""
+def compare(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> dict[str, Any]:
+    """Compare and write down; a comparison that is there already and still holds is not made again."""
     registry = Registry(tracked.uri)
     version = patiently(lambda: registry.resolve(model["uri"]))
-    stored = tracked.run_dir / "gate.json"
-    if GATE_TAG in version.tags and stored.exists():  # a resumed run
-        return without_answers(json.loads(stored.read_text(encoding="utf-8")))
+    before = patiently(lambda: standing(registry, version, tracked.run_dir))
+    if before:
+        return before
     limits = GateSettings.of(settings).model_dump()
     write_job(patiently(lambda: job_of(registry, version, tracked.run_dir, limits)), tracked.run_dir)
-    result = _compare(tracked.run_dir, TrainSettings.of(settings))
-    patiently(lambda: settle(registry, version, result))
+    result = {"candidate": version.uri, **_compare(tracked.run_dir, TrainSettings.of(settings))}
+    if result["promoted"] and settings.require_approval:
+        result["approval"] = {"answer": approval.WAITING, "comment": ""}
+        patiently(lambda: wait_for_approval(registry, version, result))
+        show_gate(result)
+    _write(tracked.run_dir, result)
+    return result
+
+
+def standing(registry: Registry, version: Version, run_dir: Path) -> dict[str, Any] | None:
+    """The comparison of an earlier execution of this run: settled, waiting for a person, or killed while settling.
+
+    One that is not settled holds as long as the champion is the one it was compared with.
+    """
+    path = run_dir / RESULT
+    if not path.exists():
+        return None
+    stored = json.loads(path.read_text(encoding="utf-8"))
+    if GATE_TAG in version.tags:
+        return {**stored, "settled": True}
+    champion = registry.champion(version.name)
+    same = stored.get("candidate") == version.uri and stored.get("champion") == (champion.uri if champion else None)
+    moved = champion is not None and champion.version == version.version and stored["promoted"]
+    return stored if moved or (same and "approval" in stored) else None
+
+
+def decide(tracked: TrackedRun, uri: str, answer: dict[str, str] | None) -> dict[str, Any]:
+    """Settle what was compared."""
+    registry = Registry(tracked.uri)
+    version = patiently(lambda: registry.resolve(uri))
+    result = json.loads((tracked.run_dir / RESULT).read_text(encoding="utf-8"))
+    patiently(lambda: settle(registry, version, result, answer))
     logger.info("%s %s", version.uri, verdict_in_words(result))
-    stored.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
+    _write(tracked.run_dir, result)
     show_gate(result)
-    return without_answers(result)
+    return result
+
+
+def _write(run_dir: Path, result: dict[str, Any]) -> None:
+    temporary = run_dir / f".{RESULT}"
+    temporary.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
+    temporary.replace(run_dir / RESULT)
 
 
 def without_answers(result: dict[str, Any]) -> dict[str, Any]:
@@ -72,7 +133,7 @@ def without_answers(result: dict[str, Any]) -> dict[str, Any]:
 def _compare(run_dir: Path, settings: TrainSettings) -> dict[str, Any]:
     report = launcher.evaluate(run_dir, settings, logger.info, COMPARE)
     if report.reason is ExitReason.completed:
-        return json.loads((run_dir / "gate.json").read_text(encoding="utf-8"))
+        return json.loads((run_dir / RESULT).read_text(encoding="utf-8"))
     if report.reason is ExitReason.cancelled:
         raise KeyboardInterrupt
     logger.error("%s", report.details)

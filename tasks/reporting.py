@@ -79,17 +79,25 @@ def show_links(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> d
 
 def links_of(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> dict[str, str]:
     """Model, MLflow run, Prefect run, directory. MLflow's links open its training pages, not those of GenAI."""
-    address = os.environ.get(MLFLOW_UI) or public_link(tracked.uri)
     model = f"{version['name']} version {version['version']}"
-    run_id = tracked.run_id
-    if address and run_id:
-        model = f"[{model}]({address}/#/models/{version['name']}/versions/{version['version']}{TRAINING_VIEW})"
-        experiment = patiently(lambda: connect(tracked.uri).get_run(run_id)).info.experiment_id
-        run = f"[{run_id}]({address}/#/experiments/{experiment}/runs/{run_id}{TRAINING_VIEW})"
-    else:
-        run = f"{run_id} in {redact_text(tracked.uri)}"
+    where = addresses(tracked, version["uri"])
+    run = f"{tracked.run_id} in {redact_text(tracked.uri)}"
+    if "version" in where:
+        model, run = f"[{model}]({where['version']})", f"[{tracked.run_id}]({where['MLflow run']})"
     prefect = f"[{flow_run.name}]({flow_run.ui_url})" if flow_run.ui_url else str(flow_run.id)
     return {"model": model, "MLflow run": run, "Prefect run": prefect, "directory": f"`{run_dir}`"}
+
+
+def addresses(tracked: TrackedRun, version: str) -> dict[str, str]:
+    """Where to look at run and version in MLflow; of a database that no server shows, the run alone."""
+    address, run_id = os.environ.get(MLFLOW_UI) or public_link(tracked.uri), tracked.run_id
+    if not (address and run_id):
+        return {"MLflow run": f"{run_id} in {tracked.uri}"}
+    experiment = patiently(lambda: connect(tracked.uri).get_run(run_id)).info.experiment_id
+    return {
+        "MLflow run": f"{address}/#/experiments/{experiment}/runs/{run_id}{TRAINING_VIEW}",
+        "version": f"{address}/#/{'/versions/'.join(version.replace(':', '').rsplit('/', 1))}{TRAINING_VIEW}",
+    }
 
 
 @only_a_look("the table of losses")

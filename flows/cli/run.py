@@ -22,6 +22,7 @@ from typing import Any
 from rich.console import Console
 
 from configs.cli import CommandLine
+from configs.errors import ConfigError
 from configs.load import Loaded
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
@@ -47,6 +48,7 @@ def run(line: CommandLine, loaded: Loaded) -> int:
     """Check, then run `panda-train` with what was typed as its parameters."""
     use_sample_corpus_if_nothing_else(loaded)
     preflight.check(loaded.settings, chosen(loaded))
+    require_somebody_to_ask(loaded)
     summary = call_flow(as_parameters(line))
     if line.switches.json:
         print_json(summary)
@@ -64,6 +66,14 @@ def as_parameters(line: CommandLine) -> dict[str, Any]:
 def chosen(loaded: Loaded) -> set[str]:
     """Names somebody gave a value for."""
     return {name for name, origin in loaded.origins.items() if origin != "default"}
+
+
+def require_somebody_to_ask(loaded: Loaded) -> None:
+    """A temporary server has no UI, so a run would train and then wait in vain."""
+    if loaded.settings.require_approval and (reason := unusable(address())):
+        raise ConfigError([
+            f"require_approval=true: {reason}, in whose UI somebody could answer; start one first: panda up"
+        ])  # fmt: skip
 
 
 def use_sample_corpus_if_nothing_else(loaded: Loaded) -> None:

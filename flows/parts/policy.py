@@ -1,10 +1,16 @@
-"""When a run need not train: its turn came too late, or the corpus brings nothing new.
+"""When a run need not train: its turn came too late, or the corpus brings nothing new; and how often in a row.
 
 In: the flow run, settings, results of the data stages, the registry. Out: a reason in words, or None.
 Cost: one request to Prefect, two to MLflow.
 """
 
-from prefect.client.orchestration import get_client
+from collections.abc import Iterator
+from itertools import count, takewhile
+
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun
+from prefect.client.schemas.sorting import FlowRunSort
 from prefect.runtime import flow_run
 
 from configs.settings import PandaSettings
@@ -16,6 +22,8 @@ from training.registry.versions import Version
 
 SCHEDULED_TAG = "auto-scheduled"
 WAITING = "AwaitingConcurrencySlot"
+SKIPPED = ("SkippedNoNewData", "SkippedStillRunning")
+PAGE = 100
 
 
 def is_scheduled() -> bool:
@@ -35,6 +43,30 @@ def came_too_late() -> str | None:
     if any(state.name == WAITING for state in states):
         return "another run was at work when this one was due; the next scheduled run will see all new data"
     return None
+
+
+def skips_in_a_row() -> int:
+    """How many scheduled runs of this deployment were skipped one after the other; this one is the last of them."""
+    with get_client(sync_client=True) as client:
+        before = _ended_before(client, client.read_flow_run(flow_run.id))
+        return 1 + sum(1 for _ in takewhile(lambda run: run.state and run.state.name in SKIPPED, before))
+
+
+def _ended_before(client: SyncPrefectClient, this: FlowRun) -> Iterator[FlowRun]:
+    """Scheduled runs of the same deployment that have ended, the last one first."""
+    wanted = FlowRunFilter.model_validate({
+        "deployment_id": {"any_": [this.deployment_id]},
+        "tags": {"all_": [SCHEDULED_TAG]},
+        "state": {"type": {"any_": list(TERMINAL_STATES)}},
+        "expected_start_time": {"before_": this.expected_start_time},
+    })  # fmt: skip
+    for page in count():
+        found = client.read_flow_runs(
+            flow_run_filter=wanted, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=PAGE, offset=page * PAGE
+        )
+        yield from (run for run in found if run.id != this.id)
+        if len(found) < PAGE:
+            return
 
 
 def nothing_new(settings: PandaSettings, prepared: Prepared) -> str | None:

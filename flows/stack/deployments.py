@@ -57,7 +57,7 @@ def deploy() -> None:
 def deploy_automation() -> None:
     """The automation of our runs."""
     with get_client(sync_client=True) as client:
-        _ensure_automation(client, crash_silent_runs())
+        ensure_automation(client, crash_silent_runs())
 
 
 def crash_silent_runs() -> AutomationCore:
@@ -93,7 +93,7 @@ def crash_silent_runs() -> AutomationCore:
     )
 
 
-def _ensure_automation(client: SyncPrefectClient, automation: AutomationCore) -> None:
+def ensure_automation(client: SyncPrefectClient, automation: AutomationCore) -> None:
     """One automation of that name, as stated here; whether it is enabled stays the user's.
 
     One that is right already is left alone: an update makes it forget the runs it is watching.

@@ -72,3 +72,12 @@ def test_no_usable_record(corpus):
     assert "error: " in done.stderr
     assert "a.json" in done.stderr.split("error: ")[1]
     assert not list((corpus / "outputs").glob("*/summary.json"))
+
+
+def test_approval_that_nobody_could_give(corpus, monkeypatch):
+    """Without a server the run would train, ask a temporary one that has no UI, and wait for a day."""
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    done = train(corpus, "--model", "panda-tiny", "--instruction_tuning_data_dir", "data", "--require_approval")
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert "require_approval=true: no Prefect server is up at http://127.0.0.1:9/api" in done.stderr
+    assert "panda up" in done.stderr

@@ -1,4 +1,4 @@
-"""Retraining that nobody watches, for real: from the champion, by turns, a person asked, on a machine that dies."""
+"""Retraining that nobody watches, for real: from the champion, by turns, on a machine that dies."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from uuid import UUID
 
 import pytest
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
@@ -64,14 +65,11 @@ class TestNextVersion:
         assert (state.type.value, state.name) == ("COMPLETED", "SkippedNoNewData")
         assert f"target tokens more than models:/{MODEL}/1 was made of" in state.message
 
-    def test_from_the_champion_approved_and_told(self, stack, grown, registry):
+    def test_from_the_champion_and_told(self, stack, grown, registry):
         assert "champion" in registry.versions(MODEL)[0].aliases
-        wanted = {"init_from": "champion", "replay_share": 0.25, "min_new_target_tokens": 100, "require_approval": True}
+        wanted = {"init_from": "champion", "replay_share": 0.25, "min_new_target_tokens": 100}
         with stack.webhook() as (block, received):
             run = stack.start(grown, notify=block, **wanted)
-            stack.wait_for_state(run, "Paused")
-            with stack.client() as client:
-                client.resume_flow_run(run, run_input={"approve": True, "comment": ""})
             assert stack.end_of(run).name == "Completed"
         assert "from the champion" in stack.flow_run(run).name
         assert f"starting from the champion models:/{MODEL}/1" in stack.logs(run)
@@ -79,16 +77,8 @@ class TestNextVersion:
         assert version.tags[PARENT_TAG] == f"models:/{MODEL}/1"
         report = {row["what"]: row["number"] for row in json.loads(stack.artifacts(run)["data-report"])}
         assert int(report["dropped: not_replayed"].replace(",", "")) > 500
-        assert f"{MODEL} version 2" in received[0]["subject"]
-        assert ("is the champion now" in received[0]["subject"]) == ("champion" in version.aliases)
-
-    def test_without_an_answer_nothing_is_registered(self, stack, first, registry):
-        before = registry.versions(MODEL)
-        timeout = {"require_approval": True, "approval_timeout_hours": 5 / 3600}
-        state = stack.end_of(stack.start(stack.config("short", max_steps=3), **timeout))
-        assert (state.type.value, state.name) == ("COMPLETED", "NotApproved")
-        assert "no answer in" in state.message
-        assert registry.versions(MODEL) == before
+        become = "is the champion now" if "champion" in version.aliases else "stays challenger"
+        assert [message["subject"] for message in received] == [f"{MODEL} version 2 {become}"]
 
 
 class TestOtherDeployments:
@@ -109,14 +99,18 @@ def test_by_turns(stack, first):
     training = stack.start(stack.config("turns", **LONG), until_stage="train")
     stack.wait_until_training(training, "turns", 1)
     by_hand = stack.start(stack.config("short", max_steps=6), until_stage="plan")
-    with stack.schedule("--interval", "60"):
-        wait_for(lambda: waiting(stack), 240, "a scheduled run that waits")
-        assert stack.flow_run(training).state.name == "Running"
-        assert stack.flow_run(by_hand).state.name == "AwaitingConcurrencySlot"
-        stack.prefect("flow-run", "cancel", str(training))
-        scheduled = stack.end_of(waiting(stack)[0].id)
+    with stack.webhook() as (block, received):
+        conf = stack.config("scheduled", notify=block, notify_after_skips=1)
+        with stack.default_parameters(conf_path=conf), stack.schedule("--interval", "60"):
+            wait_for(lambda: waiting(stack), 240, "a scheduled run that waits")
+            assert stack.flow_run(training).state.name == "Running"
+            assert stack.flow_run(by_hand).state.name == "AwaitingConcurrencySlot"
+            stack.prefect("flow-run", "cancel", str(training))
+            scheduled = stack.end_of(waiting(stack)[0].id)
     assert stack.end_of(by_hand).name == "Prepared"
     assert (scheduled.type.value, scheduled.name) == ("CANCELLED", "SkippedStillRunning")
+    assert received[0]["subject"] == "panda-train: 1 scheduled run was skipped"
+    assert "another run was at work when this one was due" in received[0]["body"]
 
 
 def waiting(stack: Stack) -> list:
@@ -125,10 +119,18 @@ def waiting(stack: Stack) -> list:
 
 
 def test_lost_machine_is_crashed_by_the_automation(stack, first):
-    """Nobody is left to report: engine and worker are killed together, as by a power cut."""
-    run = stack.start(stack.config("lost", **LONG), until_stage="train")
+    """Nobody is left to report or tell: engine and worker are killed together, as by a power cut."""
+    with stack.webhook("lost") as (block, received):
+        run = stack.start(stack.config("lost", notify=block, **LONG), until_stage="train")
+        lose(stack, run)
+        wait_for(lambda: received, 60, "the message")
+    assert [message["subject"] for message in received] == [f"panda-train {stack.flow_run(run).name}: Crashed"]
+    assert "No heartbeat for 90 s" in received[0]["body"] and f"/flow-run/{run}" in received[0]["body"]
+
+
+def lose(stack: Stack, run: UUID) -> None:
     stack.wait_until_training(run, "lost", 1)
-    engine = next(process for process in stack.processes(run) if "prefect.engine" in process.cmdline())
+    engine = stack.engine(run)
     engine.send_signal(signal.SIGSTOP)  # so that it does not hear of the worker's end
     os.kill(stack.worker_pid(), signal.SIGKILL)
     engine.send_signal(signal.SIGKILL)

@@ -138,7 +138,14 @@ class Registered:
 
 
 def add_version(
-    project: Project, name: str, steps: int, model_dir: Path | None = None, uri: str | None = None, **gate: float
+    project: Project,
+    name: str,
+    steps: int,
+    model_dir: Path | None = None,
+    uri: str | None = None,
+    *,
+    answer: dict[str, str] | None = None,
+    **gate: float,
 ) -> Registered:
     """Train, track, register, compare, settle: what the flow does, without Prefect."""
     run_dir = project.train(name, steps, model_dir)
@@ -153,6 +160,6 @@ def add_version(
         resolved = registry.resolve(version.uri)
         write_job(job_of(registry, resolved, run_dir, GateSettings(**gate).model_dump()), run_dir)
         verdict = run_job(read_config(run_dir / "config.yaml"), read_job(run_dir))
-        settle(registry, resolved, verdict)
+        settle(registry, resolved, verdict, answer)
         (run_dir / "gate.json").write_text(json.dumps(verdict))
     return Registered(registry.resolve(version.uri), verdict, run_dir)

@@ -133,7 +133,13 @@ class Stack:
 
     def wait_for_state(self, flow_run_id: UUID, name: str, timeout: float = 240) -> None:
         """Until the run is in the state of this name."""
-        wait_for(lambda: self.flow_run(flow_run_id).state.name == name, timeout, f"the state {name}")
+
+        def reached() -> bool:
+            state = self.flow_run(flow_run_id).state
+            assert not state.is_final() or state.name == name, f"{state.name}: {state.message}"
+            return state.name == name
+
+        wait_for(reached, timeout, f"the state {name}")
 
     @contextmanager
     def schedule(self, *how: str) -> Iterator[None]:
@@ -157,7 +163,7 @@ class Stack:
         return [run for run in runs if "auto-scheduled" in run.tags and run.state.name != "Scheduled"]
 
     @contextmanager
-    def webhook(self) -> Iterator[tuple[str, list[dict[str, str]]]]:
+    def webhook(self, name: str = "test") -> Iterator[tuple[str, list[dict[str, str]]]]:
         """(Name of a notification block, what was sent to it)."""
         received: list[dict[str, str]] = []
 
@@ -172,16 +178,48 @@ class Stack:
 
         server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
         threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield self.block(name, server.server_address[1]), received
+        server.shutdown()
+
+    def block(self, name: str, port: int, path: str = "") -> str:
+        """A notification block for a receiver at this port; returns what the setting `notify` calls it."""
         with self.client():
             from prefect.blocks.notifications import CustomWebhookNotificationBlock
 
-            url = f"http://127.0.0.1:{server.server_address[1]}/"
+            url = f"http://127.0.0.1:{port}/{path}"
             block = CustomWebhookNotificationBlock(
-                name="test", url=url, method="POST", json_data={"subject": "{{subject}}", "body": "{{body}}"}
+                name=name, url=url, method="POST", json_data={"subject": "{{subject}}", "body": "{{body}}"}
             )
-            block.save("test", overwrite=True)
-        yield "custom-webhook/test", received
-        server.shutdown()
+            block.save(name, overwrite=True)
+        return f"custom-webhook/{name}"
+
+    def answer(self, flow_run_id: UUID, approve: bool, comment: str = "") -> None:
+        """What the form behind the Resume button sends."""
+        with self.client() as client:
+            client.resume_flow_run(flow_run_id, run_input={"approve": approve, "comment": comment})
+
+    def question(self, flow_run_id: UUID) -> str:
+        """The text above the form."""
+        with self.client() as client:
+            keyset = client.read_flow_run(flow_run_id).state.state_details.run_input_keyset
+            return json.loads(client.read_flow_run_input(flow_run_id, keyset["description"]))
+
+    def engine(self, flow_run_id: UUID) -> psutil.Process:
+        """The process of the flow itself."""
+        return next(process for process in self.processes(flow_run_id) if "prefect.engine" in process.cmdline())
+
+    @contextmanager
+    def default_parameters(self, **parameters: Any) -> Iterator[None]:
+        """What runs of panda-train/default get that nobody gives anything, scheduled ones above all."""
+        from prefect.client.schemas.actions import DeploymentUpdate
+
+        with self.client() as client:
+            deployment = client.read_deployment_by_name("panda-train/default")
+            client.update_deployment(deployment.id, DeploymentUpdate(parameters=parameters))
+            try:
+                yield
+            finally:
+                client.update_deployment(deployment.id, DeploymentUpdate(parameters={}))
 
     def wait_until_training(self, flow_run_id: UUID, name: str, steps: int, timeout: float = 240) -> Path:
         """Until so many optimizer steps are done; returns the run directory."""

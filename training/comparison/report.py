@@ -6,14 +6,16 @@ In: what RUN/gate.json holds. Out: Markdown, for the description of the version 
 from collections.abc import Iterable
 from typing import Any
 
+from training.comparison.approval import WAITING
 from training.comparison.statistics import CHECKS, interval_of
 
 
 def verdict_markdown(result: dict[str, Any]) -> str:
     """Verdict, reasons, and a table each for losses and answers where there are any."""
+    waits = result.get("approval", {}).get("answer") == WAITING
+    outcome = "waits for approval" if waits else "champion" if result["promoted"] else "challenger"
     reasons = "\n".join(f"- {reason}" for reason in result["reasons"])
-    parts = [f"**{'champion' if result['promoted'] else 'challenger'}**", reasons, comparison_markdown(result)]
-    return "\n\n".join(part for part in parts if part)
+    return "\n\n".join(part for part in (f"**{outcome}**", reasons, comparison_markdown(result)) if part)
 
 
 def comparison_markdown(result: dict[str, Any]) -> str:

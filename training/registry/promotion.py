@@ -1,7 +1,8 @@
 """Which version is the champion: what the gate has found is written down, and the aliases move.
 
-In: versions and the verdict of the gate. Out: aliases and tags in the registry. A verdict is written once: trying again
-changes nothing. Cost: a few requests. MLflow moves an alias in one step, so there is always exactly one champion.
+In: versions, the verdict of the gate, the answer of a person where one was asked. Out: aliases and tags in the
+registry. The tag `panda.gate` is written last: a version that has it is settled, and a run that was killed before tries
+again. Cost: a few requests. MLflow moves an alias in one step, so there is always exactly one champion.
 """
 
 import time
@@ -11,13 +12,16 @@ from typing import Any
 
 import yaml
 
+from training.comparison.approval import APPROVED, REFUSED, WAITING, in_words
 from training.comparison.job import Job
 from training.comparison.report import verdict_markdown
 from training.comparison.statistics import interval_of
 from training.registry.lineage import config_of, plan_of
 from training.registry.versions import (
+    APPROVAL_TAG,
     CHALLENGER,
     CHAMPION,
+    COMMENT_TAG,
     GAIN_TAG,
     GATE_TAG,
     REASONS_TAG,
@@ -31,23 +35,39 @@ from training.tracking.looks import only_a_look
 PASSED, FAILED = "passed", "failed"
 
 
-def settle(registry: Registry, version: Version, result: dict[str, Any]) -> bool:
-    """Write the gate's result down and move the alias it earns; returns whether the version is the champion now."""
+def settle(registry: Registry, version: Version, result: dict[str, Any], answer: dict[str, str] | None = None) -> bool:
+    """Move the alias that the gate and a person's answer earn, write down why; returns whether it is the champion now.
+
+    A version that was refused has passed the gate all the same, and says so; it stays challenger for good.
+    """
     champion = registry.champion(version.name)
-    promoted, reasons = result["promoted"], list(result["reasons"])
+    passed, reasons = result["promoted"], list(result["reasons"])
     compared_with = result.get("champion")
-    if promoted and (champion.uri if champion else None) not in (compared_with, version.uri):
-        promoted = False
+    if passed and (champion.uri if champion else None) not in (compared_with, version.uri):
+        passed = False
         reasons = [f"the champion has changed since it was compared with {compared_with}: panda promote {version.uri}"]
-    registry.tag(version, {GATE_TAG: PASSED if promoted else FAILED, REASONS_TAG: "; ".join(reasons), **_gain(result)})
-    result["promoted"], result["reasons"] = promoted, reasons
+    result.pop("approval", None)
+    tags = {REASONS_TAG: "; ".join(reasons), **_gain(result)}
+    if answer:
+        result["approval"], reasons = answer, [in_words(answer), *reasons]
+        tags |= {APPROVAL_TAG: answer["answer"], REASONS_TAG: "; ".join(reasons)}
+        tags |= {COMMENT_TAG: answer["comment"]} if answer["comment"] else {}
+    result["promoted"] = passed and (answer is None or answer["answer"] == APPROVED)
+    result["reasons"] = reasons
     with only_a_look(f"the description of {version.uri}"):
         registry.describe(version, verdict_markdown(result))
-    if promoted:
+    if result["promoted"]:
         make_champion(registry, version)
     else:
         registry.set_alias(version, CHALLENGER)
-    return promoted
+    registry.tag(version, {**tags, GATE_TAG: PASSED if passed else FAILED})
+    return result["promoted"]
+
+
+def wait_for_approval(registry: Registry, version: Version, result: dict[str, Any]) -> None:
+    """Say in the registry that a person is asked."""
+    registry.describe(version, verdict_markdown(result))
+    registry.tag(version, {APPROVAL_TAG: WAITING})
 
 
 def _gain(result: dict[str, Any]) -> dict[str, str]:
@@ -66,15 +86,24 @@ def make_champion(registry: Registry, version: Version) -> Version | None:
 
 
 def promote(registry: Registry, reference: str, despite_gate: bool) -> tuple[Version, Version | None]:
-    """Make a version the champion by hand; one that failed the gate, or never saw it, only on demand."""
+    """Make a version the champion by hand; one that failed the gate, never saw it, or was refused, only on demand."""
     version = registry.resolve(reference)
-    gate = version.tags.get(GATE_TAG)
-    if gate != PASSED and not despite_gate:
-        why = version.tags.get(REASONS_TAG, "it was never compared")
-        raise RegistryError(f"{version.uri} has not passed the gate: {why}. To promote it nevertheless: --despite_gate")
+    obstacle = _obstacle(version)
+    if obstacle and not despite_gate:
+        raise RegistryError(f"{version.uri} {obstacle}. To promote it nevertheless: --despite_gate")
     before = make_champion(registry, version)
     registry.tag(version, {"panda.promoted_by_hand": time.strftime("%Y-%m-%dT%H:%M:%S")})
     return replace(version, aliases=[CHAMPION]), before
+
+
+def _obstacle(version: Version) -> str | None:
+    """Why a version is not to be promoted without second thoughts. One that nobody answered for may be."""
+    approval = version.tags.get(APPROVAL_TAG)
+    if version.tags.get(GATE_TAG) == PASSED:
+        return f"was {version.tags[REASONS_TAG]}" if approval == REFUSED else None
+    if approval == WAITING:
+        return "waits for approval: answer in its Prefect run"
+    return f"has not passed the gate: {version.tags.get(REASONS_TAG, 'it was never compared')}"
 
 
 def rollback(registry: Registry, name: str) -> tuple[Version, Version]:

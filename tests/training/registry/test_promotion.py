@@ -14,12 +14,22 @@ from data_prep.plan.reader import open_plan
 from tests.support.corpora import NAME, ROWS_PER_STEP, Project, add_version
 from tests.support.mlflow_fixtures import server
 from training.compare import RECORDS, run_job
+from training.comparison import approval, lineage, promotion
 from training.comparison.job import read_job
 from training.launch.commands import free_port
 from training.launch.run_config import read_config
-from training.registry import lineage, promotion
 from training.registry.promotion import settle
-from training.registry.versions import CHALLENGER, CHAMPION, GATE_TAG, PARENT_TAG, Registry, RegistryError
+from training.registry.versions import (
+    APPROVAL_TAG,
+    CHALLENGER,
+    CHAMPION,
+    COMMENT_TAG,
+    GATE_TAG,
+    PARENT_TAG,
+    REASONS_TAG,
+    Registry,
+    RegistryError,
+)
 
 
 @pytest.fixture
@@ -115,6 +125,66 @@ def test_a_champion_that_changed_meanwhile_is_not_replaced(project, registry):
     late = {**second.verdict, "champion": "models:/panda-count/9"}
     assert not settle(registry, registry.resolve(f"{NAME}/1"), late)
     assert "the champion has changed" in late["reasons"][0] and registry.champion(NAME).version == 2
+
+
+def test_a_refused_version_stays_challenger_for_good(project, registry):
+    add_version(project, "run-1", 4)
+    refused = add_version(project, "run-2", 60, answer={"answer": "refused", "comment": "too\nearly"})
+    assert refused.version.aliases == [CHALLENGER] and registry.champion(NAME).version == 1
+    tags = refused.version.tags
+    assert (tags[GATE_TAG], tags[APPROVAL_TAG], tags[COMMENT_TAG]) == ("passed", "refused", "too\nearly")
+    assert tags[REASONS_TAG].startswith("refused: too early; better than the champion")
+    shown = registry.client.get_model_version(NAME, "2").description
+    assert shown.startswith("**challenger**\n\n- refused: too early\n- better than")
+    assert not refused.verdict["promoted"] and refused.verdict["approval"]["comment"] == "too\nearly"
+    with pytest.raises(
+        RegistryError, match=r"models:/panda-count/2 was refused: too early; better than .*--despite_gate"
+    ):
+        promotion.promote(registry, f"{NAME}/2", despite_gate=False)
+    assert promotion.promote(registry, f"{NAME}/2", despite_gate=True)[0].version == 2
+
+
+def test_a_version_nobody_answered_for_is_promoted_by_hand(project, registry):
+    add_version(project, "run-1", 4)
+    waiting = add_version(project, "run-2", 60, answer={"answer": "no answer", "comment": "in 24 h"})
+    assert waiting.version.aliases == [CHALLENGER] and waiting.version.tags[APPROVAL_TAG] == "no answer"
+    promotion.promote(registry, f"{NAME}/2", despite_gate=False)
+    assert registry.champion(NAME).version == 2
+
+
+def test_an_approved_version_becomes_champion_unless_the_champion_changed(project, registry):
+    yes = {"answer": "approved", "comment": "well done"}
+    first = add_version(project, "run-1", 4, answer=yes)
+    assert first.version.aliases == [CHAMPION] and first.version.tags[COMMENT_TAG] == "well done"
+    assert first.version.tags[REASONS_TAG].startswith("approved: well done; the first version")
+    second = add_version(project, "run-2", 60)
+    late = {**second.verdict, "champion": None}
+    assert not settle(registry, registry.resolve(f"{NAME}/1"), late, yes)
+    assert registry.resolve(f"{NAME}/1").tags[COMMENT_TAG] == "well done" and registry.champion(NAME).version == 2
+    assert "the champion has changed" in late["reasons"][1]
+
+
+def test_settling_that_was_killed_is_done_again(project, registry, monkeypatch):
+    """The tag `panda.gate` is the last thing written: who finds it need not look at the aliases."""
+    add_version(project, "run-1", 4)
+    monkeypatch.setattr(promotion, "make_champion", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        add_version(project, "run-2", 60)
+    assert GATE_TAG not in registry.resolve(f"{NAME}/2").tags
+
+
+def test_the_question_shows_what_is_needed_to_decide(project):
+    add_version(project, "run-1", 4)
+    verdict = add_version(project, "run-2", 60).verdict
+    losses = {"before": {"all": 4.123456}, "after": {"all": 3.987654}}
+    text = approval.question(verdict, losses, {"MLflow run": "http://x/y", "run": "sqlite:///a"})
+    whole, *slices = verdict["slices"]
+    worst = min(slices, key=lambda row: row["gain"])
+    assert f"- gain: {whole['gain']:+.4f} [{whole['low']:+.4f}, {whole['high']:+.4f}] nats per target token" in text
+    assert f"- loss on them: {whole['loss']:.4f}, champion {whole['reference_loss']:.4f}" in text
+    assert f"- worst slice: {worst['slice']}, gain {worst['gain']:+.4f}" in text
+    assert "- held-out loss before and after training: all 4.1235 -> 3.9877" in text
+    assert "- MLflow run: <http://x/y>" in text and "- run: `sqlite:///a`" in text
 
 
 def test_versions_that_were_trained_on_a_record_and_in_which_steps(project, registry):

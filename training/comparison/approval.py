@@ -1,0 +1,90 @@
+"""What a person is asked about a version that has passed the gate, and RUN/approval.json: where, and the answer.
+
+In: the verdict of the gate, losses, addresses. Out: Markdown that mail and chats can show as it is; `Approval`. The
+file is written before the question is asked and again with the answer, so that a run that was killed in between finds
+the answer it was given, and nobody who has answered is asked again about the same comparison. Cost: none.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from training.comparison.statistics import CONFIDENCE, interval_of
+from training.tracking.redact import redact_text
+
+FILE = "approval.json"
+WAITING, APPROVED, REFUSED, NO_ANSWER = "waiting", "approved", "refused", "no answer"
+
+
+@dataclass(frozen=True)
+class Approval:
+    """A question and its answer; it holds for this version as compared with this champion."""
+
+    version: str
+    champion: str | None
+    flow_run_id: str
+    key: str  # of the pause in that flow run
+    answer: str = WAITING
+    comment: str = ""
+
+    @property
+    def as_verdict(self) -> dict[str, str]:
+        """What the verdict says about it."""
+        return {"answer": self.answer, "comment": self.comment}
+
+
+def read(run_dir: Path, verdict: dict[str, Any]) -> Approval | None:
+    """The question that this comparison has led to, if it was asked."""
+    path = run_dir / FILE
+    if not path.exists():
+        return None
+    asked = Approval(**json.loads(path.read_text(encoding="utf-8")))
+    return asked if (asked.version, asked.champion) == (verdict["candidate"], verdict.get("champion")) else None
+
+
+def write(run_dir: Path, approval: Approval) -> None:
+    """Write RUN/approval.json."""
+    temporary = run_dir / f".{FILE}"
+    temporary.write_text(json.dumps(asdict(approval), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(run_dir / FILE)
+
+
+def in_words(answer: dict[str, str]) -> str:
+    """`refused: not today`; one line."""
+    comment = " ".join(answer["comment"].split())
+    return f"{answer['answer']}: {comment}" if comment else answer["answer"]
+
+
+def question(verdict: dict[str, Any], losses: dict[str, dict[str, float]], addresses: dict[str, str]) -> str:
+    """All that is needed to decide."""
+    decisive = "champion" if verdict.get("champion") else "base"
+    rows = [row for row in verdict["slices"] if row["against"] == decisive]
+    lines = [*verdict["reasons"], *_compared(rows, decisive), *_trained(losses)]
+    lines += [f"{what}: {_shown(address)}" for what, address in addresses.items()]
+    return f"Make {verdict['candidate']} the champion?\n\n" + "\n".join(f"- {line}" for line in lines)
+
+
+def _compared(rows: list[dict[str, Any]], decisive: str) -> list[str]:
+    """Gain with its interval, both losses, and the slice that fares worst."""
+    whole = next((row for row in rows if row["slice"] == "all"), None)
+    if whole is None:
+        return []
+    gain = f"gain: {interval_of(whole)} nats per target token ({CONFIDENCE:.0%}, {whole['records']} held-out records)"
+    both = f"loss on them: {whole['loss']:.4f}, {decisive} {whole['reference_loss']:.4f}"
+    slices = [row for row in rows if row["slice"] != "all"]
+    worst = min([row for row in slices if row["low"] is not None] or slices, key=lambda row: row["gain"], default=None)
+    if worst is None:
+        return [gain, both]
+    return [gain, both, f"worst slice: {worst['slice']}, gain {interval_of(worst)} on {worst['records']} records"]
+
+
+def _trained(losses: dict[str, dict[str, float]]) -> list[str]:
+    before, after = losses["before"], losses["after"]
+    sources = [f"{source} {before[source]:.4f} -> {after[source]:.4f}" for source in after if source in before]
+    return [f"held-out loss before and after training: {', '.join(sources)}"] if sources else []
+
+
+def _shown(address: str) -> str:
+    """A link in Markdown, mail and chats; what is no address stands as it is."""
+    return f"<{address}>" if address.startswith(("http://", "https://")) else f"`{redact_text(address)}`"
