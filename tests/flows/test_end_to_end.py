@@ -10,11 +10,11 @@ import pytest
 import yaml
 
 from data_prep.sample import write_sample
+from tests.support.real_corpora import REAL
 from tests.training.registry.test_register import greedy
 from training.registry.register import load_and_generate
 
 ROOT = Path(__file__).parents[2]
-REAL = Path(os.environ.get("PANDA_REAL_CORPORA", ROOT / ".." / "shared" / "data" / "real"))
 SMALL = ["--max_seq_length", "128", "architecture.num_hidden_layers=2", "architecture.vocab_size=1024"]
 
 

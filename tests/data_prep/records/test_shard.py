@@ -27,8 +27,8 @@ from data_prep.records.normalise import ASSISTANT, USER
 from data_prep.records.reasons import Reason
 from data_prep.records.shard import RecordsResult, ledger_table, read_arrow, shard_records
 from data_prep.settings import CorpusSettings
+from tests.support.real_corpora import REAL
 
-REAL = Path(os.environ.get("PANDA_REAL_CORPORA", "../shared/data/real"))
 PAIR = {"input": "a", "target": "b"}
 
 

@@ -1,14 +1,12 @@
 """`panda prepare | inspect | why | verify` as a user types them, on a small corpus and on the real one where it is."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
 
 from flows.cli.main import main
-
-REAL = Path(os.environ.get("PANDA_REAL_CORPORA", "../shared/data/real"))
+from tests.support.real_corpora import REAL
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """The verbs about registered models as a user types them, for a chosen line of a real corpus."""
 
 import json
-import os
 from pathlib import Path
 
 import pytest
@@ -11,12 +10,12 @@ from data_prep.store import hash_file
 from flows.cli.main import main
 from tests.support.corpora import NAME, Project, add_version
 from tests.support.mlflow_fixtures import empty_database, output_dir
+from tests.support.real_corpora import REAL
 from training.launch.run_config import read_config
 from training.registry.versions import Registry
 
 __all__ = ["empty_database", "output_dir"]
 
-REAL = Path(os.environ.get("PANDA_REAL_CORPORA", Path(__file__).parents[2] / "shared" / "data" / "real"))
 with_real_corpora = pytest.mark.skipif(not REAL.is_dir(), reason="no real corpora here (PANDA_REAL_CORPORA)")
 
 
