@@ -358,18 +358,20 @@ def find_form(head: bytes) -> Form:
 
 
 def _lines(window: Window) -> Iterator[Block]:
-    size, block = source.WINDOW_BYTES, None
+    size, cut_off = source.WINDOW_BYTES, False
     while have := window.fill(size):
         end = len(window.data) if window.at_end else window.data.rfind(b"\n", window.position) + 1
         if end > window.position:
             size, block = source.WINDOW_BYTES, _cut_lines(window, end)
+            cut_off = Reason.TRUNCATED_FILE in block.faults.values()
             if block.records:
                 yield block
+            del block  # freed before the next is cut
         elif have >= MAX_RECORD_BYTES:
             yield window.take_one(len(window.data), Reason.OVERSIZED_RECORD)
         else:
             size = 2 * have
-    if window.truncated and not (block and Reason.TRUNCATED_FILE in block.faults.values()):
+    if window.truncated and not cut_off:
         yield window.take_one(window.position, Reason.TRUNCATED_FILE)
 
 
