@@ -8,14 +8,13 @@ from data_prep.plan.build import PlanResult, plan_rows
 from data_prep.records.shard import RecordsResult, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokens.tokenize import TokensResult, tokenize_records
-from data_prep.tokens.tokenizer import load_tokenizer, train_tokenizer
+from data_prep.tokens.tokenizer import load_tokenizer, train_tokenizer, vocab_size_of
 from tasks.cluster import on_cluster
 from tasks.reporting import StageProgress, show_prepared, show_report
 from tasks.stage import stage
 from training.models.delta import model_directory
 from training.settings import ModelSettings
 
-DEFAULT_VOCAB_SIZE = 8192
 EXAMPLES_SHOWN = 2  # of each source
 
 
@@ -39,8 +38,7 @@ def base_model(settings: PandaSettings) -> Path | None:
 @stage("train tokenizer")
 def tokenizer(settings: PandaSettings, records: RecordsResult) -> Path:
     """A byte-level BPE of the corpus itself, for a model that starts from scratch."""
-    vocab_size = int((settings.architecture or {}).get("vocab_size", 0)) or DEFAULT_VOCAB_SIZE
-    return train_tokenizer(records, vocab_size, Path(settings.cache_dir))
+    return train_tokenizer(records, vocab_size_of(settings.architecture), Path(settings.cache_dir))
 
 
 @stage("tokenize and mask", reused=lambda result: None if result.built else f"{result.tokens:,} tokens")

@@ -10,7 +10,7 @@ Cost: loading 0.1 s for 49k entries; training 2 s a 10 MB.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from data_prep import store
 from data_prep.errors import TokenizerError
 from data_prep.records.build_unit import RECORDS_FILE
-from data_prep.records.shard import read_arrow
+from data_prep.records.shard import RecordsResult, read_arrow
 
 TOKENIZER_FILE = "tokenizer.json"
 _SLOW_FILES = ("tokenizer.model", "spiece.model", "sentencepiece.bpe.model", "vocab.json", "merges.txt", "vocab.txt")
@@ -80,10 +80,9 @@ def load_tokenizer(directory: Path, cache_dir: Path | None = None) -> LoadedToke
     )
 
 
-def train_tokenizer(records: Any, vocab_size: int, cache_dir: Path) -> Path:
+def train_tokenizer(records: RecordsResult, vocab_size: int, cache_dir: Path) -> Path:
     """Train a byte-level BPE on all texts of the records; the same records give the same bytes.
 
-    :param records: a `RecordsResult`.
     :returns: a Hugging Face tokenizer directory below ``cache_dir``, reused when the records are unchanged.
     """
 
@@ -97,7 +96,12 @@ def train_tokenizer(records: Any, vocab_size: int, cache_dir: Path) -> Path:
     return store.build(Path(cache_dir) / "tokenizers", trained_fingerprint(records, vocab_size), make).path
 
 
-def trained_fingerprint(records: Any, vocab_size: int) -> str:
+def vocab_size_of(architecture: Mapping[str, Any] | None) -> int:
+    """Entries of the tokenizer trained for a model from scratch: as many as its configuration says, if it does."""
+    return int((architecture or {}).get("vocab_size", 0)) or DEFAULT_VOCAB_SIZE
+
+
+def trained_fingerprint(records: RecordsResult, vocab_size: int) -> str:
     """What a trained tokenizer depends on."""
     return store.fingerprint(
         kind="byte-level-bpe", vocab_size=vocab_size, records=[u.fingerprint for u in records.units]
@@ -118,7 +122,7 @@ def _train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
     return core
 
 
-def _texts(records: Any) -> Iterator[str]:
+def _texts(records: RecordsResult) -> Iterator[str]:
     for unit in records.units:
         for batch in read_arrow(Path(unit.path) / RECORDS_FILE).to_batches():
             yield from batch.column("texts").values.to_numpy(zero_copy_only=False)

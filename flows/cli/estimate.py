@@ -28,7 +28,7 @@ from data_prep.tokens.examples import tokenize_columns
 from data_prep.tokens.layouts import Template
 from data_prep.tokens.templates import load_template
 from data_prep.tokens.tokenize import TokensResult, tokenize_records, unit_fingerprint
-from data_prep.tokens.tokenizer import DEFAULT_VOCAB_SIZE, LoadedTokenizer, load_tokenizer, trained_fingerprint
+from data_prep.tokens.tokenizer import LoadedTokenizer, load_tokenizer, trained_fingerprint, vocab_size_of
 
 BYTES_PER_TOKEN = 3.5
 """Of JSON text, where no tokenizer is at hand to count."""
@@ -224,8 +224,8 @@ def _strings(sample: str) -> Iterator[str]:
 
 def _trained_tokenizer(settings: PandaSettings, records: RecordsResult) -> Path | None:
     """The tokenizer of a model from scratch, if it was trained before."""
-    vocab_size = int((settings.architecture or {}).get("vocab_size", 0)) or DEFAULT_VOCAB_SIZE
-    found = store.find(Path(settings.cache_dir) / "tokenizers" / trained_fingerprint(records, vocab_size))
+    wanted = trained_fingerprint(records, vocab_size_of(settings.architecture))
+    found = store.find(Path(settings.cache_dir) / "tokenizers" / wanted)
     return found.path if found else None
 
 
