@@ -39,6 +39,11 @@ class Piece:
     last: bool = True
 
 
+def compression_of(path: str) -> str:
+    """`gz`, `zst`, or empty, by the name of the file."""
+    return next((suffix for suffix in ("gz", "zst") if path.endswith(f".{suffix}")), "")
+
+
 @dataclass
 class Block:
     """Consecutive records of a piece. ``faults``: index of a record -> why it is none. All arrays are (n,) int64."""
@@ -67,10 +72,11 @@ class Source:
 
     def chunks(self) -> Iterator[bytes]:
         """The decompressed bytes."""
-        if self.piece.path.endswith(".gz"):
+        compression = compression_of(self.piece.path)
+        if compression == "gz":
             gzip_error: Any = isal_zlib.error  # a class, which isal's stub calls an instance
             yield from self._inflated(lambda: isal_zlib.decompressobj(wbits=31), gzip_error, GZIP_CHUNK_BYTES)
-        elif self.piece.path.endswith(".zst"):
+        elif compression == "zst":
             yield from self._inflated(
                 lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError, ZSTD_CHUNK_BYTES
             )
