@@ -100,7 +100,7 @@ def make_corpus(folder: Path) -> Corpus:
     from transformers import AutoTokenizer
 
     from data_prep.records.shard import shard_records
-    from data_prep.tokens.tokenizer import train_tokenizer
+    from data_prep.tokenizer import train_tokenizer
     from training.models.build import config_of
 
     write_sample(folder / "data")

@@ -26,7 +26,7 @@ import psutil
 from benchmarks.corpus import write_corpus
 from data_prep.pipeline import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.tokens.tokenizer import load_tokenizer
+from data_prep.tokenizer import load_tokenizer
 
 LARGE = 8  # times the megabytes asked for
 

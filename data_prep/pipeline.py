@@ -16,8 +16,8 @@ from data_prep.plan.build import PlanResult, plan_rows
 from data_prep.processes import FanOut
 from data_prep.records.shard import Progress, RecordsResult, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
+from data_prep.tokenizer import DEFAULT_VOCAB_SIZE, train_tokenizer, vocab_size_of
 from data_prep.tokens.tokenize import TokensResult, tokenize_records
-from data_prep.tokens.tokenizer import DEFAULT_VOCAB_SIZE, train_tokenizer, vocab_size_of
 
 
 class Stages(Protocol):

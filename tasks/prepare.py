@@ -7,8 +7,8 @@ from data_prep.inspection.inspect import inspect_plan, inspection_markdown
 from data_prep.plan.build import PlanResult, plan_rows
 from data_prep.records.shard import RecordsResult, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
+from data_prep.tokenizer import load_tokenizer, train_tokenizer, vocab_size_of
 from data_prep.tokens.tokenize import TokensResult, tokenize_records
-from data_prep.tokens.tokenizer import load_tokenizer, train_tokenizer, vocab_size_of
 from tasks.cluster import on_cluster
 from tasks.reporting import StageProgress, show_prepared, show_report
 from tasks.stage import stage

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.plan.reader import IGNORED, open_plan
-from data_prep.tokens.tokenizer import load_tokenizer
+from data_prep.tokenizer import load_tokenizer
 from tasks.reporting import show_model
 from tasks.stage import stage
 from training.registry.register import register_run

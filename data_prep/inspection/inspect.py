@@ -18,7 +18,7 @@ from rich.table import Table
 from data_prep.inspection.render import Shown, as_html, as_markdown, as_terminal, show_example
 from data_prep.plan.ledger import Ledger, open_ledger
 from data_prep.plan.plan_file import open_rows, rows_file
-from data_prep.tokens.tokenizer import LoadedTokenizer
+from data_prep.tokenizer import LoadedTokenizer
 
 BAR = 40
 

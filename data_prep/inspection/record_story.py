@@ -23,7 +23,7 @@ from data_prep.records.build_unit import UNIT_LEDGER_FILE
 from data_prep.records.normalise import Role
 from data_prep.records.reasons import Reason
 from data_prep.records.shard import read_arrow
-from data_prep.tokens.tokenizer import LoadedTokenizer
+from data_prep.tokenizer import LoadedTokenizer
 
 _EXPLANATIONS = {reason.value: reason.explanation for reason in Reason}
 MAX_QUARANTINE = 2000  # bytes of a rejected record that are shown

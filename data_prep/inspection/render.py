@@ -14,8 +14,8 @@ from tokenizers.decoders import DecodeStream
 
 from data_prep import store
 from data_prep.plan.reader import target_ranges
+from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.token_shard import TOKENS_FILE, open_shard
-from data_prep.tokens.tokenizer import LoadedTokenizer
 
 MAX_TOKENS = 2000  # of one example shown; the middle of a longer one is left out
 _TERMINAL = {True: ("bold green", "bold bright_green"), False: ("grey50", "grey66")}

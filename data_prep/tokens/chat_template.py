@@ -32,8 +32,8 @@ from jinja2.sandbox import ImmutableSandboxedEnvironment
 from data_prep import store
 from data_prep.errors import TokenizerError
 from data_prep.records.normalise import Role
+from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.layouts import Layout, Run, Slot, Template, document_layout, is_document
-from data_prep.tokens.tokenizer import LoadedTokenizer
 
 Roles = tuple[int, ...]
 Messages = list[dict[str, Any]]

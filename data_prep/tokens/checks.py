@@ -11,9 +11,9 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import StoreError, TokenizerError
+from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.examples import Tokenized
 from data_prep.tokens.token_shard import TokenShard
-from data_prep.tokens.tokenizer import LoadedTokenizer
 
 SAMPLE = 16
 

@@ -20,10 +20,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.errors import TokenizerError
+from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.encoder import Encoded, Engine
 from data_prep.tokens.layouts import Layout, Run, Slot, Template
 from data_prep.tokens.token_shard import TokenShard
-from data_prep.tokens.tokenizer import LoadedTokenizer
 
 
 @dataclass(frozen=True)

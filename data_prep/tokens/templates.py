@@ -17,9 +17,9 @@ from data_prep.errors import TokenizerError
 from data_prep.records.normalise import Role
 from data_prep.settings import TEMPLATES
 from data_prep.targets import load_target, target_fingerprint
+from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.chat_template import ChatTemplate, layouts_of, load_chat_template, renderer
 from data_prep.tokens.layouts import Layout, Segment, Slot, Template, runs_of
-from data_prep.tokens.tokenizer import LoadedTokenizer
 
 PLAIN = """\
 {#- The texts as they are; prompt texts in a row (system, instruction, input) are joined by a line feed. -#}

@@ -28,13 +28,13 @@ from data_prep.processes import FanOut, on_processes, peak_rss_bytes
 from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.shard import Progress, RecordsResult, RecordsUnit, ledger_table, read_arrow
 from data_prep.settings import TokenizeSettings
+from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from data_prep.tokens.checks import prove
 from data_prep.tokens.encoder import Engine, load_engine
 from data_prep.tokens.examples import RefusedRecord, tokenize_columns
 from data_prep.tokens.layouts import Template
 from data_prep.tokens.templates import load_template
 from data_prep.tokens.token_shard import TOKENS_FILE, write_shard
-from data_prep.tokens.tokenizer import LoadedTokenizer, load_tokenizer
 
 STAGE = "tokens"
 MIN_BYTES_FOR_PROCESSES = 48 << 20  # below, the fast engine is done before a second process has loaded the tokenizer

@@ -21,7 +21,7 @@ from data_prep.pipeline import Preparation, run_stages
 from data_prep.plan.build import PlanResult
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.store import verify_cache, write_atomically
-from data_prep.tokens.tokenizer import LoadedTokenizer, load_tokenizer
+from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from flows.cli.run import print_json
 from training.models.hub import base_checkpoint, description, resolve_checkpoint
 

@@ -23,12 +23,12 @@ from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.files import UnitSpec, find_files, plan_units
 from data_prep.records.shard import RecordsResult, RecordsUnit, read_arrow, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
+from data_prep.tokenizer import LoadedTokenizer, load_tokenizer, trained_fingerprint, vocab_size_of
 from data_prep.tokens.encoder import Engine, load_engine
 from data_prep.tokens.examples import tokenize_columns
 from data_prep.tokens.layouts import Template
 from data_prep.tokens.templates import load_template
 from data_prep.tokens.tokenize import TokensResult, tokenize_records, unit_fingerprint
-from data_prep.tokens.tokenizer import LoadedTokenizer, load_tokenizer, trained_fingerprint, vocab_size_of
 
 BYTES_PER_TOKEN = 3.5
 """Of JSON text, where no tokenizer is at hand to count."""

@@ -71,7 +71,7 @@ assert settings.architecture == {"_target_": "my_project.readers.architecture", 
 from data_prep.pipeline import prepare
 from data_prep.records.shard import shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.tokens.tokenizer import load_tokenizer, train_tokenizer
+from data_prep.tokenizer import load_tokenizer, train_tokenizer
 from data_prep.plan.reader import open_plan
 corpus, cache = CorpusSettings.of(settings), Path("cache")
 records = shard_records(corpus, cache)

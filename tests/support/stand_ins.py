@@ -35,7 +35,7 @@ def make(folder: Path) -> None:
     from data_prep.records.shard import shard_records
     from data_prep.sample import write_sample
     from data_prep.settings import CorpusSettings
-    from data_prep.tokens.tokenizer import train_tokenizer
+    from data_prep.tokenizer import train_tokenizer
 
     write_sample(folder / "dataset")
     corpus = CorpusSettings(

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from data_prep.tokens.tokenizer import load_tokenizer
+from data_prep.tokenizer import load_tokenizer
 from tests.support.smollm2 import packed_model
 
 SPECIALS = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]

@@ -23,10 +23,10 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.plan.reader import IGNORED, Batch, target_ranges
+from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.examples import tokenize_columns
 from data_prep.tokens.token_shard import TokenShard
 from data_prep.tokens.tokenize import Recipe, Tools, load_tools
-from data_prep.tokens.tokenizer import LoadedTokenizer
 from training.comparison.heldout import HeldOut
 from training.comparison.statistics import Scores
 from training.devices import any_device

@@ -7,8 +7,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import AutoTokenizer
 
 from data_prep.records.normalise import Role
+from data_prep.tokenizer import load_tokenizer
 from data_prep.tokens.templates import load_template, served_template
-from data_prep.tokens.tokenizer import load_tokenizer
 
 CHATS = [
     ["user"],

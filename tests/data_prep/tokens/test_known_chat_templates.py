@@ -6,8 +6,8 @@ import pytest
 
 from data_prep.errors import TokenizerError
 from data_prep.records.normalise import Role
+from data_prep.tokenizer import load_tokenizer
 from data_prep.tokens.templates import load_template
-from data_prep.tokens.tokenizer import load_tokenizer
 from tests.data_prep.tokens.test_templates import story
 from tests.support.tokenizers import bytes_core, save
 

@@ -7,9 +7,9 @@ import pytest
 from data_prep import store
 from data_prep.errors import PandaError, TokenizerError
 from data_prep.records.normalise import Role
+from data_prep.tokenizer import load_tokenizer
 from data_prep.tokens.layouts import runs_of
 from data_prep.tokens.templates import load_template
-from data_prep.tokens.tokenizer import load_tokenizer
 from tests.support.tokenizers import bytes_core, save
 
 USER, INPUT, ASSISTANT, SYSTEM, TITLE, TEXT = (

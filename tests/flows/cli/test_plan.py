@@ -10,7 +10,7 @@ from data_prep.pipeline import prepare
 from data_prep.records.shard import shard_records
 from data_prep.sample import write_sample
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.tokens.tokenizer import train_tokenizer
+from data_prep.tokenizer import train_tokenizer
 from flows.cli.main import main, train_main
 from flows.cli.plan import make_plan, target_of
 from flows.parts.run_dir import RunDir, write_config

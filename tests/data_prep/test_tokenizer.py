@@ -9,7 +9,7 @@ from data_prep.errors import TokenizerError
 from data_prep.pipeline import prepare
 from data_prep.records.shard import shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.tokens.tokenizer import load_tokenizer, train_tokenizer
+from data_prep.tokenizer import load_tokenizer, train_tokenizer
 from tests.support.tokenizers import SPECIALS, bytes_core, save
 
 
