@@ -22,10 +22,8 @@ from data_prep.errors import StoreError
 Calls = dict[str, tuple[Any, ...]]
 """Arguments of one call each, by a key of the caller's."""
 
-PRELOADED = [
-    "data_prep.tokens.tokenize",
-    "pandas",
-]  # pyarrow imports pandas, if it is there, with the first array it makes
+PRELOADED = ["data_prep.tokens.tokenize", "pandas"]
+"""pandas, because pyarrow imports it, if it is there, with the first array it makes."""
 
 FanOut = Callable[[Callable[..., Any], Calls], Iterator[tuple[str, Any]]]
 """Makes calls of a function somewhere, the first ones first; yields (key, result) of each when it is done."""

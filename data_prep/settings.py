@@ -46,6 +46,9 @@ def _check_target(node: dict[str, Any]) -> dict[str, Any]:
     return node
 
 
+SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
+"""Names of the files that are read of a corpus; with a ``reader`` all are."""
+
 TEMPLATES = ("plain", "alpaca", "chatml", "tokenizer")
 Target = Annotated[dict[str, Any], AfterValidator(_check_target)]
 

@@ -9,13 +9,11 @@ there completely or not at all, whatever is killed and however many builders run
     root/<fingerprint>/manifest.json         {"format_version", "files": {name: {"bytes", "xxh3"}}, ..., "xxh3"}
 
 ``xxh3`` of a file is the xxh3_128 of its bytes; ``xxh3`` of the manifest is that of all its other fields.
-Cost: a reused directory costs one small read and a stat a file; a built one a hash and an fsync a file.
-
-Read every byte of prepared data again and compare hashes: what a flipped bit cannot hide from.
-
-In: a cache directory. Out: `Verified`: what was read and the damaged files. Sizes are checked whenever data is read;
-this checks contents. A damaged directory that is discarded is built again by the next preparation, alone.
-Cost: the disk's; 5 GB/s from memory.
+Sizes are checked whenever a directory is opened; `verify_cache` reads every byte again and compares hashes, which a
+flipped bit cannot hide from. What is damaged and discarded is built again by the next preparation, alone. Single files
+that are rewritten, such as a JSON of results, go through `write_atomically`.
+Cost: a reused directory costs one small read and a stat a file; a built one a hash and an fsync a file; verifying that
+of the disk, 5 GB/s from memory.
 """
 
 import errno
@@ -43,6 +41,7 @@ logger = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 BUILDING = ".building-"
+STAGES = ("records", "tokens", "plans", "tokenizers", "near_duplicates")  # the stores of a cache directory
 HASH_CHUNK_BYTES = 1 << 20  # stays in a processor's cache while it is hashed
 STALE_SECONDS = 24 * 3600  # another host's temporary directory that nobody has written to for so long
 
@@ -54,6 +53,16 @@ class Built:
     path: Path
     manifest: dict[str, Any]
     reused: bool
+
+
+@dataclass(frozen=True)
+class Verified:
+    """``damaged`` maps a directory of the store to the names of its damaged files."""
+
+    directories: int
+    size_bytes: int
+    damaged: dict[str, list[str]]
+    discarded: bool
 
 
 def fingerprint(**parts: Any) -> str:
@@ -146,6 +155,18 @@ def verify(path: Path) -> list[str]:
     return [name for name, entry in manifest["files"].items() if hash_file(path / name) != entry["xxh3"]]
 
 
+def verify_cache(cache_dir: Path, discard_damaged: bool = False) -> Verified:
+    """Hash everything below a cache directory."""
+    paths = [path for stage in STAGES for path in directories(Path(cache_dir) / stage)]
+    with ThreadPoolExecutor() as threads:
+        damaged = {str(path): names for path, names in zip(paths, threads.map(verify, paths), strict=True) if names}
+    size = sum(file.stat().st_size for path in paths for file in path.iterdir() if file.is_file())
+    if discard_damaged:
+        for path in damaged:
+            discard(Path(path))
+    return Verified(len(paths), size, damaged, discard_damaged and bool(damaged))
+
+
 def discard(path: Path) -> None:
     """Remove a directory from the store; the next preparation builds it again."""
     removed = _temporary(path.parent, path.name)
@@ -159,6 +180,16 @@ def discard(path: Path) -> None:
 def directories(root: Path) -> list[Path]:
     """The directories of a store that claim to be complete, in the order of their names."""
     return sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Write a file that its readers find as it was or as it is now, never in part, however many write it at once."""
+    temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def remove_stale(root: Path) -> None:
@@ -230,7 +261,7 @@ def _rename(directory: Path, path: Path) -> Built:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            discard(path)  # damaged: reported by _reusable above
+            discard(path)  # damaged: `find` has reported it
             directory.rename(path)
         os.fsync(root)
     return Built(path, open_manifest(path), reused=False)
@@ -274,28 +305,3 @@ def _fsync(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
-
-
-STAGES = ("records", "tokens", "plans", "tokenizers", "near_duplicates")
-
-
-@dataclass(frozen=True)
-class Verified:
-    """``damaged`` maps a directory of the store to the names of its damaged files."""
-
-    directories: int
-    size_bytes: int
-    damaged: dict[str, list[str]]
-    discarded: bool
-
-
-def verify_cache(cache_dir: Path, discard_damaged: bool = False) -> Verified:
-    """Hash everything below a cache directory."""
-    paths = [path for stage in STAGES for path in directories(Path(cache_dir) / stage)]
-    with ThreadPoolExecutor() as threads:
-        damaged = {str(path): names for path, names in zip(paths, threads.map(verify, paths), strict=True) if names}
-    size = sum(file.stat().st_size for path in paths for file in path.iterdir() if file.is_file())
-    if discard_damaged:
-        for path in damaged:
-            discard(Path(path))
-    return Verified(len(paths), size, damaged, discard_damaged and bool(damaged))

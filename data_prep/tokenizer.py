@@ -10,7 +10,7 @@ Cost: loading 0.1 s for 49k entries; training 2 s a 10 MB.
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,6 @@ def load_tokenizer(directory: Path, cache_dir: Path | None = None) -> LoadedToke
 def train_tokenizer(records: Any, vocab_size: int, cache_dir: Path) -> Path:
     """Train a byte-level BPE on all texts of the records; the same records give the same bytes.
 
-    :param records: a `RecordsResult`.
     :returns: a Hugging Face tokenizer directory below ``cache_dir``, reused when the records are unchanged.
     """
 
@@ -96,6 +95,11 @@ def train_tokenizer(records: Any, vocab_size: int, cache_dir: Path) -> Path:
 def write_untrained(directory: Path) -> None:
     """A tokenizer that knows single bytes and the special tokens of `train_tokenizer`: what there is before records."""
     _save(_train(iter(()), 0), directory)
+
+
+def vocab_size_of(architecture: Mapping[str, Any] | None) -> int:
+    """Entries of the tokenizer trained for a model from scratch: as many as its configuration says, if it does."""
+    return int((architecture or {}).get("vocab_size", 0)) or DEFAULT_VOCAB_SIZE
 
 
 def trained_fingerprint(records: Any, vocab_size: int) -> str:

@@ -7,7 +7,7 @@ from data_prep.inspection.inspect import inspect_plan, inspection_markdown
 from data_prep.plan.build import PlanResult, plan_rows
 from data_prep.records.shard import RecordsResult, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.tokenizer import load_tokenizer, train_tokenizer
+from data_prep.tokenizer import load_tokenizer, train_tokenizer, vocab_size_of
 from data_prep.tokens.tokenize import TokensResult, tokenize_records
 from tasks.cluster import on_cluster
 from tasks.reporting import StageProgress, show_prepared, show_report
@@ -17,7 +17,6 @@ from training.models.hub import description
 from training.settings import ModelSettings
 from training.tracking.looks import only_a_look
 
-DEFAULT_VOCAB_SIZE = 8192
 EXAMPLES_SHOWN = 2  # of each source
 
 
@@ -47,8 +46,7 @@ def base_model(settings: PandaSettings) -> Path | None:
 @stage("train tokenizer", says=lambda folder: f"tokenizer in {folder}")
 def tokenizer(settings: PandaSettings, records: RecordsResult) -> Path:
     """A byte-level BPE of the corpus itself, for a model that starts from scratch."""
-    vocab_size = int((settings.architecture or {}).get("vocab_size", 0)) or DEFAULT_VOCAB_SIZE
-    return train_tokenizer(records, vocab_size, Path(settings.cache_dir))
+    return train_tokenizer(records, vocab_size_of(settings.architecture), Path(settings.cache_dir))
 
 
 def _tokens_in_words(result: TokensResult) -> str:

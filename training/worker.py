@@ -176,7 +176,7 @@ def save_model(config: RunConfig, run: Any) -> None:
 def save_chat_template(config: RunConfig, directory: Path) -> None:
     """The prompt template of training becomes the model's chat template: it is asked as it was trained."""
     from data_prep.tokenizer import load_tokenizer
-    from data_prep.tokens.export_template import served_template
+    from data_prep.tokens.templates import served_template
 
     text = served_template(config.template, load_tokenizer(directory))
     if text:

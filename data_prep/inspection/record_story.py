@@ -20,10 +20,10 @@ from data_prep.plan.ledger import MAX_FOUND, Ledger, open_ledger, records_with
 from data_prep.plan.order import position_of
 from data_prep.plan.plan_file import Rows, open_rows, rows_file
 from data_prep.records.build_unit import UNIT_LEDGER_FILE
+from data_prep.records.normalise import Role
 from data_prep.records.reasons import Reason
 from data_prep.records.shard import read_arrow
 from data_prep.tokenizer import LoadedTokenizer
-from data_prep.tokens.layouts import Role
 
 _EXPLANATIONS = {reason.value: reason.explanation for reason in Reason}
 MAX_QUARANTINE = 2000  # bytes of a rejected record that are shown
@@ -113,7 +113,7 @@ def _story(ledger: Ledger, index: int, tokenizer: LoadedTokenizer, order: StepOr
 
 def _texts(ledger: Ledger, entry: dict[str, Any]) -> list[tuple[str, str]]:
     roles, texts = ledger.read_texts([entry])
-    return [(Role(role).name.lower(), text) for role, text in zip(roles[0].as_py(), texts[0].as_py(), strict=True)]
+    return [(Role(role).word, text) for role, text in zip(roles[0].as_py(), texts[0].as_py(), strict=True)]
 
 
 def _raw(ledger: Ledger, index: int) -> str:

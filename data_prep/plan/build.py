@@ -30,7 +30,7 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from data_prep import store
-from data_prep.errors import StoreError
+from data_prep.errors import CorpusError, StoreError
 from data_prep.plan.duplicates import near_duplicates, sketch
 from data_prep.plan.examples import Examples, load_examples
 from data_prep.plan.ledger import write_ledger
@@ -81,7 +81,7 @@ def plan_rows(tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings, 
         "seconds": {name: round(value, 3) for name, value in stages.items()},
         "reused": {"records": not tokens.records.built, "tokenize": not tokens.built, "plan": built.reused},
         "engines": tokens.engines,
-        "peak_rss_bytes": _peak_rss(tokens),
+        "peak_rss_bytes": max(peak_rss_bytes(), tokens.peak_rss_bytes, tokens.records.peak_rss_bytes),
         "plan_dir": str(built.path),
     }
     return PlanResult(
@@ -311,8 +311,6 @@ def check_conservation(report: dict[str, Any], examples: Examples, verdicts: Ver
         if rows[split].num_rows and rows[split].target_tokens.min() < 1:
             raise StoreError(f"{split}: row {int(rows[split].target_tokens.argmin())} has no target token")
     if report["rows"] == 0:
-        from data_prep.errors import CorpusError
-
         ways = ["hold out less (validation_fraction)"] if report["validation_records"] else []
         ways += (
             ["let in longer records (max_seq_length, overflow)"] if Reason.TOO_LONG.value in report["dropped"] else []
@@ -353,9 +351,3 @@ def _signatures_of(unit_path: str) -> np.ndarray:
     """In any process: the signatures of one unit's records."""
     chunks = read_arrow(Path(unit_path) / RECORDS_FILE)["texts"].chunks
     return sketch("\n".join(record) for chunk in chunks for record in chunk.to_pylist())
-
-
-def _peak_rss(tokens: TokensResult) -> int:
-    """Of the largest process of any stage."""
-    now = peak_rss_bytes()
-    return max(now, tokens.peak_rss_bytes, tokens.records.peak_rss_bytes)

@@ -54,10 +54,6 @@ class Plan:
         return self.rows.num_rows
 
     @property
-    def max_seq_length(self) -> int:
-        return self.manifest["max_seq_length"]
-
-    @property
     def sources(self) -> list[str]:
         return self.manifest["sources"]
 

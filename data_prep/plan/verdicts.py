@@ -1,16 +1,15 @@
 """What becomes of each example: dropped with a reason, held out, or trained on, how often and in which pieces.
 
-In: `Examples` and the settings. Out: `Verdicts`, arrays over the examples, and the `Pieces` that must go into rows. In
-this order: no target -> taken down -> duplicate -> split -> replay -> overflow -> mixture. Every decision is a function
-of the content hash, so a record keeps its split when the corpus grows, equal records are never on both sides, and a
-raised weight only adds.
-Cost: 1 us an example (sorting hashes); near duplicates 0.2 ms.
+In: `Examples`, the settings, for replay the earlier plan. Out: `Verdicts`, arrays over the examples, and the `Pieces`
+that must go into rows. In this order: no target -> taken down -> duplicate -> split -> replay -> overflow -> mixture.
+Every decision is a function of the content hash, so a record keeps its split when the corpus grows, equal records are
+never on both sides, and a raised weight only adds.
 
-Going on from an earlier model: of the records that were trained on before, only a share is trained on again.
+Replay: going on from an earlier model, only a share of the records that it was trained on is trained on again; a larger
+share only adds. Records a plan left out for this reason count as trained on by the plans after it.
 
-In: the plan of the earlier training (its directory), the share, content hashes. Out: which records are left out. The
-share is chosen by content hash, so a larger one only adds. Records a plan left out for this reason count as trained on
-by the plans after it. Cost: reading three columns of the earlier ledger, a second per million records.
+Cost: 1 us an example (sorting hashes); near duplicates 0.2 ms; replay reads three columns of the earlier ledger, a
+second per million records.
 """
 
 from collections.abc import Callable
@@ -22,7 +21,7 @@ import pyarrow.compute as pc
 
 from data_prep.errors import CorpusError
 from data_prep.plan import tombstones
-from data_prep.plan.duplicates import is_among
+from data_prep.plan.duplicates import exact_duplicates, is_among
 from data_prep.plan.examples import Examples
 from data_prep.plan.ledger import LEDGER_FILE
 from data_prep.plan.order import uniform
@@ -31,37 +30,13 @@ from data_prep.records.reasons import Reason
 from data_prep.records.shard import read_arrow
 from data_prep.settings import CorpusSettings, PackSettings
 
-_KEY = 0x01D  # not the seed: which old records are left out depends on them alone
-
-
-def left_out(hashes: np.ndarray, keys: np.ndarray, corpus: CorpusSettings) -> np.ndarray:
-    """``(n, 16) uint8`` hashes and their ``(n,)`` keys -> ``(n,) bool``."""
-    if corpus.replay_of is None or corpus.replay_share == 1:
-        return np.zeros(len(hashes), dtype=bool)
-    known = is_among(hashes, trained_on(Path(corpus.replay_of)))
-    return known & (uniform(keys, _KEY) >= corpus.replay_share)
-
-
-def trained_on(plan_dir: Path) -> np.ndarray:
-    """Content hashes ``(m, 16) uint8`` of the training records of a plan, and of what it counted as trained on before.
-
-    :raises CorpusError: there is no such plan.
-    """
-    try:
-        ledger = read_arrow(plan_dir / LEDGER_FILE).select(["hash", "split", "reason"])  # of any format version
-    except FileNotFoundError:
-        raise CorpusError(f"replay_of={str(plan_dir)!r}: no plan there (no {LEDGER_FILE})") from None
-    trained = pc.or_kleene(pc.equal(ledger["split"], "train"), pc.equal(ledger["reason"], Reason.NOT_REPLAYED.value))
-    column = ledger["hash"].filter(trained)
-    return np.frombuffer(b"".join(column.to_pylist()), dtype=np.uint8).reshape(-1, 16)
-
-
 REASONS = list(Reason)
 ACCEPTED = -1
 TRAIN, VALIDATION = 0, 1
 SPLITS = ("train", "validation")
 MAX_NAMED = 10  # records in an error message
 _SPLIT_KEY = 0x5EED  # not the seed: a record never changes sides
+_REPLAY_KEY = 0x01D  # not the seed: which old records are left out depends on them alone
 
 
 @dataclass(frozen=True)
@@ -96,7 +71,7 @@ def judge(
     _mark(reason, examples.targets == 0, Reason.NO_TARGET_TOKENS)
     _mark(reason, tombstones.matching(examples.hashes, taken_down(corpus)), Reason.TAKEN_DOWN)
     if corpus.deduplicate != "none":
-        _mark(reason, _exact(examples), Reason.DUPLICATE)
+        _mark(reason, exact_duplicates(examples.hashes), Reason.DUPLICATE)
     if corpus.deduplicate == "near":
         _mark(reason, near_duplicates(), Reason.NEAR_DUPLICATE)
     split = (uniform(examples.keys, _SPLIT_KEY) < corpus.validation_fraction).astype(np.int8)
@@ -104,9 +79,8 @@ def judge(
     pieces, too_long, cut = _pieces(examples, reason == ACCEPTED, pack)
     _mark(reason, too_long, Reason.TOO_LONG)
     tokens = np.where((reason == ACCEPTED) & (split == TRAIN), examples.lengths - cut, 0)
-    copies = _copies(
-        examples, split, weights_of(examples.sources, _tokens_by_source(examples, tokens), pack), pack.seed
-    )
+    by_source = np.bincount(examples.source, weights=tokens, minlength=len(examples.sources))
+    copies = _copies(examples, split, weights_of(examples.sources, by_source, pack), pack.seed)
     _mark(reason, copies == 0, Reason.NOT_SAMPLED)
     accepted = reason == ACCEPTED
     return Verdicts(reason, split, np.where(accepted, copies, 0).astype(np.int32), np.where(accepted, cut, 0)), pieces
@@ -115,6 +89,28 @@ def judge(
 def taken_down(corpus: CorpusSettings) -> list[str]:
     """Content hashes that have a tombstone."""
     return tombstones.read(Path(corpus.tombstones)) if corpus.tombstones else []
+
+
+def left_out(hashes: np.ndarray, keys: np.ndarray, corpus: CorpusSettings) -> np.ndarray:
+    """``(n, 16) uint8`` hashes and their ``(n,)`` keys -> ``(n,) bool``."""
+    if corpus.replay_of is None or corpus.replay_share == 1:
+        return np.zeros(len(hashes), dtype=bool)
+    known = is_among(hashes, trained_on(Path(corpus.replay_of)))
+    return known & (uniform(keys, _REPLAY_KEY) >= corpus.replay_share)
+
+
+def trained_on(plan_dir: Path) -> np.ndarray:
+    """Content hashes ``(m, 16) uint8`` of the training records of a plan, and of what it counted as trained on before.
+
+    :raises CorpusError: there is no such plan.
+    """
+    try:
+        ledger = read_arrow(plan_dir / LEDGER_FILE).select(["hash", "split", "reason"])  # of any format version
+    except FileNotFoundError:
+        raise CorpusError(f"replay_of={str(plan_dir)!r}: no plan there (no {LEDGER_FILE})") from None
+    trained = pc.or_kleene(pc.equal(ledger["split"], "train"), pc.equal(ledger["reason"], Reason.NOT_REPLAYED.value))
+    column = ledger["hash"].filter(trained)
+    return np.frombuffer(b"".join(column.to_pylist()), dtype=np.uint8).reshape(-1, 16)
 
 
 def weights_of(sources: list[str], tokens: np.ndarray, pack: PackSettings) -> np.ndarray:
@@ -149,16 +145,6 @@ def _epochs_of_shares(
     lasting = [available[name] / share for name, share in mixture.items() if share]
     total = min(lasting, default=0)
     return np.array([total * mixture[name] / max(available[name], 1) for name in entry])
-
-
-def _tokens_by_source(examples: Examples, tokens: np.ndarray) -> np.ndarray:
-    return np.bincount(examples.source, weights=tokens, minlength=len(examples.sources))
-
-
-def _exact(examples: Examples) -> np.ndarray:
-    from data_prep.plan.duplicates import exact_duplicates
-
-    return exact_duplicates(examples.hashes)
 
 
 def _mark(reason: np.ndarray, where: np.ndarray, value: Reason) -> None:

@@ -160,9 +160,8 @@ def _write_series(root: Path, spec: UnitSpec) -> list[store.Built]:
             series[-1].write(pieces, block, validated)
         series[-1].close()
         whole = {"directories": len(series), "pieces": facts, "rejected_edges": edges or [False, False]}
-        return [_publish(root, spec.fingerprint, series, number, whole) for number in reversed(range(len(series)))][
-            ::-1
-        ]
+        last_first = reversed(range(len(series)))
+        return [_publish(root, spec.fingerprint, series, number, whole) for number in last_first][::-1]
 
 
 def _publish(root: Path, fp: str, series: list["_Directory"], number: int, whole: dict[str, Any]) -> store.Built:

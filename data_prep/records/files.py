@@ -22,10 +22,10 @@ from typing import Any
 
 from data_prep import store
 from data_prep.errors import CorpusError, NoCorpusError
-from data_prep.records.json_stream import BOM, HEAD_BYTES, SUFFIXES, find_form, find_opening
-from data_prep.records.source import Piece
+from data_prep.records.json_stream import BOM, HEAD_BYTES, find_form, find_opening
+from data_prep.records.source import Piece, compression_of
 from data_prep.records.user_reader import reader_fingerprint
-from data_prep.settings import CorpusSettings
+from data_prep.settings import SUFFIXES, CorpusSettings
 
 PART_BYTES = 16 << 20
 BORDER_READ_BYTES = 64 << 10  # records are seldom longer
@@ -62,7 +62,7 @@ class UnitSpec:
     def fingerprint(self) -> str:
         """Of bytes and of what they are read as; never of a path."""
         pieces = [
-            [content, _compression(piece.path), piece.form, piece.opening.hex(), piece.first, piece.last]
+            [content, compression_of(piece.path), piece.form, piece.opening.hex(), piece.first, piece.last]
             for piece, content in zip(self.pieces, self.hashes, strict=True)
         ]
         return store.fingerprint(stage="records", kind=self.kind, pieces=pieces, reader=self.reader_source)
@@ -154,7 +154,7 @@ def _nothing_to_read(problems: list[tuple[str, str]]) -> str:
 
 def _cut(file: InputFile) -> list[Piece]:
     """The parts of a large plain file; a small or compressed file is one piece."""
-    if file.size <= 2 * PART_BYTES or _compression(file.path):
+    if file.size <= 2 * PART_BYTES or compression_of(file.path):
         return [Piece(file.path)]
     with open(file.path, "rb") as stream:
         head = stream.read(HEAD_BYTES)
@@ -228,7 +228,3 @@ def _hash_piece(piece: Piece) -> str:
 
 def _piece_size(piece: Piece, file: InputFile) -> int:
     return (file.size if piece.stop is None else piece.stop) - piece.start
-
-
-def _compression(path: str) -> str:
-    return next((suffix for suffix in ("gz", "zst") if path.endswith(f".{suffix}")), "")

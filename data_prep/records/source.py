@@ -17,7 +17,7 @@ from data_prep.records.reasons import Reason
 
 Form = Literal["lines", "array", "values"]
 WINDOW_BYTES = 4 << 20
-READ_BYTES = 256 << 10
+READ_BYTES = 256 << 10  # small: chunks of a whole window leave holes between records, which glibc does not fill again
 GZIP_CHUNK_BYTES = 16 << 10  # at most 17 MB decompressed
 ZSTD_CHUNK_BYTES = 512  # at most 17 MB decompressed: 4 bytes can stand for 128 KiB
 
@@ -37,6 +37,11 @@ class Piece:
     opening: bytes = b""
     first: bool = True
     last: bool = True
+
+
+def compression_of(path: str) -> str:
+    """`gz`, `zst`, or empty, by the name of the file."""
+    return next((suffix for suffix in ("gz", "zst") if path.endswith(f".{suffix}")), "")
 
 
 @dataclass
@@ -67,15 +72,16 @@ class Source:
 
     def chunks(self) -> Iterator[bytes]:
         """The decompressed bytes."""
-        if self.piece.path.endswith(".gz"):
+        compression = compression_of(self.piece.path)
+        if compression == "gz":
             gzip_error: Any = isal_zlib.error  # a class, which isal's stub calls an instance
             yield from self._inflated(lambda: isal_zlib.decompressobj(wbits=31), gzip_error, GZIP_CHUNK_BYTES)
-        elif self.piece.path.endswith(".zst"):
+        elif compression == "zst":
             yield from self._inflated(
                 lambda: zstandard.ZstdDecompressor().decompressobj(), zstandard.ZstdError, ZSTD_CHUNK_BYTES
             )
         else:
-            yield from self._stored(WINDOW_BYTES)
+            yield from self._stored(READ_BYTES)
 
     def _stored(self, chunk_bytes: int) -> Iterator[bytes]:
         with open(self.piece.path, "rb", buffering=READ_BYTES) as stream:
@@ -128,6 +134,8 @@ class Window:
         have = len(self.data) - self.position
         if have < size and not self.at_end:
             parts = [self.data[self.position :]]
+            self.base += self.position
+            self.data, self.position = b"", 0  # freed before as much is read and joined
             while have < size:
                 chunk = next(self._chunks, None)
                 if chunk is None:
@@ -135,9 +143,7 @@ class Window:
                     break
                 parts.append(chunk)
                 have += len(chunk)
-            self.base += self.position
             self.data = b"".join(parts)
-            self.position = 0
         return have
 
     def skip(self, end: int) -> None:

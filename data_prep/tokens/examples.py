@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from data_prep.errors import TokenizerError
 from data_prep.tokenizer import LoadedTokenizer
@@ -192,8 +193,6 @@ def _texts_of(run: Run, text: np.ndarray, first_text: np.ndarray) -> np.ndarray 
 
 def _records_with_special_text(texts: pa.ListArray, tokenizer: LoadedTokenizer) -> np.ndarray:
     """Which records contain the text of a special token somewhere: ``(num_records,) bool``."""
-    import pyarrow.compute as pc
-
     pattern = special_pattern(tokenizer.special_ids)
     found = np.zeros(len(texts), dtype=bool)
     if pattern is None or len(texts.values) == 0:

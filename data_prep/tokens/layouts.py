@@ -1,8 +1,9 @@
 """Layouts: how the texts of a record become masked and target text.
 
-In: the roles of a record (`Role`). Out: a `Layout`, the runs of the example, alternating masked and target, masked
-first (perhaps empty). A run is what is encoded at once: the prompt up to an answer is one string, as generation sees
-it; an answer is another, followed by the id that ends it. Nothing stands between them that the template does not state.
+In: the roles of a record (`data_prep.records.normalise`). Out: a `Layout`, the runs of the example, alternating masked
+and target, masked first (perhaps empty). A run is what is encoded at once: the prompt up to an answer is one string, as
+generation sees it; an answer is another, followed by the id that ends it. Nothing stands between them that the template
+does not state.
 
     roles (user, input, assistant), texts ("Add.", "1 2", "3"), template plain, no bos:
 
@@ -17,19 +18,9 @@ once per pattern of roles and applied to columns; only user functions and the ch
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from enum import IntEnum
 from typing import NamedTuple
 
-
-class Role(IntEnum):
-    """What a text of a record is; the values are those of the records files."""
-
-    SYSTEM = 0
-    USER = 1
-    INPUT = 2
-    ASSISTANT = 3
-    TITLE = 4
-    TEXT = 5
+from data_prep.records.normalise import Role
 
 
 class Slot(NamedTuple):

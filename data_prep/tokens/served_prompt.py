@@ -12,11 +12,11 @@ import re
 import pyarrow as pa
 
 from data_prep.errors import PandaError, TokenizerError
+from data_prep.records.normalise import Role
 from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.chat_template import TemplateError, chat_renderer, load_chat_template
 from data_prep.tokens.encoder import load_engine
 from data_prep.tokens.examples import special_pattern, tokenize_columns
-from data_prep.tokens.templates import Role
 
 ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
 SHOWN_CHARS = 200

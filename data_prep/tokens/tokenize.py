@@ -37,9 +37,7 @@ from data_prep.tokens.templates import load_template
 from data_prep.tokens.token_shard import TOKENS_FILE, write_shard
 
 STAGE = "tokens"
-MIN_BYTES_FOR_PROCESSES = (
-    48 << 20
-)  # below this the fast engine is done before a second process has loaded the tokenizer
+MIN_BYTES_FOR_PROCESSES = 48 << 20  # below, the fast engine is done before a second process has loaded the tokenizer
 MIN_BYTES_FOR_PROCESSES_REFERENCE = 4 << 20
 PROGRESS_SECONDS = 0.5
 
@@ -172,10 +170,10 @@ def _build_in_worker(unit: RecordsUnit, fp: str, recipe: Recipe) -> tuple[store.
     if not _gives(fp, unit, _load_tools_once(recipe)):  # the worker of a cluster outlives the files it has read
         _load_tools_once.cache_clear()
         if not _gives(fp, unit, _load_tools_once(recipe)):
-            where = (
-                f"{recipe.tokenizer_dir} or the template differ on {socket.gethostname()} from what this run began with"
+            raise TokenizerError(
+                f"{recipe.tokenizer_dir} or the template differ on {socket.gethostname()} from what this run "
+                "began with: start the workers of the cluster again, with the same files and code"
             )
-            raise TokenizerError(f"{where}: start the workers of the cluster again, with the same files and code")
     return build_unit(unit, fp, _load_tools_once(recipe))
 
 

@@ -15,10 +15,11 @@ from typing import Any
 from configs.cli import CONF_PATH, JSON, PRINT_CONFIG, VERBOSE, Switch, configure
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
-from data_prep.pipeline import prepare as prepare_data
+from data_prep.pipeline import Preparation, run_stages
 from data_prep.plan.build import PlanResult
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.tokenizer import DEFAULT_VOCAB_SIZE, LoadedTokenizer, load_tokenizer
+from data_prep.store import verify_cache, write_atomically
+from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from flows.cli.console import plain_table, stdout_console
 from flows.cli.run import print_json
 from training.models.hub import base_checkpoint, description, resolve_checkpoint
@@ -48,7 +49,7 @@ def prepare(argv: list[str]) -> int:
     if loaded.origins["output_dir"] != "default":
         directory = Path(loaded.settings.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
-        (directory / "prepare.json").write_text(json.dumps(result.report, indent=1, ensure_ascii=False))
+        write_atomically(directory / "prepare.json", json.dumps(result.report, indent=1, ensure_ascii=False))
     if line.switches.json:
         print_json(result.report)
     else:
@@ -105,8 +106,6 @@ def why(argv: list[str]) -> int:
 
 def verify(argv: list[str]) -> int:
     """Hash everything in the cache; exit code 3 when something is damaged."""
-    from data_prep.store import verify_cache
-
     text, switches = "Read all prepared data again and compare hashes.", [CONF_PATH, JSON, VERBOSE, _DISCARD]
     line, loaded = configure("panda verify", text, argv, switches, {"cache_dir"})
     verified = verify_cache(Path(loaded.settings.cache_dir), line.switches.discard)
@@ -127,9 +126,7 @@ def _prepare(settings: PandaSettings) -> tuple[PlanResult, LoadedTokenizer]:
     if checkpoint is not None:
         directory = description(settings) or resolve_checkpoint(checkpoint)  # the latter says why there is none
     cache_dir = Path(settings.cache_dir)
-    groups = CorpusSettings.of(settings), TokenizeSettings.of(settings), PackSettings.of(settings)
-    vocab_size = int((settings.architecture or {}).get("vocab_size", 0)) or DEFAULT_VOCAB_SIZE
-    result = prepare_data(*groups, directory, cache_dir, _Progress(), vocab_size)
+    result = run_stages(Preparation.of(settings, directory, cache_dir, _Progress()))
     return result, load_tokenizer(Path(result.tokenizer_dir), cache_dir)
 
 

@@ -23,7 +23,7 @@ from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.files import UnitSpec, find_files, plan_units
 from data_prep.records.shard import RecordsResult, RecordsUnit, read_arrow, shard_records
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.tokenizer import DEFAULT_VOCAB_SIZE, LoadedTokenizer, load_tokenizer, trained_fingerprint
+from data_prep.tokenizer import LoadedTokenizer, load_tokenizer, trained_fingerprint, vocab_size_of
 from data_prep.tokens.encoder import Engine, load_engine
 from data_prep.tokens.examples import tokenize_columns
 from data_prep.tokens.layouts import Template
@@ -224,8 +224,8 @@ def _strings(sample: str) -> Iterator[str]:
 
 def _trained_tokenizer(settings: PandaSettings, records: RecordsResult) -> Path | None:
     """The tokenizer of a model from scratch, if it was trained before."""
-    vocab_size = int((settings.architecture or {}).get("vocab_size", 0)) or DEFAULT_VOCAB_SIZE
-    found = store.find(Path(settings.cache_dir) / "tokenizers" / trained_fingerprint(records, vocab_size))
+    wanted = trained_fingerprint(records, vocab_size_of(settings.architecture))
+    found = store.find(Path(settings.cache_dir) / "tokenizers" / wanted)
     return found.path if found else None
 
 

@@ -13,9 +13,7 @@ from typing import Any
 from configs.cli import Switch
 from configs.settings import PandaSettings
 from data_prep.errors import PandaError
-from data_prep.pipeline import prepare
-from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
-from data_prep.tokenizer import DEFAULT_VOCAB_SIZE
+from data_prep.pipeline import Preparation, run_stages
 from flows.cli.console import stdout_console
 from flows.cli.registry import Verb, parse_verb
 from flows.cli.run import print_json
@@ -82,10 +80,8 @@ def starting_point(verb: Verb, version: Version, config: dict[str, Any], setting
 
 def _prepare(settings: PandaSettings, model_dir: Path | None, cache_dir: Path) -> tuple[Any, str]:
     """The plan of the corpus as it is now; None and why if there is none."""
-    vocab_size = int((settings.architecture or {}).get("vocab_size", 0)) or DEFAULT_VOCAB_SIZE
-    groups = CorpusSettings.of(settings), TokenizeSettings.of(settings), PackSettings.of(settings)
     try:
-        return prepare(*groups, model_dir, cache_dir, None, vocab_size), ""
+        return run_stages(Preparation.of(settings, model_dir, cache_dir)), ""
     except PandaError as error:
         return None, str(error)
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from configs.errors import ConfigError
 from configs.settings import PandaSettings
+from data_prep.settings import SUFFIXES
 from data_prep.targets import problems_of
 from training.models.hub import (
     DELTA_MARKER,
@@ -20,8 +21,6 @@ from training.models.hub import (
 )
 from training.planning import compatibility
 from training.settings import TrainSettings
-
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
 
 
 def check(settings: PandaSettings, chosen: set[str]) -> None:

@@ -156,3 +156,22 @@ def test_what_another_host_builds_is_left_alone_for_a_day(tmp_path):
     os.utime(theirs, (0, 0))
     store.build(tmp_path, "f02", write_hello)
     assert not theirs.exists()
+
+
+def test_a_file_is_written_whole_and_leaves_nothing_beside_it(tmp_path, monkeypatch):
+    store.write_atomically(tmp_path / "a.json", '{"panda": "熊猫"}')
+    monkeypatch.setattr(Path, "replace", lambda *paths: (_ for _ in ()).throw(OSError("no space left")))
+    with pytest.raises(OSError, match="no space left"):
+        store.write_atomically(tmp_path / "a.json", "another")
+    assert [path.name for path in tmp_path.iterdir()] == ["a.json"]
+    assert json.loads((tmp_path / "a.json").read_text(encoding="utf-8")) == {"panda": "熊猫"}
+
+
+def test_writers_at_once_leave_the_text_of_one_of_them(tmp_path):
+    texts = [str(number) * 100_000 for number in range(8)]
+    threads = [threading.Thread(target=store.write_atomically, args=(tmp_path / "a.txt", text)) for text in texts]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (tmp_path / "a.txt").read_text() in texts

@@ -76,7 +76,7 @@ from data_prep.plan.reader import open_plan
 corpus, cache = CorpusSettings.of(settings), Path("cache")
 records = shard_records(corpus, cache)
 tokenizer = train_tokenizer(records, 300, cache)
-report = prepare(corpus, TokenizeSettings.of(settings), PackSettings.of(settings), tokenizer, cache, None)
+report = prepare(corpus, TokenizeSettings.of(settings), PackSettings.of(settings), tokenizer, cache)
 plan = open_plan(Path(report.path), "train")
 ids = plan.batch([0]).input_ids[0]
 text = load_tokenizer(tokenizer, cache).core.decode(ids.tolist())

@@ -36,7 +36,7 @@ def test_one_row_of_two_segments(tmp_path):
     assert plan.row_tokens.tolist() == [7, 9]
     assert plan.row_target_tokens.tolist() == [4, 6]
     assert plan.sources == ["instruction", "pretraining"]
-    assert plan.max_seq_length == 16
+    assert plan.manifest["max_seq_length"] == 16
 
 
 def test_every_assistant_turn_is_a_target(tmp_path):

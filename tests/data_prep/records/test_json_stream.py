@@ -22,6 +22,7 @@ QUICK = settings(deadline=None, suppress_health_check=[HealthCheck.function_scop
 A, B, C = {"input": "a", "target": "b"}, {"input": "c", "target": "d"}, {"input": "e", "target": "f"}
 SMALL_WINDOWS = [
     (source, "WINDOW_BYTES", 96),
+    (source, "READ_BYTES", 96),
     (source, "GZIP_CHUNK_BYTES", 7),
     (source, "ZSTD_CHUNK_BYTES", 7),
     (json_stream, "MIN_WINDOW_BYTES", 24),
@@ -218,8 +219,8 @@ def test_a_file_that_is_not_compressed_although_its_name_says_so(tmp_path, suffi
 
 def test_a_record_beyond_the_limit_is_rejected_and_the_next_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(json_stream, "MAX_RECORD_BYTES", 10_000)
-    monkeypatch.setattr(json_stream, "MAX_RECORD_BYTES", 10_000)
     monkeypatch.setattr(source, "WINDOW_BYTES", 1_000)
+    monkeypatch.setattr(source, "READ_BYTES", 1_000)
     monkeypatch.setattr(json_stream, "HEAD_BYTES", 1_000)
     long = {"text": "x" * 30_000}
     lines = values_or_none(read_text(tmp_path, "".join(json.dumps(row) + "\n" for row in (A, long, B))))

@@ -13,11 +13,11 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep.errors import StoreError, TokenizerError
 from data_prep.plan.reader import open_plan, prove_rows
+from data_prep.records.normalise import Role
 from data_prep.tokenizer import load_tokenizer
 from data_prep.tokens.checks import prove
 from data_prep.tokens.encoder import DIFFICULT, FAST, REFERENCE, Encoded, Engine, agrees, encode_reference, load_engine
 from data_prep.tokens.examples import group_by_roles, tokenize_columns
-from data_prep.tokens.layouts import Role
 from data_prep.tokens.templates import load_template
 from data_prep.tokens.token_shard import TokenShard
 from tests.support.plans import example, write_plan

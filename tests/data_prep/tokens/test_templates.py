@@ -1,10 +1,14 @@
 """Templates on records small enough to check by eye: every line below is a run, `=>` marks targets."""
 
+from itertools import pairwise, product
+
 import pytest
 
+from data_prep import store
 from data_prep.errors import PandaError, TokenizerError
+from data_prep.records.normalise import Role
 from data_prep.tokenizer import load_tokenizer
-from data_prep.tokens.layouts import Role, runs_of
+from data_prep.tokens.layouts import runs_of
 from data_prep.tokens.templates import load_template
 from tests.support.tokenizers import bytes_core, save
 
@@ -74,6 +78,28 @@ def test_runs_by_eye(bytes_tokenizer, name, roles, texts, expected):
 def test_alpaca_names_the_input(bytes_tokenizer):
     (prompt, _) = story(load_template("alpaca", bytes_tokenizer), [USER, INPUT, ASSISTANT], list("abc"))
     assert prompt.startswith("Below is an instruction that describes a task, paired with an input")
+
+
+@pytest.mark.parametrize(
+    ("name", "fingerprint", "layouts"),
+    [
+        ("plain", "c833aa7e57b2388398cf4622cde21dc6", "4331256894c29f2c9c960767c0dd872e"),
+        ("alpaca", "e56c9be8ac2d95ab66026bd294a9e95b", "fd8e9af6311a79cba31278cb9d67ba9b"),
+        ("chatml", "3e3f43e56ba77620d297ab61b398dd10", "9c0c30dedd1ae1de1185871ebb569e62"),
+    ],
+)
+def test_token_shards_made_before_stay_valid(bytes_tokenizer, name, fingerprint, layouts):
+    """The fingerprint says what the layouts are: who changes one of them raises the version in the fingerprint."""
+    template = load_template(name, bytes_tokenizer)
+    assert template.fingerprint == fingerprint
+    patterns = [roles for length in range(1, 5) for roles in product(Role, repeat=length) if can_be(roles)]
+    stories = [story(template, roles, list("abcd")[: len(roles)]) for roles in patterns]
+    assert store.fingerprint(stories=stories) == layouts
+
+
+def can_be(roles):
+    """An input stands only beside an instruction."""
+    return all(before == USER for before, role in pairwise([None, *roles]) if role == INPUT)
 
 
 def test_an_unknown_name_lists_the_known(bytes_tokenizer):

@@ -26,10 +26,10 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from data_prep.tokenizer import load_tokenizer
-from data_prep.tokens.export_template import served_template
 from data_prep.tokens.served_prompt import ServedPrompt
+from data_prep.tokens.templates import served_template
 from flows.cli.use import bind
-from tests.data_prep.tokens.test_export_template import trained_prompt
+from tests.data_prep.tokens.test_served_template import trained_prompt
 from tests.support.mlflow_fixtures import wait_for_health
 from tests.support.tiny_models import save_adapter
 from tests.training.registry.test_register import tracked_run

@@ -6,12 +6,10 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
+from data_prep.records.normalise import Role
 from data_prep.tokenizer import load_tokenizer
-from data_prep.tokens.export_template import served_template
-from data_prep.tokens.layouts import Role
-from data_prep.tokens.templates import load_template
+from data_prep.tokens.templates import load_template, served_template
 
-ROLES = {"system": Role.SYSTEM, "user": Role.USER, "assistant": Role.ASSISTANT}
 CHATS = [
     ["user"],
     ["system", "user"],
@@ -38,8 +36,13 @@ def directory(request, tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("roles", CHATS)
-@pytest.mark.parametrize("name", ["plain", "alpaca", "chatml"])
+@pytest.mark.parametrize(
+    ("name", "roles"),
+    [
+        *((name, roles) for name in ("plain", "alpaca", "chatml") for roles in CHATS),
+        *((name, ["user", "input"]) for name in ("plain", "alpaca")),  # chatml: more of the user's message
+    ],
+)
 def test_the_prompt_is_the_one_of_training(directory, name, roles):
     tokenizer = load_tokenizer(directory)
     (directory / "chat_template.jinja").write_text(served_template(name, tokenizer))
@@ -53,7 +56,7 @@ def test_the_prompt_is_the_one_of_training(directory, name, roles):
 
 def trained_prompt(tokenizer, name: str, roles: list[str], texts: list[str]) -> list[int]:
     """Ids of everything before the last answer, run by run as the examples are made."""
-    layout = load_template(name, tokenizer).layout(tuple(ROLES[role] for role in roles))
+    layout = load_template(name, tokenizer).layout(tuple(Role[role.upper()] for role in roles))
     ids = list(tokenizer.bos_ids) if layout.adds_bos else []
     for run in layout.runs[:-1]:
         ids += tokenizer.core.encode(run.text(texts), add_special_tokens=False).ids
