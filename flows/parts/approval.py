@@ -7,7 +7,7 @@ answer that was given holds, in whatever flow run; else it is asked again, in th
 
 import logging
 from dataclasses import replace
-from typing import Any
+from typing import Annotated, Any
 from uuid import UUID, uuid4
 
 from prefect.client.orchestration import get_client
@@ -19,7 +19,7 @@ from prefect.runtime import flow_run
 from prefect.states import Running
 from prefect.utilities.engine import propose_state_sync
 from prefect.utilities.timeout import timeout
-from pydantic import Field
+from pydantic import Field, WithJsonSchema
 
 from configs.settings import PandaSettings
 from flows.parts.notify import tell
@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 class Decision(RunInput):
     """The form behind the Resume button. `approve` has no default: resuming without an answer is refused."""
 
-    approve: bool = Field(
-        description="true: the version becomes the champion. false: it stays challenger.",
-        json_schema_extra={"enum": [True, False]},  # a list to choose from: a switch always says something
+    # A list to choose from: a switch would stand at "no" before anybody has touched it.
+    approve: Annotated[bool, WithJsonSchema({"enum": [True, False]})] = Field(
+        description="true: the version becomes the champion. false: it stays challenger."
     )
     comment: str = Field("", description="Kept with the version, whatever the answer is.")
 
