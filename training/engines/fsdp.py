@@ -1,6 +1,6 @@
 """PyTorch FSDP2 (`fully_shard`) behind the `Engine` interface.
 
-In: a `TargetLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, the rest is the root unit:
+In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, the rest is the root unit:
 weights are gathered for a layer at a time, gradients and optimizer states exist only as shards. FSDP2 averages
 gradients over the ranks (undone through `averaging`). bfloat16: shards are float32, layers compute in bfloat16,
 gradients are summed in float32. Optimizers see `DTensor`s, whose norms are global, so LAMB works. Cost: each rank
@@ -16,13 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import distribute_tensor
 
 from training.devices import uses_bf16
 from training.distributed import Ranks
 from training.engines.engine import WEIGHT, set_learning_rate, trainable
 from training.engines.optimizers import build_optimizer, restored_states, whole
-from training.models.loss import causal_model
+from training.models.loss import CausalLMLoss, causal_model
 from training.settings import TrainSettings
 
 
@@ -30,14 +30,14 @@ from training.settings import TrainSettings
 class FsdpEngine:
     """See `training.engines.engine.Engine`."""
 
-    module: nn.Module
+    module: CausalLMLoss
     ranks: Ranks
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     parameters: dict[str, nn.Parameter]  # the shards; between forward and backward the module has whole weights instead
 
     @classmethod
-    def build(cls, module: nn.Module, settings: TrainSettings, ranks: Ranks) -> "FsdpEngine":
+    def build(cls, module: CausalLMLoss, settings: TrainSettings, ranks: Ranks) -> "FsdpEngine":
         """Shard the model in place."""
         mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         precision = (
@@ -58,7 +58,7 @@ class FsdpEngine:
     def forward(self, *arguments: Any, **options: Any) -> Tensor:
         result = self.module(*arguments, **options)
         if not torch.is_grad_enabled():  # the root unit stays gathered for a backward pass that will not come
-            self.module.reshard()
+            self.module.reshard()  # type: ignore[operator]  # `fully_shard` has made it an FSDPModule
         return result
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -94,13 +94,13 @@ class FsdpEngine:
             yield name, whole(value.detach()).cpu().clone()
 
 
-def decoder_layers(module: nn.Module) -> list[nn.Module]:
+def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
     """The layers that transformers says must not be split."""
     names = set(causal_model(module.model)._no_split_modules or ())
     return [part for part in module.modules() if type(part).__name__ in names]
 
 
-def _like(value: Tensor, parameter: DTensor) -> Tensor:
+def _like(value: Tensor, parameter: Any) -> Tensor:
     """This rank's shard of a whole tensor, cut as the parameter is; every rank has the whole, nothing is sent."""
     moved = value.to(parameter.device)
     return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)

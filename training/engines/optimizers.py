@@ -1,14 +1,8 @@
 """Optimizers by name, and which parameters decay.
 
 In: settings and named parameters. Out: a torch optimizer. Matrices decay; norms and biases (fewer than two dimensions)
-do not. AdamW is torch's fused kernel (CPU and GPU). LAMB is ours; Adafactor is torch's; 8-bit
-states are bitsandbytes', imported only when asked for (up to 15 s on a cold disk).
-
-LAMB: Adam whose update of each parameter has a length proportional to the parameter's (arXiv 1904.00962).
-
-In: parameter groups. Out: updated parameters. NVLAMB (`normalise_gradients`) first divides all gradients by their
-global norm, as NVIDIA's BERT recipe does. State is Adam's: two moments. Needs whole parameters (or DTensors, whose
-norms are global): an optimizer that sees flattened shards, as under ZeRO 1 to 3, would compute the wrong lengths.
+do not. AdamW is torch's fused kernel (CPU and GPU), Adafactor is torch's, LAMB is ours; 8-bit states are
+bitsandbytes', imported only when asked for (up to 15 s on a cold disk). Cost: two states a parameter.
 """
 
 from collections.abc import Callable, Iterable
@@ -23,7 +17,12 @@ from training.settings import OptimizerSettings
 
 
 class Lamb(torch.optim.Optimizer):
-    """Layer-wise adaptive moments; vectors (norms, biases) have no trust ratio, as in the paper's code."""
+    """Adam whose update of each matrix has a length proportional to the matrix's (arXiv 1904.00962).
+
+    Vectors (norms, biases) have no trust ratio, as in the paper's code. NVLAMB (`normalise_gradients`) first divides
+    all gradients by their global norm, as NVIDIA's BERT recipe does. Needs whole parameters (or DTensors, whose norms
+    are global): flattened shards, as under ZeRO 1 to 3, would have the wrong lengths.
+    """
 
     def __init__(self, params, *, normalise_gradients: bool = False, **hyper_parameters):
         """`hyper_parameters`: lr, betas, eps, weight_decay, as for torch's AdamW."""
@@ -130,7 +129,7 @@ def _adafactor(groups: Groups, settings: OptimizerSettings) -> torch.optim.Optim
 
 
 Build = Callable[[Groups, OptimizerSettings], torch.optim.Optimizer]
-OPTIMIZERS: dict[tuple[str, bool], Build] = {  # (name, 8 bits); `compatibility.py` refuses the other pairs
+BUILDERS: dict[tuple[str, bool], Build] = {  # (name, 8 bits); `compatibility.py` refuses the other pairs
     ("AdamW", False): _adamw,
     ("AdamW", True): _adamw_8bit,
     ("LAMB", False): _lamb,
@@ -146,7 +145,7 @@ def build_optimizer(
     groups = parameter_groups(parameters, settings.weight_decay)
     if isinstance(settings.optimizer, dict):
         return load_target(settings.optimizer, "optimizer")(groups, lr=settings.learning_rate)
-    return OPTIMIZERS[settings.optimizer, settings.bit_training](groups, settings)
+    return BUILDERS[settings.optimizer, settings.bit_training](groups, settings)
 
 
 def restored_states(

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from training.engines.optimizers import Lamb, build_optimizer, parameter_groups, restored_number
-from training.settings import OptimizerSettings
+from training.engines.optimizers import BUILDERS, Lamb, build_optimizer, parameter_groups, restored_number
+from training.planning.memory import STATE_BYTES
+from training.settings import OPTIMIZERS, OptimizerSettings
 
 
 def layer() -> nn.Module:
@@ -102,3 +103,7 @@ def test_a_count_is_restored_where_the_optimizer_reads_it(settings, device):
 def test_a_count_of_bitsandbytes_is_a_number_of_python():
     restored = restored_number(torch.tensor(3), build(bit_training=True), torch.device("meta"))
     assert type(restored) is int and restored == 3
+
+
+def test_every_optimizer_that_can_be_named_can_be_built_and_weighed():
+    assert {name for name, _ in BUILDERS} == set(OPTIMIZERS) == set(STATE_BYTES)
