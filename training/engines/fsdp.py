@@ -3,8 +3,9 @@
 In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, the rest is the root unit:
 weights are gathered for a layer at a time, gradients and optimizer states exist only as shards. FSDP2 averages
 gradients over the ranks (undone through `averaging`). bfloat16: shards are float32, layers compute in bfloat16,
-gradients are summed in float32. Optimizers see `DTensor`s, whose norms are global, so LAMB works. Cost: each rank
-loads the whole model before it is sharded.
+gradients are summed in float32. Those of an adapter are kept whole until the last micro-batch of a step and reduced
+once; those of a whole model would not fit beside it, so every micro-batch reduces them. Optimizers see `DTensor`s,
+whose norms are global, so LAMB works. Cost: each rank loads the whole model before it is sharded.
 """
 
 import math
@@ -35,6 +36,7 @@ class FsdpEngine:
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     parameters: dict[str, nn.Parameter]  # the shards; between forward and backward the module has whole weights instead
+    holds_gradients: bool  # whole ones, between the micro-batches of a step
 
     @classmethod
     def build(cls, module: CausalLMLoss, settings: TrainSettings, ranks: Ranks) -> "FsdpEngine":
@@ -49,7 +51,9 @@ class FsdpEngine:
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(module, mesh=mesh, mp_policy=precision)
         optimizer = build_optimizer(module.named_parameters(), settings)
-        return cls(module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)))
+        return cls(
+            module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)), holds_gradients=settings.use_lora
+        )
 
     @property
     def averaging(self) -> float:
@@ -62,6 +66,7 @@ class FsdpEngine:
         return result
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        self.module.set_requires_gradient_sync(last or not self.holds_gradients)  # type: ignore[operator]  # as above
         loss.backward()
 
     def step(self, learning_rate: float) -> float:

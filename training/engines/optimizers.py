@@ -5,6 +5,7 @@ do not. AdamW is torch's fused kernel (CPU and GPU), Adafactor is torch's, LAMB 
 bitsandbytes', imported only when asked for (up to 15 s on a cold disk). Cost: two states a parameter.
 """
 
+import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -42,8 +43,7 @@ class Lamb(torch.optim.Optimizer):
         if not self.normalise_gradients:
             return 1.0
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
-        return 1.0 / max(whole(norm).item(), 1e-12)
+        return 1.0 / max(length(gradients), 1e-12)
 
     def _update(self, parameter: Tensor, gradient: Tensor, group: dict) -> None:
         state = self.state[parameter]
@@ -66,8 +66,14 @@ def trust_ratio(parameter: Tensor, update: Tensor) -> float:
     """Length of the parameter over length of its update; 1 where either is 0, and for vectors (norms, biases)."""
     if parameter.dim() < 2:
         return 1.0
-    weight_norm, update_norm = whole(parameter.norm()).item(), whole(update.norm()).item()
+    weight_norm, update_norm = length([parameter]), length([update])
     return weight_norm / update_norm if weight_norm and update_norm else 1.0
+
+
+def length(tensors: Iterable[Tensor]) -> float:
+    """Norm of all numbers together, squares added in float64: in float32 that of 28 million is 0.2 % short on a CPU."""
+    squares = (whole(torch.linalg.vector_norm(tensor, dtype=torch.float64)).item() ** 2 for tensor in tensors)
+    return math.sqrt(math.fsum(squares))
 
 
 def whole(value: Tensor) -> Tensor:

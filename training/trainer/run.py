@@ -1,9 +1,10 @@
 """A rank's part of a run, from the loaded model to the deployed one: everything around the loop.
 
-In: `RunConfig`, ranks that have met. Out, in RUN: metrics.jsonl, evaluations.jsonl, checkpoints/, model/, train.json;
-events of rank 0. Cost: loading, a few checks of some tokens, the loop, an evaluation, writing the model.
+In: `RunConfig`, ranks that have met. Out, in RUN: schedule.json, metrics.jsonl, evaluations.jsonl, checkpoints/,
+model/, train.json; events of rank 0. Cost: loading, checks of a few tokens, the loop, an evaluation, writing the model.
 """
 
+import json
 import logging
 import shutil
 import time
@@ -34,6 +35,9 @@ from training.trainer.loop import Run, StopSignal
 from training.trainer.metrics import num_elements
 from training.trainer.schedule import schedule
 
+SCHEDULE = "schedule.json"
+"""What a run that has no checkpoint yet keeps when it is resumed, whatever its ranks are then."""
+
 log = logging.getLogger(__name__)
 
 
@@ -43,16 +47,25 @@ def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
     if newest and not resume:
         raise CheckpointError(f"{newest} is there already: --resume goes on from it; or choose another run directory")
     progress = checkpoint.read_progress(newest) if newest else Progress()
+    progress.rows_per_step = progress.rows_per_step or (_rows_at_start(config, ranks) if resume else 0)
     run = build_run(config, ranks, progress)
     if newest:
         checkpoint.load(run.engine, newest)
         log.info("resumed from %s", newest)
     if ranks.is_first:
+        metrics.write_json(config.run_dir / SCHEDULE, {"rows_per_step": progress.rows_per_step})
         steps = run.batch_schedule.total_steps
         checkpoint.discard_after(run.checkpoints, progress.step)
         emit({"event": "start", "after_step": progress.step, "steps": steps, "resumed": bool(newest)})
     progress = loop.train(run, progress)
     finish(config, run, progress)
+
+
+def _rows_at_start(config: RunConfig, ranks: Ranks) -> int:
+    """Rows of a step that the run began with, as rank 0 reads them; 0 when it has not begun."""
+    path = config.run_dir / SCHEDULE
+    known = json.loads(path.read_text())["rows_per_step"] if ranks.is_first and path.is_file() else 0
+    return int(ranks.max(float(known))[0])
 
 
 def build_run(config: RunConfig, ranks: Ranks, progress: Progress) -> Run:
