@@ -27,7 +27,8 @@ from data_prep.pipeline import prepare
 from data_prep.sample import write_sample
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from training.launch.launcher import launch
-from training.planning.memory import Machine, Memory, estimate
+from training.planning.hardware import Hardware
+from training.planning.memory import Memory, estimate
 from training.planning.model_shape import config_from, measure
 from training.settings import TrainSettings
 
@@ -129,7 +130,7 @@ def predicted(case: Case, corpus: Corpus) -> Memory:
     vocabulary = config_from(corpus.model_dir, None).vocab_size
     config = config_from(None, {**(settings.architecture or {}), "vocab_size": vocabulary})
     shape = measure(config, settings, NUM_TOKENS, torch.float32, packed=True)
-    return estimate(shape, settings, Machine(settings.num_processes, is_gpu=False, bf16=False))
+    return estimate(shape, settings, Hardware(settings.num_processes, is_gpu=False, bf16=False))
 
 
 def measured(case: Case, corpus: Corpus, run_dir: Path) -> float:

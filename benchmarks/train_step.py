@@ -129,12 +129,12 @@ def our_steps(given: argparse.Namespace) -> OurSteps:
     from training.distributed import join, this_rank
     from training.launch.run_config import read_config
     from training.trainer.checkpoint import Progress
-    from training.worker import prepare as prepare_run
+    from training.trainer.run import build_run
 
     ranks = this_rank()
     join(ranks)
     progress = Progress()
-    return OurSteps(prepare_run(read_config(write_config(given)), ranks, progress), progress)
+    return OurSteps(build_run(read_config(write_config(given)), ranks, progress), progress)
 
 
 def bare_steps(given: argparse.Namespace) -> Callable[[], int]:
@@ -143,18 +143,19 @@ def bare_steps(given: argparse.Namespace) -> Callable[[], int]:
     from training.engines.engine import trainable
     from training.launch.run_config import read_config
     from training.models.build import load_model
-    from training.models.loss import TargetLoss
-    from training.trainer.batches import load, plan_course
+    from training.models.loss import CausalLMLoss
+    from training.trainer.batches import batch_schedule, load
 
     config = read_config(write_config(given))
-    model = TargetLoss(load_model(config.settings, config.model_dir, config.tokenizer_dir, torch.float32))
+    model = CausalLMLoss(load_model(config.settings, config.model_dir, config.tokenizer_dir, torch.float32))
     parameters = [parameter for _, parameter in trainable(model)]
     optimizer = torch.optim.AdamW(parameters, lr=1e-5, betas=(0.9, 0.99), eps=1e-6, weight_decay=0.0, fused=True)
-    course = plan_course(open_plan(config.plan_dir, "train"), config.settings, 1)
+    scheduled = batch_schedule(open_plan(config.plan_dir, "train"), config.settings, 1)
     steps = [
-        [load(course.plan, rows) for rows in course.micro_batches(step, 0, 1, 1)] for step in range(given.steps + 1)
+        [load(scheduled.plan, rows) for rows in scheduled.micro_batches(step, 0, 1, 1)]
+        for step in range(given.steps + 1)
     ]
-    remaining = iter(zip(steps, map(course.target_tokens, range(given.steps + 1)), strict=True))
+    remaining = iter(zip(steps, map(scheduled.target_tokens, range(given.steps + 1)), strict=True))
 
     def step() -> int:
         batches, targets = next(remaining)

@@ -22,6 +22,7 @@ from configs import guide_names
 from configs.errors import ConfigError, did_you_mean
 from configs.field_types import allowed, kind_of, takes_mapping
 from configs.settings import PandaSettings
+from training.planning.compatibility import implied
 
 
 def parse_yaml(text: str) -> Any:
@@ -246,23 +247,11 @@ def _validate(merged: dict[str, Any], origins: dict[str, str], problems: list[st
 
 
 def _with_implied(loaded: Loaded) -> Loaded:
-    """Defaults that would contradict what was asked for give way; values that somebody gave stay.
-
-    4-bit weights are frozen, so `use_quant` means an adapter on them; whole-matrix optimizers and 8-bit states need
-    whole parameters, which ZeRO 1 to 3 cut up.
-    """
-    settings, origins = loaded.settings, dict(loaded.origins)
-    implied: dict[str, tuple[Any, str]] = {}
-    if settings.use_quant:
-        implied["use_lora"] = (True, "follows from use_quant")
-    if settings.use_nvlamb:
-        implied["optimizer"] = ("LAMB", "follows from use_nvlamb")
-    if settings.bit_training or settings.use_nvlamb or settings.optimizer in ("LAMB", "Adafactor"):
-        why = "bit_training" if settings.bit_training else "the optimizer"
-        implied["zero_stage"] = (0, f"follows from {why}")
-    changed = {name: value for name, (value, _) in implied.items() if origins[name] == "default"}
-    origins.update({name: implied[name][1] for name in changed})
-    return Loaded(settings.model_copy(update=changed), origins)
+    """Defaults that would contradict what was asked for give way; values that somebody gave stay."""
+    found = {name: one for name, one in implied(loaded.settings).items() if loaded.origins[name] == "default"}
+    changed = {name: value for name, (value, _) in found.items()}
+    origins = {name: f"follows from {why}" for name, (_, why) in found.items()}
+    return Loaded(loaded.settings.model_copy(update=changed), loaded.origins | origins)
 
 
 def _explain(problem: Any, origins: dict[str, str]) -> str:

@@ -16,9 +16,9 @@ from training.distributed import join, leave, this_rank
 from training.launch.exits import run_rank
 from training.launch.run_config import read_config
 from training.models.build import load_deployed
-from training.models.loss import TargetLoss
+from training.models.loss import CausalLMLoss
 from training.settings import TrainSettings
-from training.trainer.evaluation import evaluate
+from training.trainer.evaluation import held_out_losses
 
 
 def evaluate_model(model_dir: Path, plan_dir: Path, settings: TrainSettings) -> dict[str, Any]:
@@ -29,8 +29,8 @@ def evaluate_model(model_dir: Path, plan_dir: Path, settings: TrainSettings) -> 
     ranks = this_rank()
     join(ranks)
     try:
-        model = TargetLoss(load_deployed(model_dir, compute_dtype(settings, ranks.device)).to(ranks.device))
-        return evaluate(lambda batch: model(batch, "each"), plan, settings.per_gpu_eval_batch_size, ranks)
+        model = CausalLMLoss(load_deployed(model_dir, compute_dtype(settings, ranks.device)).to(ranks.device))
+        return held_out_losses(lambda batch: model(batch, "each"), plan, settings.per_gpu_eval_batch_size, ranks)
     finally:
         leave()
 

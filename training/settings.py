@@ -4,6 +4,7 @@ Imports no torch, so that ``--help`` and a configuration error answer at once. D
 where it states one. In: plain values. Out: frozen, validated pydantic models. Cost: none, no I/O.
 """
 
+import math
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -108,6 +109,14 @@ class BatchSettings(SeedSettings):
     max_steps: int = Field(-1, ge=-1, description="Optimizer steps to stop after; -1 = as num_train_epochs says.")
     num_workers: int = Field(2, ge=0, description="Threads that load rows ahead of training; 0 = load when needed.")
     prefetch_factor: int = Field(2, ge=1, description="Batches each loading thread keeps ready.")
+
+    def rows_per_step(self, num_ranks: int) -> int:
+        """Rows of the global batch: of all micro-batches of all ranks."""
+        return self.per_gpu_train_batch_size * self.gradient_accumulation_steps * num_ranks
+
+    def total_steps(self, steps_per_epoch: int) -> int:
+        """Optimizer steps of the whole training."""
+        return self.max_steps if self.max_steps >= 0 else math.ceil(self.num_train_epochs * steps_per_epoch)
 
 
 class EngineSettings(Settings):

@@ -91,7 +91,7 @@ def why(argv: list[str]) -> int:
     if not places and not line.switches.text:
         raise PandaError("why: give FILE:LINE first, or --text TEXT")
     result, tokenizer = _prepare(settings)
-    rows_per_step = settings.per_gpu_train_batch_size * settings.gradient_accumulation_steps * line.switches.world_size
+    rows_per_step = settings.rows_per_step(line.switches.world_size)
     order = StepOrder(rows_per_step, settings.seed, max(1, int(settings.num_train_epochs)))
     if places:
         stories = stories_at(Path(result.path), places[0], tokenizer, order)

@@ -4,11 +4,9 @@ In: the flags of `train.py`; the memory of a GPU and the speed, if one wants to 
 exit code 2 when the settings do not work together. Cost: hashing the corpus, 5 s of imports, a second of arithmetic.
 """
 
-import math
 import os
-import subprocess
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -19,36 +17,19 @@ from configs.cli import CONF_PATH, JSON, PLAN_SWITCHES, VERBOSE, CommandLine, co
 from configs.errors import ConfigError
 from configs.load import Loaded
 from configs.settings import PandaSettings
+from data_prep.plan.order import steps_per_epoch
 from flows.cli.console import plain_table, stdout_console
 from flows.cli.estimate import DataForecast, forecast_data
 from flows.cli.run import print_json
 from training.launch import commands
 from training.models.hub import base_checkpoint, description
 from training.planning import compatibility
+from training.planning.hardware import GB, Hardware, first_gpu
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking.throughput import Speed, newest_config, past_speed
 
 TEXT = "Tell what a run would do, need and take: stages, rows, steps, memory, disk, hours. Nothing is trained."
-GB = 1e9
-CHECKPOINT_BYTES = 12  # float32 weight and two states of each trained parameter
 DEFAULT_CPU_RANKS = 2
-FIRST_WITH_BF16 = 8.0  # compute capability: Ampere
-
-
-@dataclass(frozen=True)
-class Target:
-    """What the run is planned for."""
-
-    ranks: int
-    is_gpu: bool
-    bf16: bool
-    memory_bytes: float | None  # of each rank
-
-    @property
-    def words(self) -> str:
-        kind = "GPU" if self.is_gpu else "CPU rank"
-        memory = f", {self.memory_bytes / GB:.1f} GB each" if self.memory_bytes else ""
-        return f"{self.ranks} {kind}{'s' if self.ranks > 1 else ''}, {'bfloat16' if self.bf16 else 'float32'}{memory}"
 
 
 def main(argv: list[str]) -> int:
@@ -77,7 +58,7 @@ def make_plan(settings: PandaSettings, gpu_memory_gb: float | None, tokens_per_s
     train = TrainSettings.of(settings)
     target = target_of(train, gpu_memory_gb)
     data = forecast_data(settings, described, last)
-    course = course_of(data, train, target)
+    course = batches_of(data, train, target)
     speed = Speed(tokens_per_second, "as given") if tokens_per_second else _past_speed(settings, train)
     return {
         "model": settings.model,
@@ -92,27 +73,16 @@ def make_plan(settings: PandaSettings, gpu_memory_gb: float | None, tokens_per_s
     }
 
 
-def target_of(settings: TrainSettings, gpu_memory_gb: float | None) -> Target:
+def target_of(settings: TrainSettings, gpu_memory_gb: float | None) -> Hardware:
     """GPUs when there are some or their memory is given, else the CPU processes that would run here."""
     num_gpus = commands.num_gpus()
     is_gpu = bool(gpu_memory_gb or num_gpus)
     ranks = (settings.num_processes or num_gpus or (1 if is_gpu else DEFAULT_CPU_RANKS)) * settings.nodes
     if is_gpu:
-        memory, has_bf16 = (gpu_memory_gb * GB, True) if gpu_memory_gb else _first_gpu()
-        return Target(ranks, True, has_bf16 if settings.precision == "auto" else settings.precision == "bf16", memory)
+        memory, has_bf16 = (gpu_memory_gb * GB, True) if gpu_memory_gb else first_gpu()
+        return Hardware(ranks, True, has_bf16 if settings.precision == "auto" else settings.precision == "bf16", memory)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks * settings.nodes
-    return Target(ranks, False, settings.precision == "bf16", memory)
-
-
-def _first_gpu() -> tuple[float | None, bool]:
-    """Memory of the first GPU and whether it computes in bfloat16, from NVIDIA's tool."""
-    command = ["nvidia-smi", "--query-gpu=memory.total,compute_cap", "--format=csv,noheader,nounits"]
-    try:
-        text = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        mebibytes, capability = map(float, text.splitlines()[0].split(","))
-    except (OSError, subprocess.CalledProcessError, ValueError, IndexError):
-        return None, True
-    return mebibytes * 2**20, capability >= FIRST_WITH_BF16
+    return Hardware(ranks, False, settings.precision == "bf16", memory)
 
 
 def _past_speed(settings: PandaSettings, train: TrainSettings) -> Speed | None:
@@ -125,15 +95,15 @@ def _data(data: DataForecast) -> dict[str, Any]:
     return values | {"plan_dir": str(data.plan_dir) if data.plan_dir else None}
 
 
-def course_of(data: DataForecast, settings: TrainSettings, target: Target) -> dict[str, Any]:
+def batches_of(data: DataForecast, settings: TrainSettings, target: Hardware) -> dict[str, Any]:
     """Steps, tokens and padding of the whole training; exact when the pack plan is."""
-    rows_per_step = settings.per_gpu_train_batch_size * settings.gradient_accumulation_steps * target.ranks
-    steps_per_epoch = math.ceil(data.rows / rows_per_step)
-    steps = settings.max_steps if settings.max_steps >= 0 else math.ceil(settings.num_train_epochs * steps_per_epoch)
-    epochs = steps / steps_per_epoch if steps_per_epoch else 0.0
+    rows_per_step = settings.rows_per_step(target.ranks)
+    per_epoch = steps_per_epoch(data.rows, rows_per_step)
+    steps = settings.total_steps(per_epoch)
+    epochs = steps / per_epoch if per_epoch else 0.0
     return {
         "rows_per_step": rows_per_step,
-        "steps_per_epoch": steps_per_epoch,
+        "steps_per_epoch": per_epoch,
         "steps": steps,
         "epochs": epochs,
         "tokens": round(data.tokens * epochs),
@@ -142,7 +112,7 @@ def course_of(data: DataForecast, settings: TrainSettings, target: Target) -> di
     }
 
 
-def _size(settings: PandaSettings, train: TrainSettings, target: Target, described: Path | None) -> dict[str, Any]:
+def _size(settings: PandaSettings, train: TrainSettings, target: Hardware, described: Path | None) -> dict[str, Any]:
     """Compatibility, memory and disk; memory is unknown for a model whose configuration is out of reach."""
     from training.planning.model_shape import config_from
 
@@ -157,7 +127,7 @@ def _size(settings: PandaSettings, train: TrainSettings, target: Target, describ
 
 
 def _needs(
-    settings: PandaSettings, train: TrainSettings, target: Target, config: Any, known: dict[str, Any] | None
+    settings: PandaSettings, train: TrainSettings, target: Hardware, config: Any, known: dict[str, Any] | None
 ) -> dict[str, Any]:
     import torch
 
@@ -173,19 +143,17 @@ def _needs(
     def shapes(changed: TrainSettings) -> ModelShape:
         return shape_of(changed.use_lora, changed.use_quant)
 
-    ranks = memory.Machine(target.ranks, target.is_gpu, target.bf16)
     shape = shapes(train)
-    needed = memory.estimate(shape, train, ranks)
+    needed = memory.estimate(shape, train, target)
     other = train.model_copy(update={"gradient_checkpointing": not train.gradient_checkpointing})
-    fits = target.memory_bytes is None or needed.total <= ranks.usable(target.memory_bytes)
+    fits = target.fits(needed.total)
     change = adapter = None
-    if not fits and target.memory_bytes is not None:
-        wanted = (ranks, target.memory_bytes, known, settings.packing)
+    if not fits:
+        wanted = (target, known, settings.packing)
         change = _described(memory.fitting_change(shapes, train, *wanted), {})
         lora = {"use_lora": True}
         adapter = _described(memory.fitting_change(shapes, train.model_copy(update=lora), *wanted), lora)
     saved = shape.trainable if train.use_lora else shape.parameters
-    kept = train.keep_last + train.keep_best + 1  # one more while it is written
     return {
         "parameters": shape.parameters,
         "trainable": shape.trainable,
@@ -196,7 +164,7 @@ def _needs(
         "fits": fits,
         "change": change,
         "adapter": None if train.use_lora else adapter,
-        "disk_bytes": kept * CHECKPOINT_BYTES * shape.trainable + 4 * saved,
+        "disk_bytes": memory.disk_bytes(shape.trainable, saved, train),
     }  # fmt: skip
 
 

@@ -17,7 +17,7 @@ from training.compare import run_job
 from training.comparison.job import read_job, write_job
 from training.launch.run_config import read_config
 from training.models.build import config_of, save_model
-from training.models.loss import TargetLoss
+from training.models.loss import CausalLMLoss
 from training.registry import lineage
 from training.registry.promotion import job_of, settle
 from training.registry.register import register
@@ -109,7 +109,7 @@ def train_model(plan_dir: Path, steps: int, seed: int, learning_rate: float, mod
         model = AutoModelForCausalLM.from_pretrained(model_dir)
     else:
         model = AutoModelForCausalLM.from_config(config_of(ARCHITECTURE))
-    plan, losses_of = open_plan(plan_dir, "train"), TargetLoss(model)
+    plan, losses_of = open_plan(plan_dir, "train"), CausalLMLoss(model)
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     per_epoch = steps_per_epoch(plan.num_rows, ROWS_PER_STEP)
     for step in range(steps):

@@ -13,7 +13,7 @@ import yaml
 from training.distributed import join, leave, this_rank
 from training.launch.exits import run_rank
 from training.launch.run_config import read_config
-from training.worker import train_run
+from training.trainer.run import train_run
 
 
 def main() -> None:

@@ -32,7 +32,7 @@ from training.comparison.statistics import Scores
 from training.devices import any_device
 from training.launch.heartbeat import SignsOfLife
 from training.models.build import load_deployed
-from training.models.loss import TargetLoss, causal_model, micro_batch
+from training.models.loss import CausalLMLoss, causal_model, micro_batch
 
 MAX_NEW_TOKENS = 96
 SHORT_TARGET_TOKENS = 8  # up to here an answer can be expected to be exact
@@ -173,7 +173,7 @@ def record_losses(
     device = next(model.parameters()).device
     totals = torch.zeros(shard.num_examples, dtype=torch.float64)
     counts = torch.zeros(shard.num_examples, dtype=torch.int64)
-    losses_of = TargetLoss(model)
+    losses_of = CausalLMLoss(model)
     rows = sorted(parts_of(shard, longest), key=lambda part: part.length)
     alive = SignsOfLife("held-out records", len(rows), "rows")
     with torch.inference_mode():

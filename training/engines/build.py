@@ -1,17 +1,16 @@
-"""The engine that the settings ask for. In: a `TargetLoss`, settings, ranks. Out: an `Engine`.
+"""The engine that the settings ask for. In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`.
 
 Cost: the import of the one engine that is asked for.
 """
 
-from torch import nn
-
 from training.distributed import Ranks
 from training.engines.engine import Engine
+from training.models.loss import CausalLMLoss
 from training.settings import TrainSettings
 
 
-def build_engine(model: nn.Module, settings: TrainSettings, ranks: Ranks) -> Engine:
-    """The engine that the settings ask for, around a `TargetLoss`."""
+def build_engine(model: CausalLMLoss, settings: TrainSettings, ranks: Ranks) -> Engine:
+    """The engine that the settings ask for, around a `CausalLMLoss`."""
     if settings.strategy == "fsdp":
         from training.engines.fsdp import FsdpEngine
 

@@ -1,6 +1,6 @@
 """DeepSpeed ZeRO 0 to 3 behind the `Engine` interface.
 
-In: a `TargetLoss`, settings, ranks. Out: an `Engine`. DeepSpeed divides gradients by the number of ranks (undone
+In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. DeepSpeed divides gradients by the number of ranks (undone
 through `averaging`) and, unless told otherwise, by the accumulation steps (told otherwise); the last micro-batch of a
 step is announced, because the last step of an epoch has fewer of them than the configuration says.
 
@@ -28,6 +28,7 @@ from training.distributed import Ranks
 from training.engines.engine import WEIGHT, set_learning_rate, trainable
 from training.engines.optimizers import build_optimizer, restored_states
 from training.lean_imports import UNUSED, without
+from training.models.loss import CausalLMLoss
 from training.settings import TrainSettings
 
 REDUCE_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own default
@@ -95,7 +96,7 @@ def partition(
 class DeepSpeedEngine:
     """See `training.engines.engine.Engine`."""
 
-    module: nn.Module
+    module: CausalLMLoss
     ranks: Ranks
     engine: Any
     base: torch.optim.Optimizer  # the optimizer below DeepSpeed's, which holds the states
@@ -104,7 +105,7 @@ class DeepSpeedEngine:
     autocast: torch.dtype | None
 
     @classmethod
-    def build(cls, module: nn.Module, settings: TrainSettings, ranks: Ranks) -> "DeepSpeedEngine":
+    def build(cls, module: CausalLMLoss, settings: TrainSettings, ranks: Ranks) -> "DeepSpeedEngine":
         """Wrap the model; DeepSpeed moves it to the device and shards it."""
         deepspeed = import_deepspeed()
         settings = effective(settings, ranks)
@@ -174,7 +175,7 @@ class DeepSpeedEngine:
             yield from ((key, torch.as_tensor(value)) for key, value in self.base.state[parameter].items())
             return
         yield WEIGHT, safe_get_full_fp32_param(parameter)
-        shard_state = next(iter(self.base.state.values()), {})
+        shard_state: dict[str, Any] = next(iter(self.base.state.values()), {})
         for key, value in shard_state.items():
             if torch.is_tensor(value) and value.dim():
                 yield key, safe_get_full_optimizer_state(parameter, key)
@@ -213,7 +214,7 @@ class DeepSpeedEngine:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _write_shard(self, parameter: nn.Parameter, value: Tensor, key: str | None) -> None:
+    def _write_shard(self, parameter: Any, value: Tensor, key: str | None) -> None:
         if self.stage < 3:
             parameter.set_full_hp_param(value, key)
             return

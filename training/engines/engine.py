@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training.distributed import Ranks
+from training.models.loss import CausalLMLoss
 
 WEIGHT = "weight"  # key of the parameter itself, float32, beside its optimizer state
 
@@ -21,7 +22,7 @@ WEIGHT = "weight"  # key of the parameter itself, float32, beside its optimizer 
 class Engine(Protocol):
     """A model of which the weights, gradients or optimizer states may be sharded over the ranks."""
 
-    module: nn.Module  # `TargetLoss`; call `forward`, never this
+    module: CausalLMLoss  # call `forward`, never this
     ranks: Ranks
 
     @property
@@ -30,7 +31,7 @@ class Engine(Protocol):
         ...
 
     def forward(self, *arguments, **options) -> Tensor:
-        """Call `TargetLoss`, gathering weights as needed. All ranks together."""
+        """Call `CausalLMLoss`, gathering weights as needed. All ranks together."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate gradients; `last` marks the last micro-batch of a step. All ranks together."""
@@ -52,7 +53,7 @@ class Engine(Protocol):
 
 
 def model_name(name: str) -> str:
-    """Name of a parameter inside the model, from its name inside `TargetLoss`."""
+    """Name of a parameter inside the model, from its name inside `CausalLMLoss`."""
     return name.removeprefix("model.")
 
 

@@ -1,10 +1,11 @@
 """PyTorch FSDP2 (`fully_shard`) behind the `Engine` interface.
 
-In: a `TargetLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, the rest is the root unit:
+In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, the rest is the root unit:
 weights are gathered for a layer at a time, gradients and optimizer states exist only as shards. FSDP2 averages
 gradients over the ranks (undone through `averaging`). bfloat16: shards are float32, layers compute in bfloat16,
-gradients are summed in float32. Optimizers see `DTensor`s, whose norms are global, so LAMB works. Cost: each rank
-loads the whole model before it is sharded.
+gradients are summed in float32. Those of an adapter are kept whole until the last micro-batch of a step and reduced
+once; those of a whole model would not fit beside it, so every micro-batch reduces them. Optimizers see `DTensor`s,
+whose norms are global, so LAMB works. Cost: each rank loads the whole model before it is sharded.
 """
 
 import math
@@ -16,13 +17,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import distribute_tensor
 
 from training.devices import uses_bf16
 from training.distributed import Ranks
 from training.engines.engine import WEIGHT, set_learning_rate, trainable
 from training.engines.optimizers import build_optimizer, restored_states, whole
-from training.models.loss import causal_model
+from training.models.loss import CausalLMLoss, causal_model
 from training.settings import TrainSettings
 
 
@@ -30,14 +31,15 @@ from training.settings import TrainSettings
 class FsdpEngine:
     """See `training.engines.engine.Engine`."""
 
-    module: nn.Module
+    module: CausalLMLoss
     ranks: Ranks
     optimizer: torch.optim.Optimizer
     max_grad_norm: float
     parameters: dict[str, nn.Parameter]  # the shards; between forward and backward the module has whole weights instead
+    holds_gradients: bool  # whole ones, between the micro-batches of a step
 
     @classmethod
-    def build(cls, module: nn.Module, settings: TrainSettings, ranks: Ranks) -> "FsdpEngine":
+    def build(cls, module: CausalLMLoss, settings: TrainSettings, ranks: Ranks) -> "FsdpEngine":
         """Shard the model in place."""
         mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
         precision = (
@@ -49,7 +51,9 @@ class FsdpEngine:
             fully_shard(layer, mesh=mesh, mp_policy=precision)
         fully_shard(module, mesh=mesh, mp_policy=precision)
         optimizer = build_optimizer(module.named_parameters(), settings)
-        return cls(module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)))
+        return cls(
+            module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)), holds_gradients=settings.use_lora
+        )
 
     @property
     def averaging(self) -> float:
@@ -58,10 +62,11 @@ class FsdpEngine:
     def forward(self, *arguments: Any, **options: Any) -> Tensor:
         result = self.module(*arguments, **options)
         if not torch.is_grad_enabled():  # the root unit stays gathered for a backward pass that will not come
-            self.module.reshard()
+            self.module.reshard()  # type: ignore[operator]  # `fully_shard` has made it an FSDPModule
         return result
 
     def backward(self, loss: Tensor, last: bool) -> None:
+        self.module.set_requires_gradient_sync(last or not self.holds_gradients)  # type: ignore[operator]  # as above
         loss.backward()
 
     def step(self, learning_rate: float) -> float:
@@ -94,13 +99,13 @@ class FsdpEngine:
             yield name, whole(value.detach()).cpu().clone()
 
 
-def decoder_layers(module: nn.Module) -> list[nn.Module]:
+def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
     """The layers that transformers says must not be split."""
     names = set(causal_model(module.model)._no_split_modules or ())
     return [part for part in module.modules() if type(part).__name__ in names]
 
 
-def _like(value: Tensor, parameter: DTensor) -> Tensor:
+def _like(value: Tensor, parameter: Any) -> Tensor:
     """This rank's shard of a whole tensor, cut as the parameter is; every rank has the whole, nothing is sent."""
     moved = value.to(parameter.device)
     return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)

@@ -19,7 +19,7 @@ from data_prep.errors import PandaError
 from training.export.merge import merge
 from training.export.parity import Difference, difference
 from training.models.hub import base_of
-from training.models.transformers4 import write_for_older_readers
+from training.models.transformers4 import write_for_transformers4
 from training.tracking.looks import only_a_look
 
 MAX_MEAN_KL = 1e-3  # nats; rounding to bfloat16 costs about 1e-4
@@ -72,12 +72,12 @@ def _fill(unfinished: Path, model_dir: Path, prompts: list[list[int]], base: Pat
     reference = base_of(model_dir)
     if reference is None:
         shutil.copytree(model_dir, unfinished, dirs_exist_ok=True)  # no links: what is exported may be edited
-        write_for_older_readers(unfinished)
+        write_for_transformers4(unfinished)
         return Exported(str(unfinished), "copied")
     base_dir = base or find_base(reference)
     how = merge(model_dir, base_dir, unfinished)
     copy_companions(model_dir, base_dir, unfinished)
-    write_for_older_readers(unfinished)
+    write_for_transformers4(unfinished)
     found = difference(unfinished, model_dir, base_dir, prompts)
     if found.mean_kl > MAX_MEAN_KL or found.top1_agreement < MIN_TOP1_AGREEMENT:
         raise ExportError(

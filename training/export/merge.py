@@ -1,9 +1,9 @@
-"""Merge a LoRA adapter into its base: new weights = weights + scale * B @ A, one shard of the base after the other.
+"""Merge a LoRA adapter into its base: new weights = weights + scale * B @ A, one tensor of the base after the other.
 
 In: the adapter's and the base's directories (safetensors). Out: safetensors with the names, shards and dtypes of the
 base; the sum is computed in float32 and rounded once. What this file does not know (DoRA, biases, transposed layers
-of GPT-2, renamed weights) is merged by peft in memory instead. Cost: peak memory is one shard, about 5 GB at most,
-whatever the size of the model; reading and writing the weights once.
+of GPT-2, renamed weights) is merged by peft in memory instead. Cost: memory for a few tensors, whatever the size
+of the model; reading and writing the weights once.
 
 LoRA: arXiv 2106.09685; rank-stabilised scale alpha / sqrt(r): arXiv 2312.03732.
 """
@@ -12,21 +12,19 @@ import json
 import math
 import re
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from training.errors import ModelError
 from training.models.hub import ADAPTER
+from training.models.shards import rewrite_shards, tensors_of
 
 PREFIX = "base_model.model."
-INDEX = "model.safetensors.index.json"
 PLAIN = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "lora_bias": False, "target_parameters": None}
 
 
@@ -90,7 +88,8 @@ def merge(adapter_dir: Path, base_dir: Path, target: Path) -> str:
         raise ModelError(f"{base_dir}: the base is quantised; give the un-quantised weights with --base")
     adapter = read_adapter(adapter_dir)
     if can_stream(adapter, base_dir):
-        merge_streamed(adapter, base_dir, target)
+        rewrite_shards(base_dir, target, adapter.apply)
+        shutil.copyfile(base_dir / "config.json", target / "config.json")
         return "streamed"
     merge_in_memory(adapter_dir, base_dir, target)
     return "in memory"
@@ -99,44 +98,8 @@ def merge(adapter_dir: Path, base_dir: Path, target: Path) -> str:
 def can_stream(adapter: Adapter, base_dir: Path) -> bool:
     """Whether every tensor of the adapter is known and changes a weight that the base's files have by that name."""
     plain = all(adapter.config.get(name) in (value, None) for name, value in PLAIN.items())
-    weights = {name for shard in shards(base_dir) for name in names_in(shard)}
-    return plain and not adapter.others and adapter.a.keys() == adapter.b.keys() and adapter.names <= weights
-
-
-def shards(base_dir: Path) -> list[Path]:
-    """The safetensors files of a checkpoint: those its index names, or the single one."""
-    index = base_dir / INDEX
-    if index.exists():
-        return [base_dir / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-    files = sorted(base_dir.glob("*.safetensors"))
-    if not files:
-        raise ModelError(f"{base_dir}: no .safetensors files; pickled weights (.bin) are not read")
-    return files
-
-
-def names_in(shard: Path) -> list[str]:
-    """Names of the tensors of a file."""
-    with safe_open(shard, "pt") as tensors:
-        return list(tensors.keys())
-
-
-def merge_streamed(adapter: Adapter, base_dir: Path, target: Path) -> None:
-    """Shard by shard; shards the adapter does not touch are copied as they are."""
-    for shard in shards(base_dir):
-        if adapter.names.isdisjoint(names_in(shard)):
-            shutil.copyfile(shard, target / shard.name)
-        else:
-            save_file(dict(merged(adapter, shard)), target / shard.name, metadata={"format": "pt"})
-    if (base_dir / INDEX).exists():
-        shutil.copyfile(base_dir / INDEX, target / INDEX)
-    shutil.copyfile(base_dir / "config.json", target / "config.json")
-
-
-def merged(adapter: Adapter, shard: Path) -> Iterator[tuple[str, Tensor]]:
-    """(name, merged weight) of a shard."""
-    with safe_open(shard, "pt") as tensors:
-        for name in tensors.keys():  # noqa: SIM118  # not a mapping
-            yield name, adapter.apply(name, tensors.get_tensor(name)).contiguous()
+    known = plain and not adapter.others and adapter.a.keys() == adapter.b.keys()
+    return known and adapter.names <= tensors_of(base_dir).keys()
 
 
 def merge_in_memory(adapter_dir: Path, base_dir: Path, target: Path) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedConfig
+from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 
 NAME = "segments"
 
@@ -63,7 +63,7 @@ PLAIN = frozenset(("llama", "qwen2", "qwen3", "mistral", "olmo", "olmo2", "grani
 """Kinds of models that were compared with sdpa (`tests/training/models/test_attention.py`)."""
 
 
-def use(model: nn.Module) -> None:
+def use(model: PreTrainedModel) -> None:
     """Switch a model to this attention."""
     AttentionInterface.register(NAME, attention)
     model.set_attn_implementation(NAME)

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from data_prep.targets import load_target
 from training.devices import any_device, uses_bf16
@@ -25,7 +25,7 @@ from training.errors import ModelError
 from training.lean_imports import silence_vain_warnings
 from training.models import attention
 from training.models.loss import causal_model
-from training.models.transformers4 import write_for_older_readers
+from training.models.transformers4 import write_for_transformers4
 from training.settings import TrainSettings
 
 silence_vain_warnings()
@@ -40,18 +40,17 @@ TOKENIZER_FILES = (
 def load_model(settings: TrainSettings, model_dir: str | None, tokenizer_dir: str, dtype: torch.dtype) -> nn.Module:
     """The model in training mode. Initialisation (of a model from scratch, of an adapter) depends on the seed only."""
     torch.manual_seed(settings.seed)
-    model = from_scratch(settings, tokenizer_dir) if model_dir is None else from_directory(settings, model_dir, dtype)
-    keep_differentiable(model)
-    _check_vocabulary(model, tokenizer_dir)
-    model.config.use_cache = False
-    if settings.use_lora:
-        model = add_adapter(model, settings)
+    causal = from_scratch(settings, tokenizer_dir) if model_dir is None else from_directory(settings, model_dir, dtype)
+    keep_differentiable(causal)
+    _check_vocabulary(causal, tokenizer_dir)
+    causal.config.use_cache = False
+    model = add_adapter(causal, settings) if settings.use_lora else causal
     if settings.gradient_checkpointing:
-        causal_model(model).gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()
 
 
-def from_scratch(settings: TrainSettings, tokenizer_dir: str) -> nn.Module:
+def from_scratch(settings: TrainSettings, tokenizer_dir: str) -> PreTrainedModel:
     """A model with random float32 weights; vocabulary and special tokens are the tokenizer's."""
     if not settings.architecture:
         raise ModelError(f"model={settings.model!r} has neither ckpt_path nor architecture; give one of them")
@@ -70,7 +69,7 @@ def config_of(architecture: dict[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(**architecture)
 
 
-def from_directory(settings: TrainSettings, model_dir: str, dtype: torch.dtype) -> nn.Module:
+def from_directory(settings: TrainSettings, model_dir: str, dtype: torch.dtype) -> PreTrainedModel:
     """A model with the weights of a directory in safetensors; frozen 4-bit weights with `use_quant`."""
     if not Path(model_dir, "config.json").is_file():
         raise ModelError(f"{model_dir}: no config.json; ckpt_path must be a Hugging Face checkpoint directory")
@@ -97,6 +96,7 @@ def keep_differentiable(model: nn.Module) -> nn.Module:
 
     It repacks weights at the first evaluation; from then on no gradient passes the layer, silently, in training too.
     """
+    part: Any  # torch knows nothing of what bitsandbytes adds
     for part in model.modules():
         if hasattr(part, "support_avx512bf16_for_cpu"):
             part.support_avx512bf16_for_cpu = False
@@ -118,7 +118,7 @@ def add_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
 
     config = LoraConfig(
         r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,
+        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # annotated int, used as a number
         lora_dropout=settings.lora_dropout,
         target_modules=settings.lora_target_modules or "all-linear",
         task_type="CAUSAL_LM",
@@ -129,7 +129,7 @@ def add_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
         raise ModelError(f"lora_target_modules={settings.lora_target_modules}: {error}") from error
 
 
-def _with_attention(settings: TrainSettings, build: Callable[[str | None], nn.Module]) -> nn.Module:
+def _with_attention(settings: TrainSettings, build: Callable[[str | None], PreTrainedModel]) -> PreTrainedModel:
     """Build with the attention asked for; `auto`: FlashAttention if it fits, else by segment, else the model's own.
 
     FlashAttention computes in 16 bits only; in float32 it would fail in the first forward pass.
@@ -164,8 +164,14 @@ def special_tokens(tokenizer_dir: str) -> dict[str, int | None]:
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
-def _check_vocabulary(model: nn.Module, tokenizer_dir: str) -> None:
-    embeddings = model.get_input_embeddings().weight.shape[0]
+def num_embeddings(model: PreTrainedModel) -> int:
+    """Rows of the embedding: at least the tokenizer's tokens."""
+    embedding: Any = model.get_input_embeddings()
+    return embedding.weight.shape[0]
+
+
+def _check_vocabulary(model: PreTrainedModel, tokenizer_dir: str) -> None:
+    embeddings = num_embeddings(model)
     tokens = vocabulary_size(tokenizer_dir)
     if tokens > embeddings:
         raise ModelError(
@@ -174,13 +180,16 @@ def _check_vocabulary(model: nn.Module, tokenizer_dir: str) -> None:
         )
 
 
-def save_model(model: nn.Module, state: dict[str, Tensor], tokenizer_dir: str, directory: Path) -> None:
-    """Write the model for deployment. `state` holds whole weights by name, gathered by the engine; rank 0 only."""
+def save_model(model: Any, state: dict[str, Tensor], tokenizer_dir: str, directory: Path) -> None:
+    """Write the model, or peft's wrapper of one, for deployment; rank 0 only.
+
+    :param state: whole weights by name, gathered by the engine
+    """
     directory.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(directory, state_dict=state)
     copy_tokenizer(tokenizer_dir, directory)
     generation = causal_model(model).generation_config or GenerationConfig()
-    tokens = {name: value for name, value in special_tokens(tokenizer_dir).items() if value is not None}
+    tokens: dict[str, Any] = {name: value for name, value in special_tokens(tokenizer_dir).items() if value is not None}
     if isinstance(generation.eos_token_id, list):  # several ways to stop: keep them all
         tokens["eos_token_id"] = sorted({*generation.eos_token_id, tokens["eos_token_id"]})
     GenerationConfig(**{**generation.to_diff_dict(), **tokens}).save_pretrained(directory)
@@ -188,7 +197,7 @@ def save_model(model: nn.Module, state: dict[str, Tensor], tokenizer_dir: str, d
     config.use_cache = True
     config.save_pretrained(directory)
     config.use_cache = False
-    write_for_older_readers(directory)
+    write_for_transformers4(directory)
     check_saved(directory)
 
 
@@ -215,7 +224,7 @@ def load_deployed(directory: Path, dtype: torch.dtype | str = torch.float32, bas
     adapter = directory / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else str(directory)
     base = str(base_dir or base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True, use_safetensors=True)
+    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True, use_safetensors=True)
     if adapter.is_file():
         from peft import PeftModel
 

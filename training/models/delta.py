@@ -12,19 +12,21 @@ Checked: both have the same tensors with the same shapes; all values are finite;
 
 import json
 import logging
+import math
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
-
-import numpy as np
+from typing import TYPE_CHECKING, Any
 
 from data_prep import store
 from training.errors import CheckpointError
 from training.models.hub import DELTA_MARKER, base_checkpoint, named_delta, resolve_checkpoint, without_base
-from training.models.tensor_file import INDEX, TensorInfo, read_values, rounded, tensors_of, widened, write
 from training.settings import ModelSettings
+
+if TYPE_CHECKING:  # torch is imported when there is a delta to add
+    from torch import Tensor
+
+    from training.models.shards import TensorInfo
 
 logger = logging.getLogger(__name__)
 
@@ -33,7 +35,17 @@ NOT_WEIGHTS = re.compile(r"\.rotary_emb\.inv_freq$")
 SUM_TOLERANCE = 0.01
 MAX_COSINE = 0.9
 NUM_SPOTS = 3
-NOT_COPIED = ("*.safetensors", INDEX, DELTA_MARKER, store.MANIFEST, "*.bin", "*.pth", "*.pt", "*.md", ".*")
+NOT_COPIED = (
+    "*.safetensors",
+    "*.safetensors.index.json",
+    DELTA_MARKER,
+    store.MANIFEST,
+    "*.bin",
+    "*.pth",
+    "*.pt",
+    "*.md",
+    ".*",
+)
 
 
 def model_directory(settings: ModelSettings, cache_dir: Path) -> Path | None:
@@ -84,49 +96,56 @@ def _content(folder: Path) -> dict[str, str]:
 
 
 def _write_sum(folder: Path, delta: Path, base: Path, expected_sum: float | None) -> dict[str, Any]:
-    deltas, bases = _weights(delta), _weights(base)
+    from training.models.shards import rewrite_shards, tensors_of
+
+    deltas, bases = (
+        {name: info for name, info in tensors_of(source).items() if not NOT_WEIGHTS.search(name)}
+        for source in (delta, base)
+    )
     _check_alike(delta, deltas, base, bases)
     _check_no_whole_checkpoint(delta, deltas, bases)
-    files: dict[str, dict[str, TensorInfo]] = {}
-    for name, info in deltas.items():
-        files.setdefault(info.file.name, {})[name] = info
-    total = [0.0]
-    for file, infos in files.items():
-        write(folder / file, infos, _sums(infos, bases, total))
-    if len(files) > 1:
-        weight_map = {name: file for file, infos in files.items() for name in infos}
-        size = sum(info.size_bytes for info in deltas.values())
-        (folder / INDEX).write_text(json.dumps({"metadata": {"total_size": size}, "weight_map": weight_map}, indent=1))
-    if expected_sum is not None and abs(total[0] - expected_sum) > SUM_TOLERANCE:
+    sums = []
+
+    def add_base(name: str, change: "Tensor") -> "Tensor":
+        value = _sum(bases[name], change)
+        if not value.isfinite().all():
+            raise CheckpointError(
+                f"{deltas[name].file}: {name} is not finite after adding the base; the file is damaged"
+            )
+        sums.append(float(value.double().sum()))
+        return value
+
+    rewrite_shards(delta, folder, add_base, NOT_WEIGHTS.search)
+    total = math.fsum(sums)
+    if expected_sum is not None and abs(total - expected_sum) > SUM_TOLERANCE:
         raise CheckpointError(
-            f"{delta} + {base}: the values add up to {total[0]:.4f}, {DELTA_MARKER} says {expected_sum}; "
+            f"{delta} + {base}: the values add up to {total:.4f}, {DELTA_MARKER} says {expected_sum}; "
             "the delta was made from another base"
         )
-    _check_spots(folder, deltas, bases)
-    return {"delta": str(delta), "base": str(base), "tensors": len(deltas), "sum": total[0]}
+    written = tensors_of(folder)
+    for name in _spots(deltas):
+        if not written[name].read().equal(_sum(bases[name], deltas[name].read())):
+            raise CheckpointError(f"{written[name].file}: {name} is not what was written; is the disk in order?")
+    return {"delta": str(delta), "base": str(base), "tensors": len(deltas), "sum": total}
 
 
-def _weights(folder: Path) -> dict[str, TensorInfo]:
-    return {name: info for name, info in tensors_of(folder).items() if not NOT_WEIGHTS.search(name)}
+def _sum(base: "TensorInfo", change: "Tensor") -> "Tensor":
+    """base + delta, added in float32, in the type of the delta."""
+    return (base.read().float() + change.float()).to(change.dtype)
 
 
-def _sums(infos: dict[str, TensorInfo], bases: dict[str, TensorInfo], total: list[float]) -> Iterator[np.ndarray]:
-    """base + delta, tensor by tensor, as the file will hold it; the sum of all values goes to `total`."""
-    for name, info in infos.items():
-        value = widened(rounded(read_values(bases[name]) + read_values(info), info.dtype), info.dtype)
-        if not np.isfinite(value).all():
-            raise CheckpointError(f"{info.file}: {name} is not finite after adding the base; the file is damaged")
-        total[0] += float(value.sum(dtype=np.float64))
-        yield value
-
-
-def _check_alike(delta: Path, deltas: dict[str, TensorInfo], base: Path, bases: dict[str, TensorInfo]) -> None:
+def _check_alike(delta: Path, deltas: dict[str, "TensorInfo"], base: Path, bases: dict[str, "TensorInfo"]) -> None:
     only = sorted(deltas.keys() ^ bases.keys())
     if only:
         where = "delta" if only[0] in deltas else "base"
         raise CheckpointError(
             f"{delta} is no delta of {base}: {len(only)} tensors differ, {only[0]} is only in the {where}"
         )
+    for info in (*deltas.values(), *bases.values()):
+        if not info.dtype.startswith(("F", "BF")):
+            raise CheckpointError(
+                f"{info.file}: {info.name} is of type {info.dtype}; weights are floating-point numbers"
+            )
     for name, info in deltas.items():
         if info.shape != bases[name].shape:
             raise CheckpointError(
@@ -135,27 +154,19 @@ def _check_alike(delta: Path, deltas: dict[str, TensorInfo], base: Path, bases: 
             )
 
 
-def _spots(deltas: dict[str, TensorInfo]) -> list[str]:
+def _spots(deltas: dict[str, "TensorInfo"]) -> list[str]:
     """A few matrices, from the first to the last."""
     matrices = [name for name, info in deltas.items() if len(info.shape) > 1] or list(deltas)
-    return [matrices[round(index)] for index in np.linspace(0, len(matrices) - 1, NUM_SPOTS)]
+    last = len(matrices) - 1
+    return [matrices[round(spot * last / (NUM_SPOTS - 1))] for spot in range(NUM_SPOTS)]
 
 
-def _check_no_whole_checkpoint(delta: Path, deltas: dict[str, TensorInfo], bases: dict[str, TensorInfo]) -> None:
+def _check_no_whole_checkpoint(delta: Path, deltas: dict[str, "TensorInfo"], bases: dict[str, "TensorInfo"]) -> None:
     for name in _spots(deltas):
-        a, b = read_values(deltas[name]).ravel(), read_values(bases[name]).ravel()
-        cosine = float(a @ b / max(np.linalg.norm(a) * np.linalg.norm(b), 1e-30))
+        a, b = (infos[name].read().flatten().float() for infos in (deltas, bases))
+        cosine = float(a @ b / max(float(a.norm() * b.norm()), 1e-30))
         if cosine > MAX_COSINE:
             raise CheckpointError(
                 f"{delta} holds whole weights, no delta: {name} points the same way as in the base (cosine "
                 f"{cosine:.2f}); rename it without the word delta, or remove its {DELTA_MARKER}"
             )
-
-
-def _check_spots(folder: Path, deltas: dict[str, TensorInfo], bases: dict[str, TensorInfo]) -> None:
-    """What is on disk is base + delta."""
-    written = tensors_of(folder)
-    for name in _spots(deltas):
-        expected = rounded(read_values(bases[name]) + read_values(deltas[name]), deltas[name].dtype)
-        if not np.array_equal(rounded(read_values(written[name]), deltas[name].dtype), expected):
-            raise CheckpointError(f"{written[name].file}: {name} is not what was written; is the disk in order?")

@@ -7,46 +7,44 @@ target (label t is predicted by position t - 1)::
 
     labels          -100 -100  C   D  </s> -100   Y      hidden states used   1  2  3  5
 
-An all-padding micro-batch has no targets: its loss and all its gradients are exactly 0. Cost: one forward pass; the
-logits of a vocabulary of 128k never exist at once (`head_loss.py`).
+An all-padding micro-batch has no targets: its loss and all its gradients are exactly 0.
 
-Cross-entropy of the target tokens without ever holding their logits.
-
-In: hidden states ``(num_targets, hidden)`` of the positions that predict a target, the weight of the output layer
-``(vocabulary, hidden)``, the target ids ``(num_targets,) int64``. Out: the summed loss (training) or one loss a token
-(evaluation). Logits exist for one chunk of targets at a time, at most `CHUNK_ELEMENTS` numbers.
-
-Training computes the gradients of hidden states and weight in the forward pass, chunk by chunk, because there the
-logits are at hand: three matrix products in all, as without chunks; recomputing the logits in the backward pass would
-make it four. Cost: one buffer as large as the weight for its gradient, which training needs anyway. Cross-entropy is
-float32.
+The output layer and its cross-entropy are one function (`linear_cross_entropy`), so that the logits of all targets
+never exist at once: only those of a chunk, at most `CHUNK_ELEMENTS` numbers. Training computes the gradients of hidden
+states and weight in the forward pass, chunk by chunk, because there the logits are at hand: three matrix products in
+all, as without chunks; recomputing the logits in the backward pass would make it four. Cross-entropy is float32. Cost:
+one forward pass, and one buffer as large as the head's weight for its gradient, which training needs anyway.
 """
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from data_prep.plan.reader import Batch
 
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 logits: 340 targets of a vocabulary of 49k, 131 of 128k
 
 
-def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Cross-entropy of each target: ``(num_targets,) float32``; no gradients."""
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["sum", "none"]) -> Tensor:
+    """Cross-entropy of ``hidden @ weight.T`` without ever holding all of these logits.
+
+    :param hidden: ``(num_targets, hidden)``, of the positions that predict a target
+    :param weight: ``(vocabulary, hidden)``
+    :param targets: ``(num_targets,) int64``
+    :returns: float32; the sum, which has gradients and is 0 without targets; or ("none") one loss a target, without
+    """
+    if reduction == "sum":
+        return _SummedLoss.apply(hidden, weight, targets)
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for chunk in _chunks(len(targets), len(weight)):
         logits = _logits(hidden[chunk], weight)
         losses[chunk] = torch.nn.functional.cross_entropy(logits, targets[chunk], reduction="none")
     return losses
-
-
-def summed_loss(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """Sum of the cross-entropy over the targets, a scalar float32 that has gradients. Without targets it is 0."""
-    return _SummedLoss.apply(hidden, weight, targets)
 
 
 class _SummedLoss(torch.autograd.Function):
@@ -105,7 +103,6 @@ class MicroBatch:
     predictors: Tensor  # (N,) int64, flat index b * T + t of the hidden state that predicts a target
     targets: Tensor  # (N,) int64
     sources: Tensor  # (N,) int64, source of each target
-    num_tokens: int  # tokens that are not padding
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device (inputs only; counts and rows stay)."""
@@ -123,11 +120,10 @@ def micro_batch(batch: Batch, rows: Iterable[int]) -> MicroBatch:
         predictors=torch.from_numpy(places - 1),
         targets=torch.from_numpy(batch.labels.ravel()[places]),
         sources=torch.from_numpy(batch.sources.ravel()[places].astype(np.int64)),
-        num_tokens=int((batch.sources >= 0).sum()),
     )
 
 
-class TargetLoss(nn.Module):
+class CausalLMLoss(nn.Module):
     """A causal language model that returns losses of targets instead of logits.
 
     With FlashAttention the rows of a micro-batch are laid end to end into one: its kernel for packed sequences is used
@@ -139,7 +135,7 @@ class TargetLoss(nn.Module):
 
     def __init__(self, model: nn.Module):
         super().__init__()
-        self.model = model
+        self.model: Any = model
         causal = causal_model(model)
         self.one_row = str(causal.config._attn_implementation).startswith("flash")
         self.head = _Head(causal.get_output_embeddings().weight) if has_plain_head(causal) else None
@@ -185,13 +181,13 @@ class _Head(nn.Module):
         self.weight = weight
 
     def forward(self, hidden: Tensor, targets: Tensor, mode: Mode) -> Tensor:
-        loss = summed_loss if mode == "sum" else token_losses
-        return loss(hidden, self.weight, targets)
+        return linear_cross_entropy(hidden, self.weight, targets, "sum" if mode == "sum" else "none")
 
 
-def causal_model(model: nn.Module) -> nn.Module:
+def causal_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model below a peft wrapper, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    whole: Any = model
+    return whole.get_base_model() if hasattr(whole, "get_base_model") else whole
 
 
 LOGIT_EXTRAS = {  # what some models do to logits -> values that do nothing
@@ -202,8 +198,8 @@ LOGIT_EXTRAS = {  # what some models do to logits -> values that do nothing
 }
 
 
-def has_plain_head(causal: nn.Module) -> bool:
-    """True when logits are ``hidden @ weight.T``; `isolation.check` compares the two ways at start-up as well."""
+def has_plain_head(causal: PreTrainedModel) -> bool:
+    """True when logits are ``hidden @ weight.T``; `packing_check.check` compares the two ways at start-up as well."""
     head = causal.get_output_embeddings()
     extras = [name for name, neutral in LOGIT_EXTRAS.items() if getattr(causal.config, name, None) not in neutral]
     return type(head) is nn.Linear and head.bias is None and not extras

@@ -13,7 +13,7 @@ from typing import Any
 TOKENIZER_CLASSES = {"TokenizersBackend": "PreTrainedTokenizerFast"}
 
 
-def write_for_older_readers(directory: Path) -> None:
+def write_for_transformers4(directory: Path) -> None:
     """Complete the two files, where they are."""
     for name, complete in (("config.json", complete_config), ("tokenizer_config.json", complete_tokenizer)):
         path = directory / name

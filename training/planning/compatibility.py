@@ -1,7 +1,8 @@
-"""Which settings work together, as code: refused when a run is planned, with the reason and what to use instead.
+"""Which settings work together, as code: what follows from what was asked for, and what is refused, why, and instead.
 
-In: training settings, the model's configuration as plain JSON (or None), whether rows are packed. Out: a list of
-problems; `check` raises them all at once. No torch import: the plan calls this before any GPU is asked for.
+In: training settings, the model's configuration as plain JSON (or None), whether rows are packed. Out: settings that
+are implied; a list of problems, which `check` raises all at once. No torch import: the plan calls this before any GPU
+is asked for.
 """
 
 import json
@@ -145,6 +146,22 @@ def recurrent_parts(model_config: dict[str, Any]) -> list[str]:
         layers = inner.get(key)
         found |= set(layers) & RECURRENT_LAYERS if isinstance(layers, list) else set()
     return sorted(found)
+
+
+def implied(settings: TrainSettings) -> dict[str, tuple[Any, str]]:
+    """Settings that others leave one choice for, with that choice and whose it is; taken where nobody chose.
+
+    4-bit weights are frozen, so `use_quant` means an adapter on them; whole-matrix optimizers and 8-bit states need
+    whole parameters, which ZeRO 1 to 3 cut up.
+    """
+    values: dict[str, tuple[Any, str]] = {}
+    if settings.use_quant:
+        values["use_lora"] = (True, "use_quant")
+    if settings.use_nvlamb:
+        values["optimizer"] = ("LAMB", "use_nvlamb")
+    if settings.bit_training or settings.use_nvlamb or settings.optimizer in ("LAMB", "Adafactor"):
+        values["zero_stage"] = (0, "bit_training" if settings.bit_training else "the optimizer")
+    return values
 
 
 def problems(settings: TrainSettings, model_config: dict[str, Any] | None, packing: bool) -> list[str]:

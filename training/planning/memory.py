@@ -1,6 +1,6 @@
 """How much memory training takes on each rank, part by part, and the smallest change that makes it fit.
 
-In: `ModelShape`, the training settings, the number of ranks, what they run on. Out: `Memory`; changes of settings.
+In: `ModelShape`, the training settings, what the ranks run on. Out: `Memory`; changes of settings; bytes on disk.
 Pure arithmetic, microseconds: the engine's rules (ZeRO: arXiv 1910.02054, QLoRA: arXiv 2305.14314) applied to counts.
 `benchmarks/memory.py` compares it with measured peaks, DeepSpeed's estimators and published footprints.
 
@@ -13,41 +13,24 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from training.engines.deepspeed import REDUCE_BUCKET_ELEMENTS
+from training.models.loss import CHUNK_ELEMENTS
 from training.planning import compatibility
+from training.planning.hardware import Hardware
 from training.planning.model_shape import ModelShape
-from training.settings import TrainSettings
+from training.settings import CheckpointSettings, TrainSettings
 
 FLOAT32 = 4
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a nibble; a byte for each 64 weights; a float32 for each 256 of those
-STATE_BYTES = {"adamw": 8.0, "lamb": 8.0, "adafactor": 0.02}
+STATE_BYTES = {"AdamW": 8.0, "LAMB": 8.0, "Adafactor": 0.02}
 EIGHT_BIT_STATE_BYTES = 2.06
-BUCKET_ELEMENTS = 500_000_000  # of DeepSpeed's reduce bucket at most (training/engines/deepspeed.py)
 LIVE_ELEMENTS = 1_000_000_000  # of gathered weights, at most (ZeRO 3)
-CHUNK_ELEMENTS = 1 << 24  # of logits at a time (training/models/loss.py)
 CHUNK_COPIES = 3  # logits, the exponentials of their normaliser, their gradient
 GPU_CONTEXT_BYTES = 1.0e9  # CUDA, cuBLAS and NCCL, outside of torch's allocator
 GPU_FRAGMENTATION = 0.04
 CPU_PROCESS_BYTES = 0.22e9  # Python with torch, transformers and deepspeed, as far as a step needs it: fitted
 LAYER_TRANSIENT = 0.5  # gradients inside a layer, as a part of what the layer saves
-FITS = 0.95  # of a GPU's memory: the rest is for what no one foresees
-FITS_CPU = 0.6  # glibc keeps up to half as much again (2.5 GB allocated, 3.8 GB resident)
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the ranks run on."""
-
-    num_ranks: int
-    is_gpu: bool
-    bf16: bool
-
-    @property
-    def element_bytes(self) -> int:
-        return 2 if self.bf16 else 4
-
-    def usable(self, memory_bytes: float) -> float:
-        """How much of a rank's memory a plan may fill."""
-        return memory_bytes * (FITS if self.is_gpu else FITS_CPU)
+CHECKPOINT_BYTES = 12  # float32 weight and two states of each trained parameter
 
 
 @dataclass(frozen=True)
@@ -96,35 +79,34 @@ CHANGES = (
 )
 
 
-def estimate(shape: ModelShape, settings: TrainSettings, machine: Machine) -> Memory:
+def estimate(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> Memory:
     """Memory of each rank at the peak of a step."""
     engines = {-1: _fsdp, 0: _plain, 1: _zero12, 2: _zero12, 3: _zero3}
-    parts = engines[_stage(settings)](shape, settings, machine)
+    parts = engines[_stage(settings)](shape, settings, hardware)
     parts["activations"] = activations(shape, settings)
-    parts["logits"] = _logits(shape, settings, machine)
-    parts["update"] = _update_gradients(shape, settings, machine)
-    if machine.is_gpu:
+    parts["logits"] = _logits(shape, settings, hardware)
+    parts["update"] = _update_gradients(shape, settings, hardware)
+    if hardware.is_gpu:
         parts["engine"] += GPU_CONTEXT_BYTES + GPU_FRAGMENTATION * Memory(**parts).total
     else:
         parts["engine"] += CPU_PROCESS_BYTES
-    return Memory(**parts, host=_host(shape, settings, machine))
+    return Memory(**parts, host=_host(shape, settings, hardware))
 
 
-def fitting_change(  # noqa: PLR0913, PLR0917  # all that decides what fits
+def fitting_change(  # all that decides what fits
     shapes: Callable[[TrainSettings], ModelShape],
     settings: TrainSettings,
-    machine: Machine,
-    memory_bytes: float,
+    hardware: Hardware,
     model_config: dict[str, Any] | None,
     packing: bool,
 ) -> tuple[dict[str, Any], Memory] | None:
-    """The cheapest set of changed settings with which a rank fits into `memory_bytes`; None when there is none."""
+    """The cheapest set of changed settings with which a rank fits into its memory; None when there is none."""
     for values in _candidates(settings):
         changed = settings.model_copy(update=values)
         if compatibility.problems(changed, model_config, packing):
             continue
-        needed = estimate(shapes(changed), changed, machine)
-        if needed.total <= machine.usable(memory_bytes):
+        needed = estimate(shapes(changed), changed, hardware)
+        if hardware.fits(needed.total):
             return {name: value for name, value in values.items() if value != getattr(settings, name)}, needed
     return None
 
@@ -143,56 +125,57 @@ def _stage(settings: TrainSettings) -> int:
     return settings.zero_stage if settings.strategy == "deepspeed" else -1
 
 
-def _frozen_bytes(shape: ModelShape, machine: Machine) -> float:
+def _frozen_bytes(shape: ModelShape, hardware: Hardware) -> float:
     frozen = shape.parameters - shape.trainable - shape.quantised
-    dequantised = shape.largest_matrix * machine.element_bytes if shape.quantised else 0
-    return frozen * machine.element_bytes + shape.quantised * NF4_BYTES + dequantised
+    dequantised = shape.largest_matrix * hardware.element_bytes if shape.quantised else 0
+    return frozen * hardware.element_bytes + shape.quantised * NF4_BYTES + dequantised
 
 
 def _state_bytes(settings: TrainSettings) -> float:
     """Bytes of optimizer state for each trained parameter."""
     if settings.bit_training:
         return EIGHT_BIT_STATE_BYTES
-    name = settings.optimizer.lower() if isinstance(settings.optimizer, str) else ""
-    return STATE_BYTES.get(name, 8.0)
+    return STATE_BYTES[settings.optimizer] if isinstance(settings.optimizer, str) else STATE_BYTES["AdamW"]
 
 
-def _plain(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dict[str, float]:
+def _plain(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> dict[str, float]:
     """ZeRO 0: all in float32 on every rank; under autocast a bfloat16 copy of what a layer multiplies by."""
     trainable = shape.trainable
-    autocast = trainable * 2 if machine.bf16 else 0
-    reduced = min(trainable, BUCKET_ELEMENTS) * FLOAT32 if machine.num_ranks > 1 else 0
+    autocast = trainable * 2 if hardware.bf16 else 0
+    reduced = min(trainable, REDUCE_BUCKET_ELEMENTS) * FLOAT32 if hardware.ranks > 1 else 0
     return {
-        "weights": _frozen_bytes(shape, machine) + trainable * FLOAT32 + autocast,
+        "weights": _frozen_bytes(shape, hardware) + trainable * FLOAT32 + autocast,
         "gradients": trainable * FLOAT32,
         "optimizer": trainable * _state_bytes(settings),
         "engine": reduced,
     }
 
 
-def _zero12(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dict[str, float]:
+def _zero12(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> dict[str, float]:
     """ZeRO 1 and 2: weights whole; float32 copy and states sharded; gradients whole (1) or sharded (2)."""
-    element, trainable = machine.element_bytes, shape.trainable
-    share = trainable / machine.num_ranks
+    element, trainable = hardware.element_bytes, shape.trainable
+    share = trainable / hardware.ranks
     on_rank = 0 if settings.offload_optimizer else 1
     gradients = trainable * element if settings.zero_stage == 1 else share * element * on_rank
-    bucket = min(trainable, BUCKET_ELEMENTS) if machine.is_gpu else 0  # on a CPU its pages replace freed gradients
+    bucket = (
+        min(trainable, REDUCE_BUCKET_ELEMENTS) if hardware.is_gpu else 0
+    )  # on a CPU its pages replace freed gradients
     return {
-        "weights": _frozen_bytes(shape, machine) + trainable * element,
+        "weights": _frozen_bytes(shape, hardware) + trainable * element,
         "gradients": gradients,
         "optimizer": share * (FLOAT32 + _state_bytes(settings)) * on_rank,
         "engine": bucket * element,
     }
 
 
-def _zero3(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dict[str, float]:
+def _zero3(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> dict[str, float]:
     """ZeRO 3: everything sharded; some gathered weights alive at any moment."""
-    element = machine.element_bytes
-    share = shape.trainable / machine.num_ranks
-    weights = (_frozen_bytes(shape, machine) + shape.trainable * element) / machine.num_ranks
+    element = hardware.element_bytes
+    share = shape.trainable / hardware.ranks
+    weights = (_frozen_bytes(shape, hardware) + shape.trainable * element) / hardware.ranks
     on_rank = 0 if settings.offload_optimizer else 1
-    bucket = min(shape.trainable, BUCKET_ELEMENTS)
-    copies = 1 if machine.is_gpu else 2  # gloo scatters from copies
+    bucket = min(shape.trainable, REDUCE_BUCKET_ELEMENTS)
+    copies = 1 if hardware.is_gpu else 2  # gloo scatters from copies
     return {
         "weights": 0 if settings.offload_parameters else weights,
         "gradients": share * element * on_rank,
@@ -201,15 +184,15 @@ def _zero3(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dict
     }
 
 
-def _fsdp(shape: ModelShape, settings: TrainSettings, machine: Machine) -> dict[str, float]:
+def _fsdp(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> dict[str, float]:
     """FSDP2: float32 shards; two layers gathered in the type that is computed in, and one layer's whole gradient."""
-    share = shape.parameters / machine.num_ranks
-    trained = shape.trainable / machine.num_ranks
+    share = shape.parameters / hardware.ranks
+    trained = shape.trainable / hardware.ranks
     return {
         "weights": share * FLOAT32,
         "gradients": trained * FLOAT32,
         "optimizer": trained * _state_bytes(settings),
-        "engine": 3 * max(shape.largest_layer, shape.vocabulary * shape.hidden_size) * machine.element_bytes,
+        "engine": 3 * max(shape.largest_layer, shape.vocabulary * shape.hidden_size) * hardware.element_bytes,
     }
 
 
@@ -222,32 +205,38 @@ def activations(shape: ModelShape, settings: TrainSettings) -> float:
     return rows * (shape.saved_bytes + transient)
 
 
-def _logits(shape: ModelShape, settings: TrainSettings, machine: Machine) -> float:
+def _logits(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
     """A chunk of logits, or all of them; the gradient of the head's weight while it is made, twice."""
     targets = settings.per_gpu_train_batch_size * shape.num_tokens
     whole = targets * shape.vocabulary
     elements = min(whole, max(CHUNK_ELEMENTS, shape.vocabulary)) if shape.plain_head else whole
-    head = 2 * shape.vocabulary * shape.hidden_size * machine.element_bytes if shape.trains_head else 0
+    head = 2 * shape.vocabulary * shape.hidden_size * hardware.element_bytes if shape.trains_head else 0
     return elements * (CHUNK_COPIES * FLOAT32) + (head if shape.plain_head else head / 2)
 
 
-def _update_gradients(shape: ModelShape, settings: TrainSettings, machine: Machine) -> float:
+def _update_gradients(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
     """Gradients in float32 for the update, where the engine makes them (ZeRO 1 to 3)."""
     if _stage(settings) < 1 or settings.offload_optimizer:
         return 0.0
-    return shape.trainable / machine.num_ranks * FLOAT32
+    return shape.trainable / hardware.ranks * FLOAT32
 
 
-def _host(shape: ModelShape, settings: TrainSettings, machine: Machine) -> float:
+def _host(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
     """CPU memory of a rank on a GPU: for what is offloaded, before that for the whole weights while they are loaded."""
-    share = shape.trainable / machine.num_ranks
+    share = shape.trainable / hardware.ranks
     states = share * (2 * FLOAT32 + _state_bytes(settings)) if settings.offload_optimizer else 0
-    weights = shape.parameters / machine.num_ranks * machine.element_bytes if settings.offload_parameters else 0
-    return max(states + weights, _loaded(shape, settings, machine))
+    weights = shape.parameters / hardware.ranks * hardware.element_bytes if settings.offload_parameters else 0
+    return max(states + weights, _loaded(shape, settings, hardware))
 
 
-def _loaded(shape: ModelShape, settings: TrainSettings, machine: Machine) -> float:
+def _loaded(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
     """Every rank reads the whole model; 4-bit weights go to the GPU one by one."""
-    if settings.use_quant or not machine.is_gpu:
+    if settings.use_quant or not hardware.is_gpu:
         return 0.0
-    return shape.parameters * (machine.element_bytes if settings.loads_what_it_computes_in else FLOAT32)
+    return shape.parameters * (hardware.element_bytes if settings.loads_what_it_computes_in else FLOAT32)
+
+
+def disk_bytes(num_trained: int, num_saved: int, settings: CheckpointSettings) -> int:
+    """Disk that a run takes at most: the checkpoints kept, one more while it is written, the model in float32."""
+    kept = settings.keep_last + settings.keep_best + 1
+    return kept * CHECKPOINT_BYTES * num_trained + FLOAT32 * num_saved

@@ -6,8 +6,6 @@ there are any. A file first, like all metrics: an outage of MLflow loses none. C
 
 import contextlib
 import json
-import shutil
-import subprocess
 import threading
 import time
 from collections.abc import Iterator
@@ -15,9 +13,15 @@ from pathlib import Path
 
 import psutil
 
+from training.planning.hardware import query_gpus
+
 INTERVAL_SECONDS = 10.0
 MEGABYTE = 1e6
-GPU_QUERY = ("nvidia-smi", "--query-gpu=utilization.gpu,memory.used,power.draw", "--format=csv,noheader,nounits")
+GPU_METRICS = {
+    "utilization.gpu": "utilization_percentage",
+    "memory.used": "memory_usage_megabytes",
+    "power.draw": "power_usage_watts",
+}
 
 
 @contextlib.contextmanager
@@ -66,17 +70,9 @@ def sample(directory: Path, network_at_start) -> dict[str, float]:
 
 def sample_gpus() -> dict[str, float]:
     """Utilisation, memory and power of each GPU; nothing where there is no nvidia-smi or it does not answer."""
-    if not shutil.which(GPU_QUERY[0]):
-        return {}
-    try:
-        text = subprocess.run(GPU_QUERY, capture_output=True, text=True, timeout=5, check=True).stdout
-    except subprocess.SubprocessError:
-        return {}
-    values = {}
-    for number, line in enumerate(text.strip().splitlines()):
-        for name, word in zip(
-            ("utilization_percentage", "memory_usage_megabytes", "power_usage_watts"), line.split(","), strict=True
-        ):
-            with contextlib.suppress(ValueError):  # "[N/A]"
-                values[f"system/gpu_{number}_{name}"] = float(word)
-    return values
+    return {
+        f"system/gpu_{number}_{name}": value
+        for number, values in enumerate(query_gpus(*GPU_METRICS))
+        for name, value in zip(GPU_METRICS.values(), values, strict=True)
+        if value is not None
+    }

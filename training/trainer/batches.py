@@ -1,16 +1,12 @@
-"""The course of a run: which rows each step trains on, known before the first one.
+"""Which rows each step trains on, known before the first one, and the same rows as tensors, loaded ahead by threads.
 
-In: plan, settings, number of ranks. Out: steps, rows and target tokens of every step. All of it is a pure function, so
-resuming is a seek and the rows of a step are the same on any number of ranks. `rows_per_step` is fixed when a run
-starts (micro-batch x accumulation x ranks); a resumed run keeps it whatever its ranks and micro-batch are then.
-
-Micro-batches of this rank in order, loaded ahead by threads.
-
-In: a plan, and which rows this rank trains on next. Out: `MicroBatch` tensors. Assembling a row costs about 50 us and
-releases the interpreter while copying, so a few threads keep ahead of any model; they change the order of nothing.
+In: plan, settings, number of ranks. Out: steps, rows and target tokens of every step; `MicroBatch` tensors of this
+rank, in order. The schedule is a pure function, so resuming is a seek and the rows of a step are the same on any number
+of ranks. `rows_per_step` is fixed when a run starts (micro-batch x accumulation x ranks); a resumed run keeps it
+whatever its ranks and micro-batch are then. Cost: assembling a row takes about 50 us and releases the interpreter while
+copying, so a few threads keep ahead of any model; they change the order of nothing.
 """
 
-import math
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -21,11 +17,11 @@ import numpy as np
 from data_prep.plan.order import rows_of_step, split_step, steps_per_epoch
 from data_prep.plan.reader import Plan
 from training.models.loss import MicroBatch, micro_batch
-from training.settings import TrainSettings
+from training.settings import BatchSettings
 
 
 @dataclass(frozen=True)
-class Course:
+class BatchSchedule:
     """Steps are counted from 0 over all epochs; the last step of an epoch may have fewer rows."""
 
     plan: Plan
@@ -56,12 +52,12 @@ class Course:
             yield from self.micro_batches(step, rank, world_size, micro_batch)
 
 
-def plan_course(plan: Plan, settings: TrainSettings, world_size: int, rows_per_step: int | None = None) -> Course:
-    """The course that the settings describe; `rows_per_step` of a run that is resumed."""
-    rows = rows_per_step or settings.per_gpu_train_batch_size * settings.gradient_accumulation_steps * world_size
-    epochs = math.ceil(settings.num_train_epochs * steps_per_epoch(plan.num_rows, rows))
-    total = settings.max_steps if settings.max_steps >= 0 else epochs
-    return Course(plan, rows, settings.seed, total)
+def batch_schedule(
+    plan: Plan, settings: BatchSettings, world_size: int, rows_per_step: int | None = None
+) -> BatchSchedule:
+    """The schedule that the settings describe; `rows_per_step` of a run that is resumed."""
+    rows = rows_per_step or settings.rows_per_step(world_size)
+    return BatchSchedule(plan, rows, settings.seed, settings.total_steps(steps_per_epoch(plan.num_rows, rows)))
 
 
 def load(plan: Plan, rows: np.ndarray) -> MicroBatch:
@@ -69,9 +65,7 @@ def load(plan: Plan, rows: np.ndarray) -> MicroBatch:
     return micro_batch(plan.batch(rows), rows)
 
 
-def load_ahead(
-    plan: Plan, wanted: Iterable[np.ndarray], num_workers: int, prefetch_factor: int
-) -> Iterator[MicroBatch]:
+def prefetch(plan: Plan, wanted: Iterable[np.ndarray], num_workers: int, prefetch_factor: int) -> Iterator[MicroBatch]:
     """The micro-batches of `wanted`, in its order; `num_workers` threads keep `prefetch_factor` each ready."""
     if not num_workers:
         yield from (load(plan, rows) for rows in wanted)

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from data_prep.store import hash_file
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, Engine
+from training.engines.engine import Engine
 from training.errors import CheckpointError
 from training.launch.heartbeat import SignsOfLife
 
@@ -213,11 +213,6 @@ def discard_after(root: Path, step: int) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def bytes_needed(num_trained: int, bytes_per_parameter: int, keep_last: int, keep_best: bool) -> int:
-    """Disk that checkpoints take at most: those kept, and one more while it is written."""
-    return num_trained * bytes_per_parameter * (keep_last + keep_best + 1)
-
-
 def check_disk(root: Path, needed: int) -> None:
     """Refuse to start a run whose checkpoints do not fit."""
     free = shutil.disk_usage(root).free
@@ -226,8 +221,3 @@ def check_disk(root: Path, needed: int) -> None:
             f"{root}: checkpoints and model need {needed / 1e9:.2f} GB, {free / 1e9:.2f} GB are free; "
             "free space, lower keep_last, or choose another output_dir"
         )
-
-
-def weight_of(directory: Path) -> dict[str, Tensor]:
-    """The trained weights of a checkpoint by name, for saving the best model."""
-    return {name: state[WEIGHT] for name, state in _read_states(directory)}

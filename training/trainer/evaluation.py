@@ -18,18 +18,20 @@ from data_prep.plan.reader import Plan
 from training.distributed import Ranks
 from training.launch.heartbeat import SignsOfLife
 from training.models.loss import MicroBatch
-from training.trainer.batches import load_ahead
+from training.trainer.batches import prefetch
 
 ALL = "all"
 
 
-def evaluate(losses_of: Callable[[MicroBatch], Tensor], plan: Plan, micro_batch: int, ranks: Ranks) -> dict[str, Any]:
+def held_out_losses(
+    losses_of: Callable[[MicroBatch], Tensor], plan: Plan, micro_batch: int, ranks: Ranks
+) -> dict[str, Any]:
     """Mean loss per target token of each source over all rows of the plan."""
     mine = split_step(np.arange(plan.num_rows), ranks.world_size, micro_batch)[ranks.rank]
     totals = torch.zeros(2, len(plan.sources), dtype=torch.float64)  # summed loss, target tokens
     alive = SignsOfLife("evaluation", len(mine), "micro-batches")
     with torch.no_grad():
-        for done, batch in enumerate(load_ahead(plan, mine, num_workers=1, prefetch_factor=2)):
+        for done, batch in enumerate(prefetch(plan, mine, num_workers=1, prefetch_factor=2)):
             alive(done)
             on_device = batch.to(ranks.device)
             losses = losses_of(on_device).double().cpu()

@@ -1,14 +1,10 @@
-"""The training loop: steps, evaluation, checkpoints, until the course is done or someone asks to stop.
+"""The training loop: steps, evaluation, checkpoints, until all steps are done or someone asks to stop.
 
-In: a `Run` (engine, course, plans, ranks, settings). Out: the `Progress` at the end; metrics, evaluations,
-checkpoints on disk. The loop owns no algorithm: rows come from `course.py`, the step from `step.py`, sharding from
-the engine.
-
-SIGTERM and SIGINT mean: write a checkpoint and go. All ranks must leave at the same micro-batch.
-
-In: signals to any rank. Out: `requested`, the same answer on every rank. Cost: one small all-reduce (0.1 to 0.3 ms) a
-micro-batch; without it a rank that stops would leave the others waiting in a collective, and waiting for the end of a
-step of many micro-batches could take longer than the deadline.
+In: a `Run` (engine, batches, ranks, settings), signals to any rank. Out: the `Progress` at the end; metrics,
+evaluations, checkpoints on disk. The loop owns no algorithm: rows come from `batches.py`, the step from `step.py`,
+sharding from the engine. SIGTERM and SIGINT mean: write a checkpoint and go, all ranks at the same micro-batch. Cost
+beside the steps: one small all-reduce (0.1 to 0.3 ms) a micro-batch; without it a rank that stops would leave the
+others waiting in a collective, and the end of a step of many micro-batches could come after the deadline.
 """
 
 import logging
@@ -31,14 +27,18 @@ from training.launch.heartbeat import SignsOfLife
 from training.models.loss import MicroBatch
 from training.settings import TrainSettings
 from training.trainer import checkpoint, evaluation
-from training.trainer.batches import Course, load_ahead
+from training.trainer.batches import BatchSchedule, prefetch
 from training.trainer.checkpoint import Progress
 from training.trainer.metrics import Clock, JsonLines, duration, memory_peak_bytes
 from training.trainer.schedule import Factor
 from training.trainer.step import NotFinite, StepWork, train_step
 
+NUM_RECORDS_SHOWN = 5
 
-class Stop:
+log = logging.getLogger(__name__)
+
+
+class StopSignal:
     """Whether this run has been asked to end."""
 
     def __init__(self, ranks: Ranks):
@@ -58,11 +58,6 @@ class Stop:
         return bool(self._ranks.max(float(self._signalled))[0])
 
 
-NUM_RECORDS_SHOWN = 5
-
-log = logging.getLogger(__name__)
-
-
 @dataclass
 class Run:
     """Everything a step needs; made once by the worker."""
@@ -70,10 +65,10 @@ class Run:
     settings: TrainSettings
     ranks: Ranks
     engine: Engine
-    course: Course
+    batch_schedule: BatchSchedule
     validation: Plan
     factor: Factor
-    stop: Stop
+    stop: StopSignal
     directory: Path
     flops_per_token: float
     peak_flops: float | None
@@ -86,7 +81,7 @@ class Run:
     @property
     def save_steps(self) -> int:
         """`save_steps`, or ten times in a run."""
-        return self.settings.save_steps or max(1, math.ceil(self.course.total_steps / 10))
+        return self.settings.save_steps or max(1, math.ceil(self.batch_schedule.total_steps / 10))
 
     def work(self, step: int) -> StepWork:
         """What a step has to do."""
@@ -94,21 +89,23 @@ class Run:
         return StepWork(
             step=step,
             seed=self.settings.seed,
-            num_micro_steps=len(self.course.micro_batches(step, self.ranks.rank, self.ranks.world_size, micro_batch)),
-            target_tokens=self.course.target_tokens(step),
+            num_micro_steps=len(
+                self.batch_schedule.micro_batches(step, self.ranks.rank, self.ranks.world_size, micro_batch)
+            ),
+            target_tokens=self.batch_schedule.target_tokens(step),
             learning_rate=self.settings.learning_rate * self.factor(step),
         )
 
 
 def train(run: Run, progress: Progress) -> Progress:
-    """Train from where `progress` is to the end of the course, or until held-out loss stops falling."""
+    """Train from where `progress` is to the last step, or until held-out loss stops falling."""
     with ExitStack() as stack:
         files = [JsonLines(run.directory / name, progress.step) for name in ("metrics.jsonl", "evaluations.jsonl")]
         metrics, evaluations = [stack.enter_context(file) if run.ranks.is_first else None for file in files]
         batches = _micro_batches(run, progress.step)
         if not progress.step and not progress.eval_before:
             progress.eval_before = evaluate(run, progress, evaluations)
-        while progress.step < run.course.total_steps:
+        while progress.step < run.batch_schedule.total_steps:
             record = one_step(run, progress, batches)
             if metrics is not None:
                 _report(run, progress, record, metrics)
@@ -120,8 +117,8 @@ def train(run: Run, progress: Progress) -> Progress:
 def _micro_batches(run: Run, first_step: int) -> Iterator[MicroBatch]:
     """This rank's micro-batches from a step on, on its device."""
     settings, ranks = run.settings, run.ranks
-    wanted = run.course.wanted(first_step, ranks.rank, ranks.world_size, settings.per_gpu_train_batch_size)
-    loaded = load_ahead(run.course.plan, wanted, settings.num_workers, settings.prefetch_factor)
+    wanted = run.batch_schedule.wanted(first_step, ranks.rank, ranks.world_size, settings.per_gpu_train_batch_size)
+    loaded = prefetch(run.batch_schedule.plan, wanted, settings.num_workers, settings.prefetch_factor)
     return (batch.to(ranks.device) for batch in loaded)
 
 
@@ -133,12 +130,12 @@ def one_step(run: Run, progress: Progress, batches: Iterator[MicroBatch]) -> dic
         result = train_step(run.engine, batches, work, clock, _watch(run, progress, work.num_micro_steps))
     except NotFinite as error:
         raise _explain(error, run, progress.step) from error
-    rows = run.course.rows(progress.step)
-    tokens, seconds = int(run.course.plan.row_tokens[rows].sum()), time.perf_counter() - began
+    rows = run.batch_schedule.rows(progress.step)
+    tokens, seconds = int(run.batch_schedule.plan.row_tokens[rows].sum()), time.perf_counter() - began
     progress.add(loss=result.loss, tokens=tokens, target_tokens=work.target_tokens, seconds=seconds)
     return {
         "step": progress.step,
-        "epoch": progress.step / run.course.steps_per_epoch,
+        "epoch": progress.step / run.batch_schedule.steps_per_epoch,
         "loss": result.loss,
         "learning_rate": work.learning_rate,
         "grad_norm": result.grad_norm,
@@ -179,7 +176,7 @@ def _explain(error: NotFinite, run: Run, step: int) -> NonFiniteError:
     if not error.rows:
         time.sleep(1)  # let the rank that knows the records speak first
         return NonFiniteError(f"step {step + 1}: {error.what} is not finite; no update was made")
-    origins = [origin for row in error.rows if row >= 0 for origin in run.course.plan.origins(row)]
+    origins = [origin for row in error.rows if row >= 0 for origin in run.batch_schedule.plan.origins(row)]
     shown = ", ".join(f"{file}:{line}" for file, line in origins[:NUM_RECORDS_SHOWN])
     more = f" and {len(origins) - NUM_RECORDS_SHOWN} more" if len(origins) > NUM_RECORDS_SHOWN else ""
     return NonFiniteError(
@@ -199,17 +196,17 @@ def leave(run: Run, progress: Progress) -> None:
 def _after_step(run: Run, progress: Progress, evaluations: JsonLines | None) -> bool:
     """Evaluate and save when due; True ends the run early."""
     settings, step = run.settings, progress.step
-    last = step == run.course.total_steps
+    last = step == run.batch_schedule.total_steps
     early = False
     if settings.eval_steps and step % settings.eval_steps == 0 and not last:
         result = evaluate(run, progress, evaluations)
-        early = _judge(run, progress, result)
+        early = _early_stop(run, progress, result)
     if last or early or step % run.save_steps == 0:
         save(run, progress)
     return early
 
 
-def _judge(run: Run, progress: Progress, result: dict[str, Any]) -> bool:
+def _early_stop(run: Run, progress: Progress, result: dict[str, Any]) -> bool:
     """Remember the best held-out loss; True when it has not fallen for `early_stop_patience` evaluations."""
     loss = result.get(evaluation.ALL, {}).get("loss")
     if loss is None:
@@ -230,7 +227,7 @@ def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> dic
         return {}
     module = run.engine.module
     module.eval()
-    result = evaluation.evaluate(
+    result = evaluation.held_out_losses(
         lambda batch: run.engine.forward(batch, "each"), run.validation, run.settings.per_gpu_eval_batch_size, run.ranks
     )
     module.train()
@@ -257,7 +254,7 @@ def save(run: Run, progress: Progress) -> Path:
 def _report(run: Run, progress: Progress, record: dict[str, Any], metrics: JsonLines) -> None:
     """A line in metrics.jsonl, an event for the launcher, a progress line for people."""
     metrics.write(**record)
-    total = run.course.total_steps
+    total = run.batch_schedule.total_steps
     eta = (total - progress.step) * progress.seconds / progress.step
     emit({"event": "step", "steps": total, "eta_seconds": eta, **record})
     for callback in run.callbacks:

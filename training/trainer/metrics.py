@@ -17,6 +17,7 @@ from typing import Any, TextIO
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 SPANS = ("data", "forward", "backward", "step")
 
@@ -66,7 +67,7 @@ def memory_peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def flops_per_token(model: nn.Module) -> float:
+def flops_per_token(model: PreTrainedModel) -> float:
     """Floating point operations of a token, forward and backward, without attention scores (arXiv 2001.08361).
 
     2 a weight forward, 2 for the gradient that flows through, 2 more where the weight itself is trained. Embeddings are

@@ -32,7 +32,7 @@ Losses = Callable[[MicroBatch, Mode], Tensor]
 
 
 @dataclass(frozen=True)
-class Facts:
+class Checked:
     """What the checks depend on."""
 
     vocabulary: int
@@ -41,10 +41,10 @@ class Facts:
     dtype: torch.dtype
 
 
-def check(losses_of: Losses, facts: Facts, ranks: Ranks) -> None:
+def check(losses_of: Losses, checked: Checked, ranks: Ranks) -> None:
     """Run the checks. All ranks together."""
-    rows = min(facts.micro_batch, 2)
-    segments = random_segments(facts.vocabulary)
+    rows = min(checked.micro_batch, 2)
+    segments = random_segments(checked.vocabulary)
     first, second, last = segments
 
     def losses(segments: list[np.ndarray], rows: int, mode: Mode = "each") -> Tensor:
@@ -55,15 +55,15 @@ def check(losses_of: Losses, facts: Facts, ranks: Ranks) -> None:
         own = losses(segments, rows, "reference")
         swapped = losses([second, first, last], rows)
         alone = torch.cat([losses([segment], 1) for segment in segments] * rows)
-    if not _close(own, ours, facts.dtype):
+    if not _close(own, ours, checked.dtype):
         raise ModelError(
             f"losses at target positions differ from those of the model's own logits by {_distance(own, ours):.3g}; "
             "this model's output layer does more than a matrix product, please report its model_type"
         )
-    if not facts.packing:
+    if not checked.packing:
         return
     moved = _distance(_of_last(swapped, rows), _of_last(ours, rows))
-    if moved > TOLERANCE or not _close(alone, ours, facts.dtype):
+    if moved > TOLERANCE or not _close(alone, ours, checked.dtype):
         raise ModelError(
             f"the segments of a packed row are not isolated in this model: losses differ by up to "
             f"{max(moved, _distance(alone, ours)):.3g} from those of the segments alone. Use --packing false"

@@ -7,7 +7,7 @@ import pytest
 
 LOOK = """
 from torch import nn
-from tests.training.models.test_target_loss import tiny
+from tests.training.models.test_loss import tiny
 from training.engines.deepspeed import DeepSpeedEngine
 from training.distributed import join, leave, this_rank
 from training.settings import TrainSettings

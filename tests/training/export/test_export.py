@@ -8,9 +8,10 @@ from safetensors.torch import load_file, save_file
 
 from tests.support.tiny_models import save_adapter, save_full_model
 from tests.training.registry.test_register import greedy, tracked_run
-from training.errors import ModelError
+from training.errors import CheckpointError, ModelError
 from training.export import merge
 from training.export.export import CONVERTER, Exported, ExportError, export, to_gguf
+from training.models.shards import shards, tensors_of
 from training.registry import publish
 from training.registry.publish import CardFacts, model_card
 from training.registry.register import register
@@ -25,7 +26,7 @@ def base(tmp_path):
     model = save_full_model(tmp_path / "base")
     model.save_pretrained(tmp_path / "base", max_shard_size="100KB")
     (tmp_path / "base" / "model.safetensors").unlink()
-    assert len(merge.shards(tmp_path / "base")) > 1
+    assert len(shards(tmp_path / "base")) > 1
     return tmp_path / "base"
 
 
@@ -38,7 +39,7 @@ def test_the_merged_model_is_base_plus_adapter(base, tmp_path):
     done = export(tmp_path / "adapter", tmp_path / "out", PROMPTS, write_card)
     assert done.kind == "streamed" and done.difference.top1_agreement == 1 and done.difference.mean_kl < 1e-6
     merge.merge_in_memory(tmp_path / "adapter", base, tmp_path / "peft")
-    ours, theirs = ({k: v for f in merge.shards(d) for k, v in load_file(f).items()}
+    ours, theirs = ({k: v for f in shards(d) for k, v in load_file(f).items()}
                     for d in (tmp_path / "out", tmp_path / "peft"))  # fmt: skip
     assert ours.keys() == theirs.keys()
     assert all(torch.allclose(ours[name], theirs[name], atol=1e-6) for name in ours)
@@ -103,7 +104,7 @@ def test_bfloat16_is_rounded_once(tmp_path):
     export(tmp_path / "adapter", tmp_path / "out", PROMPTS, write_card)
     adapter = merge.read_adapter(tmp_path / "adapter")
     name = "model.layers.0.self_attn.q_proj.weight"
-    (before,), (after,) = ([load_file(f)[name] for f in merge.shards(tmp_path / d)] for d in ("base", "out"))
+    (before,), (after,) = ([load_file(f)[name] for f in shards(tmp_path / d)] for d in ("base", "out"))
     exact = before.double() + adapter.scale(name) * (adapter.b[name].double() @ adapter.a[name].double())
     assert after.dtype == torch.bfloat16 and torch.equal(after, exact.float().to(torch.bfloat16))
 
@@ -159,7 +160,7 @@ def test_an_export_has_what_other_programs_read(base, tmp_path):
         assert (tokenizer["tokenizer_class"], tokenizer["eos_token"]) == ("PreTrainedTokenizerFast", "</s>")
         files = {path.name for path in (tmp_path / name).iterdir()}
         assert {"tokenizer.json", "chat_template.jinja", "README.md"} <= files
-        assert "adapter_config.json" not in files and {path.suffix for path in merge.shards(tmp_path / name)} == {
+        assert "adapter_config.json" not in files and {path.suffix for path in shards(tmp_path / name)} == {
             ".safetensors"
         }
 
@@ -187,7 +188,7 @@ def test_gguf_needs_the_converter_and_says_what_it_says(tmp_path, monkeypatch):
 
 def test_pickled_weights_are_refused(tmp_path):
     (tmp_path / "base").mkdir()
-    with pytest.raises(ModelError, match="safetensors"):
-        merge.shards(tmp_path / "base")
+    with pytest.raises(CheckpointError, match="safetensors"):
+        shards(tmp_path / "base")
     save_file({"a": torch.ones(1)}, tmp_path / "base" / "model.safetensors")
-    assert merge.names_in(merge.shards(tmp_path / "base")[0]) == ["a"]
+    assert list(tensors_of(tmp_path / "base")) == ["a"]

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tests.training.models.test_target_loss import VOCABULARY, gradients, literal_batch, tiny
+from tests.training.models.test_loss import VOCABULARY, gradients, literal_batch, tiny
 from training.models import attention
 from training.models.loss import causal_model, micro_batch
 from training.trainer.packing_check import pack, random_segments

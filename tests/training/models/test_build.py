@@ -12,10 +12,10 @@ from tests.support import tiny
 from tests.support.plans import example, write_plan
 from tests.support.smollm2 import smollm2
 from tests.support.tiny import ARCHITECTURE, EOS, VOCABULARY, write_tokenizer
-from tests.training.models.test_target_loss import gradients
+from tests.training.models.test_loss import gradients
 from training.errors import ModelError
 from training.models.build import load_deployed, load_model, save_model
-from training.models.loss import TargetLoss
+from training.models.loss import CausalLMLoss
 from training.settings import TrainSettings
 from training.trainer.packing_check import pack, random_segments
 
@@ -58,8 +58,8 @@ def test_the_seed_decides_the_weights(tokenizer):
 
 def test_saved_and_loaded_is_the_same_model(base, tokenizer):
     segments = pack([random_segments(VOCABULARY)])
-    one = TargetLoss(load_model(TrainSettings(), base, tokenizer, FLOAT32).eval())
-    other = TargetLoss(load_deployed(Path(base)))
+    one = CausalLMLoss(load_model(TrainSettings(), base, tokenizer, FLOAT32).eval())
+    other = CausalLMLoss(load_deployed(Path(base)))
     torch.testing.assert_close(one(segments, "each"), other(segments, "each"), rtol=1e-5, atol=1e-5)
     assert {file.suffix for file in Path(base).iterdir()} == {".json", ".safetensors"}, "no pickle"
 
@@ -86,9 +86,9 @@ def test_an_adapter_is_saved_alone_and_comes_back(base, tokenizer, tmp_path):
     ).stat().st_size
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["base_model_name_or_path"] == base
     segments = pack([random_segments(VOCABULARY)])
-    expected = TargetLoss(model.eval())(segments, "each")
-    torch.testing.assert_close(TargetLoss(load_deployed(tmp_path / "adapter"))(segments, "each"), expected)
-    assert not torch.allclose(TargetLoss(load_deployed(Path(base)))(segments, "each"), expected)
+    expected = CausalLMLoss(model.eval())(segments, "each")
+    torch.testing.assert_close(CausalLMLoss(load_deployed(tmp_path / "adapter"))(segments, "each"), expected)
+    assert not torch.allclose(CausalLMLoss(load_deployed(Path(base)))(segments, "each"), expected)
 
 
 def test_empty_tensors_are_never_deployed(base, tokenizer, tmp_path):
@@ -115,12 +115,12 @@ def dequantised(model: torch.nn.Module) -> torch.nn.Module:
 def test_gradients_pass_4_bit_layers_also_after_an_evaluation(base, tokenizer):
     """bitsandbytes' kernel for AVX512-BF16 repacks weights in evaluation, and then cuts the graph silently."""
     settings = lora(use_quant=True)
-    quantised = TargetLoss(load_model(settings, base, tokenizer, FLOAT32))
+    quantised = CausalLMLoss(load_model(settings, base, tokenizer, FLOAT32))
     segments = pack([random_segments(VOCABULARY)])
     with torch.no_grad():
         quantised.eval()(segments)
     ours = trained_gradients(quantised.train(), segments)
-    plain = TargetLoss(dequantised(load_model(settings, base, tokenizer, FLOAT32)))
+    plain = CausalLMLoss(dequantised(load_model(settings, base, tokenizer, FLOAT32)))
     expected = trained_gradients(plain, segments)
     assert ours.keys() == expected.keys()
     assert any("layers.0" in name and gradient.abs().max() > 1e-4 for name, gradient in ours.items())
@@ -128,7 +128,7 @@ def test_gradients_pass_4_bit_layers_also_after_an_evaluation(base, tokenizer):
         torch.testing.assert_close(gradient, expected[name], rtol=1e-3, atol=1e-4)
 
 
-def trained_gradients(model: TargetLoss, batch) -> dict[str, torch.Tensor]:
+def trained_gradients(model: CausalLMLoss, batch) -> dict[str, torch.Tensor]:
     torch.manual_seed(1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
@@ -145,7 +145,7 @@ def test_packed_equals_unpacked_on_a_pretrained_model(rows):
     tokenizer = AutoTokenizer.from_pretrained(directory)
     texts = ["Paris is the capital of France.", "def add(a, b):\n    return a + b", "长城是中国古代的伟大工程。" * 3]
     segments = [np.array(tokenizer(text)["input_ids"]) for text in texts]
-    model = TargetLoss(AutoModelForCausalLM.from_pretrained(directory, dtype=FLOAT32).eval())
+    model = CausalLMLoss(AutoModelForCausalLM.from_pretrained(directory, dtype=FLOAT32).eval())
     with torch.no_grad():
         packed = model(pack([segments] * rows), "each")
         alone = torch.cat([model(pack([[segment]]), "each") for segment in segments] * rows)

@@ -3,14 +3,13 @@
 import json
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from training.errors import CheckpointError
-from training.models import tensor_file
 from training.models.delta import model_directory
+from training.models.shards import INDEX, tensors_of
 from training.settings import ModelSettings
 
 SHAPES = {"embed.weight": (40, 8), "layer.0.weight": (8, 8), "norm.weight": (8,), "head.weight": (40, 8)}
@@ -64,8 +63,8 @@ def test_the_sum(parts, dtype):
     assert all(torch.equal(found[name], expected[name]) and found[name].dtype == dtype for name in expected)
     assert json.loads((folder / "config.json").read_text())["made_for"] == "tuned-delta"
     assert (folder / "tokenizer.json").is_file(), "the base's, since the delta has none"
-    assert (folder / tensor_file.INDEX).is_file() == (parts > 1)
-    assert {name: info.shape for name, info in tensor_file.tensors_of(folder).items()} == SHAPES
+    assert (folder / INDEX).is_file() == (parts > 1)
+    assert {name: info.shape for name, info in tensors_of(folder).items()} == SHAPES
 
 
 def test_made_once_and_again_when_the_content_changes():
@@ -103,6 +102,10 @@ def spoil(name: str, tensor: torch.Tensor | None) -> None:
     save_file({**change, **({name: tensor} if tensor is not None else {})}, "tuned-delta/model.safetensors")
 
 
+def shorten(file: str) -> None:
+    Path(file).write_bytes(Path(file).read_bytes()[:-8])
+
+
 @pytest.mark.parametrize(
     ("how", "message"),
     [
@@ -114,6 +117,8 @@ def spoil(name: str, tensor: torch.Tensor | None) -> None:
             lambda: Path("tuned-delta/model.safetensors").write_bytes(b"\x10" + bytes(30)),
             "not a whole safetensors file",
         ),
+        (lambda: shorten("tuned-delta/model.safetensors"), "not a whole safetensors file"),
+        (lambda: spoil("norm.weight", torch.zeros(8, dtype=torch.int64)), "norm.weight is of type I64"),
     ],
 )
 def test_what_can_be_wrong(how, message):
@@ -129,9 +134,3 @@ def test_a_delta_without_base():
     pair()
     with pytest.raises(CheckpointError, match="name its base with --delta_base"):
         apply(delta_base=None)
-
-
-def test_bfloat16_rounds_as_torch_does():
-    values = torch.cat([torch.randn(4096), torch.tensor([0.0, -0.0, 1.00390625, 1.01171875, 3.3e38])])
-    expected = values.bfloat16().view(torch.int16).numpy().view(np.uint16)
-    assert np.array_equal(tensor_file.rounded(values.numpy(), "BF16"), expected)

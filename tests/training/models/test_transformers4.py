@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from tests.support.tiny_models import save_full_model, save_tokenizer
-from training.models.transformers4 import complete_config, complete_tokenizer, write_for_older_readers
+from training.models.transformers4 import complete_config, complete_tokenizer, write_for_transformers4
 
 LLAMA3 = {
     "rope_type": "llama3", "rope_theta": 500.0, "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
@@ -42,7 +42,7 @@ def test_transformers_5_reads_the_same(tmp_path):
     )  # fmt: skip
     model = LlamaForCausalLM(config).eval()
     model.save_pretrained(tmp_path)
-    write_for_older_readers(tmp_path)
+    write_for_transformers4(tmp_path)
     written = json.loads((tmp_path / "tokenizer_config.json").read_text())
     assert written["tokenizer_class"] == "PreTrainedTokenizerFast"
     assert written["additional_special_tokens"] == ["<|a|>", "<|b|>"]
@@ -53,12 +53,12 @@ def test_transformers_5_reads_the_same(tmp_path):
     assert read("x<|a|>y").input_ids == tokenizer("x<|a|>y").input_ids
     assert read.all_special_tokens == tokenizer.all_special_tokens
     before = (tmp_path / "config.json").read_text()
-    write_for_older_readers(tmp_path)
+    write_for_transformers4(tmp_path)
     assert (tmp_path / "config.json").read_text() == before
 
 
 def test_a_directory_without_configuration_is_left_alone(tmp_path):
     save_full_model(tmp_path / "model")
     (tmp_path / "model" / "config.json").unlink()  # as for an adapter
-    write_for_older_readers(tmp_path / "model")
+    write_for_transformers4(tmp_path / "model")
     assert not (tmp_path / "model" / "config.json").exists()

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from configs.load import load
-from training.planning.memory import FITS, Machine, estimate, fitting_change
+from training.planning.hardware import FITS, Hardware
+from training.planning.memory import estimate, fitting_change
 from training.planning.model_shape import ModelShape, config_from, measure
 from training.settings import TrainSettings
 
-GPU = Machine(1, is_gpu=True, bf16=True)
+GPU = Hardware(1, is_gpu=True, bf16=True)
 
 
 def settings(model: str, **values) -> TrainSettings:
@@ -29,7 +30,7 @@ def test_model_states_agree_with_deepspeeds_estimators(ranks, offload):
     from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs
     from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs
 
-    shape, machine = shape_of("llama-7b"), Machine(ranks, is_gpu=True, bf16=True)
+    shape, machine = shape_of("llama-7b"), Hardware(ranks, is_gpu=True, bf16=True)
     for stage in (2, 3):
         chosen = settings("llama-7b", zero_stage=stage, offload_optimizer=offload)
         memory = estimate(shape, chosen, machine)
@@ -70,7 +71,7 @@ def test_llama_factorys_table_for_7b(values, published):
 
 def test_every_measure_saves_what_it_is_for():
     shape = shape_of("llama-7b")
-    eight = Machine(8, is_gpu=True, bf16=True)
+    eight = Hardware(8, is_gpu=True, bf16=True)
     total = {
         name: estimate(shape, settings("llama-7b", **values), eight).total
         for name, values in {
@@ -112,8 +113,8 @@ def test_the_smallest_change():
 
     def change(gigabytes: float, ranks: int = 1, **values):
         chosen = settings("llama-7b", **values)
-        machine = Machine(ranks, is_gpu=True, bf16=True)
-        found = fitting_change(shapes, chosen, machine, gigabytes * 1e9, {"model_type": "llama"}, packing=True)
+        hardware = Hardware(ranks, is_gpu=True, bf16=True, memory_bytes=gigabytes * 1e9)
+        found = fitting_change(shapes, chosen, hardware, {"model_type": "llama"}, packing=True)
         if found:
             assert found[1].total <= FITS * gigabytes * 1e9
         return found and found[0]

@@ -9,6 +9,8 @@ import torch
 from training.distributed import Ranks
 from training.engines.engine import WEIGHT
 from training.errors import CheckpointError
+from training.planning.memory import disk_bytes
+from training.settings import CheckpointSettings
 from training.trainer import checkpoint
 from training.trainer.checkpoint import COMPLETE, Progress, name_of
 
@@ -145,8 +147,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path):
 
 
 def test_disk_need_is_refused_before_the_start(tmp_path):
-    needed = checkpoint.bytes_needed(num_trained=10**9, bytes_per_parameter=12, keep_last=2, keep_best=True)
-    assert needed == 48 * 10**9
+    settings = CheckpointSettings(keep_last=2, keep_best=True)
+    assert disk_bytes(num_trained=10**9, num_saved=10**8, settings=settings) == 48 * 10**9 + 4 * 10**8
     with pytest.raises(CheckpointError, match=r"need 1000000.00 GB.*lower keep_last"):
         checkpoint.check_disk(tmp_path, 10**15)
     checkpoint.check_disk(tmp_path, 1)

@@ -10,7 +10,7 @@ import torch
 from data_prep.plan.reader import open_plan
 from tests.support.tiny import write_counting_plan
 from tests.training.trainer.test_checkpoint import RANKS
-from training.trainer.evaluation import evaluate, summary
+from training.trainer.evaluation import held_out_losses, summary
 from training.trainer.metrics import Clock, JsonLines, duration, read_lines
 
 
@@ -30,7 +30,7 @@ def test_a_huge_loss_has_a_finite_perplexity():
 @pytest.mark.parametrize("micro_batch", [1, 4, 100])
 def test_every_target_counts_once_for_its_source(tmp_path, micro_batch):
     plan = open_plan(write_counting_plan(tmp_path), "validation")
-    result = evaluate(lambda batch: batch.sources.float() + 1, plan, micro_batch, RANKS)  # loss 1 and loss 2
+    result = held_out_losses(lambda batch: batch.sources.float() + 1, plan, micro_batch, RANKS)  # loss 1 and loss 2
     everything = plan.batch(np.arange(plan.num_rows))
     targets = everything.labels != -100
     for index, source in enumerate(plan.sources):

@@ -5,17 +5,17 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from tests.support.smollm2 import smollm2
-from tests.training.models.test_target_loss import VOCABULARY, tiny
+from tests.training.models.test_loss import VOCABULARY, tiny
 from training.distributed import Ranks
 from training.errors import ModelError
-from training.models.loss import TargetLoss
-from training.trainer.packing_check import Facts, check
+from training.models.loss import CausalLMLoss
+from training.trainer.packing_check import Checked, check
 
 RANKS = Ranks(0, 0, 1, torch.device("cpu"))
 
 
-def facts(packing: bool = True, micro_batch: int = 1, dtype: torch.dtype = torch.float32) -> Facts:
-    return Facts(VOCABULARY, packing, micro_batch, dtype)
+def facts(packing: bool = True, micro_batch: int = 1, dtype: torch.dtype = torch.float32) -> Checked:
+    return Checked(VOCABULARY, packing, micro_batch, dtype)
 
 
 def from_scratch(model_type: str, **sizes) -> torch.nn.Module:
@@ -48,7 +48,7 @@ def test_an_attention_model_passes(micro_batch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_experts_pass(dtype):
     """Their matrix products depend on how many tokens each expert gets: that must not look like a leak."""
-    check(TargetLoss(mixtral().to(dtype)).eval(), facts(micro_batch=2, dtype=dtype), RANKS)
+    check(CausalLMLoss(mixtral().to(dtype)).eval(), facts(micro_batch=2, dtype=dtype), RANKS)
 
 
 @pytest.mark.slow
@@ -56,13 +56,13 @@ def test_a_pretrained_model_passes_in_bfloat16():
     """Thirty layers of rounding: alone, a token's loss differs by up to 0.2 from the same in a packed row."""
     model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.bfloat16)
     vocabulary = model.config.vocab_size
-    check(TargetLoss(model).eval(), Facts(vocabulary, packing=True, micro_batch=2, dtype=torch.bfloat16), RANKS)
+    check(CausalLMLoss(model).eval(), Checked(vocabulary, packing=True, micro_batch=2, dtype=torch.bfloat16), RANKS)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("build", [mamba, bloom])
 def test_a_model_that_mixes_segments_is_refused_when_rows_are_packed(build, dtype):
-    model = TargetLoss(build().to(dtype)).eval()
+    model = CausalLMLoss(build().to(dtype)).eval()
     with pytest.raises(ModelError, match=r"not isolated.*--packing false"):
         check(model, facts(dtype=dtype), RANKS)
     check(model, facts(packing=False, dtype=dtype), RANKS)

@@ -167,6 +167,21 @@ def test_sigkill_twice_then_resume(long_run, expected):
     assert json.loads((long_run / "train.json").read_text())["first_loss"] == expected[0][1]
 
 
+def test_killed_before_the_first_checkpoint_and_resumed_on_fewer_ranks(tmp_path):
+    """The rows of a step stay those the run began with, though nothing but the start is known."""
+    run = tiny.write_run(tmp_path, max_steps=9, save_steps=100)
+    processes = tiny.start(run, 2)
+    wait_for_steps(run, 3)
+    for process in processes:
+        process.kill()
+    tiny.wait(processes)
+    before = of_steps(tmp_path, "run")[:3]
+    assert not list((run / "checkpoints").glob("step-*"))
+    lines = tiny.train(run, 1, "--resume")
+    assert [line["rows"] for line in lines[:4]] == [8, 8, 8, 8]
+    assert tiny.losses(lines[:3]) == pytest.approx([loss for _, loss, _ in before], rel=1e-5)
+
+
 def test_sigterm_of_one_rank_writes_a_checkpoint_and_ends_all(long_run, expected):
     processes = tiny.start(long_run, 2)
     wait_for_steps(long_run, 6)

@@ -6,19 +6,19 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from data_prep.plan.reader import Batch
-from training.models.loss import TargetLoss, has_plain_head, micro_batch
+from training.models.loss import CausalLMLoss, has_plain_head, micro_batch
 from training.trainer.packing_check import pack, random_segments
 
 VOCABULARY = 61
 
 
-def tiny(model_type: str = "llama", **changes) -> TargetLoss:
+def tiny(model_type: str = "llama", **changes) -> CausalLMLoss:
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
     config = AutoConfig.for_model(
         model_type, **{**sizes, "num_key_value_heads": 2, "vocab_size": VOCABULARY, "pad_token_id": 0, **changes}
     )
-    return TargetLoss(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
+    return CausalLMLoss(AutoModelForCausalLM.from_config(config, dtype=torch.float32)).eval()
 
 
 def literal_batch() -> Batch:
@@ -36,7 +36,6 @@ def test_positions_that_predict_a_target():
     assert batch.predictors.tolist() == [1, 2, 3, 5]
     assert batch.targets.tolist() == [7, 8, 1, 10]
     assert batch.sources.tolist() == [0, 0, 0, 1]
-    assert batch.num_tokens == 7
     assert batch.rows == (3, -1)
 
 
@@ -78,7 +77,7 @@ def test_the_isolation_test_is_not_vacuous():
     assert (model(packed, "each") - alone).abs().max() > 1e-3
 
 
-def gradients(model: TargetLoss, batches: list) -> dict[str, torch.Tensor]:
+def gradients(model: CausalLMLoss, batches: list) -> dict[str, torch.Tensor]:
     model.zero_grad()
     for batch in batches:
         model(batch).backward()
@@ -96,7 +95,7 @@ def test_an_all_padding_micro_batch_contributes_exactly_nothing():
     assert all(parameter.grad.abs().max() == 0 for parameter in model.parameters())
 
 
-def test_gradients_of_the_target_loss_equal_those_through_all_logits():
+def test_gradients_of_the_loss_equal_those_through_all_logits():
     model, arrays = tiny(tie_word_embeddings=True), literal_batch()
     batch = micro_batch(arrays, [0, -1])
     ours = gradients(model, [batch])

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from training.models import loss as head_loss
+from training.models.loss import CHUNK_ELEMENTS, linear_cross_entropy
 
 HIDDEN, VOCABULARY = 8, 21
 
@@ -19,21 +19,21 @@ def make(num_targets: int):
 @pytest.mark.parametrize("chunk_elements", [1, VOCABULARY * 4, VOCABULARY * 5, 1 << 24])
 @pytest.mark.parametrize("num_targets", [1, 4, 13])
 def test_loss_and_gradients_equal_those_of_the_plain_loss(monkeypatch, chunk_elements, num_targets):
-    monkeypatch.setattr(head_loss, "CHUNK_ELEMENTS", chunk_elements)
+    monkeypatch.setattr("training.models.loss.CHUNK_ELEMENTS", chunk_elements)
     hidden, weight, targets = make(num_targets)
     plain = cross_entropy(hidden @ weight.t(), targets, reduction="sum")
     expected = torch.autograd.grad(plain * 3, (hidden, weight))
-    loss = head_loss.summed_loss(hidden, weight, targets)
+    loss = linear_cross_entropy(hidden, weight, targets, "sum")
     gradients = torch.autograd.grad(loss * 3, (hidden, weight))
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-5)
-    each = head_loss.token_losses(hidden.detach(), weight.detach(), targets)
+    each = linear_cross_entropy(hidden.detach(), weight.detach(), targets, "none")
     torch.testing.assert_close(each.sum(), plain)
 
 
 def test_no_targets_is_exactly_zero_with_zero_gradients():
     hidden, weight, targets = make(0)
-    loss = head_loss.summed_loss(hidden, weight, targets)
+    loss = linear_cross_entropy(hidden, weight, targets, "sum")
     loss.backward()
     assert loss.item() == 0.0
     assert weight.grad.abs().max() == 0.0
@@ -42,7 +42,7 @@ def test_no_targets_is_exactly_zero_with_zero_gradients():
 def test_a_frozen_weight_gets_no_gradient_buffer():
     hidden, weight, targets = make(5)
     frozen = weight.detach()
-    loss = head_loss.summed_loss(hidden, frozen, targets)
+    loss = linear_cross_entropy(hidden, frozen, targets, "sum")
     assert loss.grad_fn.saved_tensors[1] is None
     loss.backward()
     assert hidden.grad.abs().max() > 0
@@ -63,12 +63,12 @@ def test_logits_of_all_targets_never_exist_at_once():
     hidden = torch.randn(4096, 4, requires_grad=True)
     weight = torch.randn(128_000, 4)
     with Watch():
-        head_loss.summed_loss(hidden, weight, torch.zeros(4096, dtype=torch.int64)).backward()
-    assert 0 < largest <= 2 * head_loss.CHUNK_ELEMENTS
+        linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.int64), "sum").backward()
+    assert 0 < largest <= 2 * CHUNK_ELEMENTS
 
 
 def test_bfloat16_loss_is_computed_in_float32():
     hidden, weight, targets = make(6)
-    loss = head_loss.summed_loss(hidden.bfloat16(), weight.bfloat16(), targets)
+    loss = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets, "sum")
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, cross_entropy(hidden @ weight.t(), targets, reduction="sum"), rtol=0.02, atol=0.1)

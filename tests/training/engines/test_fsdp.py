@@ -1,0 +1,44 @@
+"""FSDP: how often gradients are reduced over the ranks."""
+
+import pytest
+import torch
+from torch.distributed.fsdp._fully_shard import _fsdp_param_group
+
+from tests.support.tiny import free_port
+from tests.training.models.test_loss import literal_batch, tiny
+from training.distributed import join, leave, this_rank
+from training.engines.fsdp import FsdpEngine
+from training.models.build import add_adapter
+from training.models.loss import CausalLMLoss, micro_batch
+from training.settings import TrainSettings
+
+
+@pytest.mark.parametrize(("lora", "reduced"), [(False, [True] * 3), (True, [False, False, True])])
+def test_gradients_of_an_adapter_are_reduced_once_a_step(monkeypatch, lora, reduced):
+    """Those of a whole model after every micro-batch: only shards of them fit."""
+    for name, value in {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 1, "MASTER_PORT": free_port()}.items():
+        monkeypatch.setenv(name, str(value))
+    ranks = this_rank()
+    join(ranks)
+    calls = []
+    reduce = _fsdp_param_group.foreach_reduce
+
+    def counted(*arguments, **options):
+        calls.append(arguments)
+        return reduce(*arguments, **options)
+
+    try:
+        settings = TrainSettings(strategy="fsdp", use_lora=lora, lora_r=2)
+        model = tiny().model
+        module = CausalLMLoss(add_adapter(model, settings) if lora else model)
+        engine = FsdpEngine.build(module, settings, ranks)
+        monkeypatch.setattr(_fsdp_param_group, "foreach_reduce", counted)
+        found = []
+        for index in range(3):
+            calls.clear()
+            engine.backward(engine.forward(micro_batch(literal_batch(), [0, -1])), last=index == 2)
+            found.append(bool(calls))
+        assert found == reduced
+        assert torch.tensor(engine.step(0.1)).isfinite()
+    finally:
+        leave()

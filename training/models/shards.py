@@ -1,0 +1,115 @@
+"""The safetensors files of a checkpoint, read and written anew one tensor at a time.
+
+In: a checkpoint directory; what becomes of each tensor. Out: where its tensors are; the same files with other values.
+Cost: values are mapped into memory, so that a checkpoint of any size needs a few tensors' worth of it (safetensors' own
+`save_file` wants all tensors of a file at once).
+
+    file:  8 bytes length of the header | header, JSON: {name: {dtype, shape, data_offsets}} | the tensors' bytes
+"""
+
+import json
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from training.errors import CheckpointError
+
+INDEX = "model.safetensors.index.json"
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """A tensor of a checkpoint and where it is."""
+
+    file: Path
+    name: str
+    dtype: str  # F32, BF16, I64, ...
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """Its values."""
+        with _opened(self.file) as tensors:
+            return tensors.get_tensor(self.name)
+
+
+def shards(folder: Path) -> list[Path]:
+    """The files of a checkpoint: those its index names, else all safetensors files in it."""
+    index = folder / INDEX
+    if index.is_file():
+        names = json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()
+        return [folder / name for name in sorted(set(names))]
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise CheckpointError(f"{folder}: no .safetensors files; pickled weights (.bin) are not read")
+    return files
+
+
+def tensors_of(folder: Path) -> dict[str, TensorInfo]:
+    """All tensors of a checkpoint by name, in the order of their bytes."""
+    infos = {}
+    for file in shards(folder):
+        with _opened(file) as tensors:
+            for name in tensors.offset_keys():
+                view = tensors.get_slice(name)
+                infos[name] = TensorInfo(file, name, view.get_dtype(), tuple(view.get_shape()))
+    return infos
+
+
+def rewrite_shards(
+    folder: Path, target: Path, change: Callable[[str, Tensor], Tensor], drop: Callable[[str], Any] = lambda name: None
+) -> None:
+    """The same files, tensors, shapes and types in `target`, with the values that `change` gives for each.
+
+    :param drop: true for names of tensors that are left out
+    """
+    files, size, weight_map = shards(folder), 0, {}
+    for file in files:
+        with _opened(file) as tensors:
+            names = [name for name in tensors.offset_keys() if not drop(name)]
+            sizes = {name: tensors.get_tensor(name).nbytes for name in names}
+            with open(target / file.name, "wb") as stream:
+                stream.write(_header(tensors, sizes))
+                for name in names:
+                    stream.write(_bytes_of(change(name, tensors.get_tensor(name))))
+                stream.flush()
+                os.fsync(stream.fileno())
+        size += sum(sizes.values())
+        weight_map.update(dict.fromkeys(names, file.name))
+    if len(files) > 1 or (folder / INDEX).is_file():
+        index = {"metadata": {"total_size": size}, "weight_map": weight_map}
+        (target / INDEX).write_text(json.dumps(index, indent=1))
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """A file as safetensors gives it, whole or an error."""
+    try:
+        tensors = safe_open(path, "pt")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: not a whole safetensors file ({error}); copy or download it again") from error
+    with tensors as opened:
+        yield opened
+
+
+def _header(tensors: Any, sizes: dict[str, int]) -> bytes:
+    """Length and JSON: the types and shapes of `tensors`, laid one after another."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for name, size in sizes.items():
+        view = tensors.get_slice(name)
+        header[name] = {"dtype": view.get_dtype(), "shape": view.get_shape(), "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes
+    return len(text).to_bytes(8, "little") + text
+
+
+def _bytes_of(value: Tensor) -> memoryview:
+    return value.contiguous().flatten().view(torch.uint8).numpy().data

@@ -1,0 +1,66 @@
+"""What a run is planned for: how many ranks, on GPUs or not, with how much memory each.
+
+In: nothing. Out: `Hardware`; what NVIDIA's tool says of the GPUs of this machine. Cost: a call of ``nvidia-smi``.
+"""
+
+import shutil
+import subprocess
+from dataclasses import dataclass
+
+FITS = 0.95  # of a GPU's memory: the rest is for what no one foresees
+FITS_CPU = 0.6  # glibc keeps up to half as much again (2.5 GB allocated, 3.8 GB resident)
+FIRST_WITH_BF16 = 8.0  # compute capability: Ampere
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the ranks run on."""
+
+    ranks: int
+    is_gpu: bool
+    bf16: bool
+    memory_bytes: float | None = None  # of each rank; None = not known
+
+    @property
+    def element_bytes(self) -> int:
+        return 2 if self.bf16 else 4
+
+    @property
+    def words(self) -> str:
+        kind = "GPU" if self.is_gpu else "CPU rank"
+        memory = f", {self.memory_bytes / GB:.1f} GB each" if self.memory_bytes else ""
+        return f"{self.ranks} {kind}{'s' if self.ranks > 1 else ''}, {'bfloat16' if self.bf16 else 'float32'}{memory}"
+
+    def fits(self, num_bytes: float) -> bool:
+        """Whether a rank has room for that much; a memory that is not known has."""
+        share = FITS if self.is_gpu else FITS_CPU
+        return self.memory_bytes is None or num_bytes <= share * self.memory_bytes
+
+
+def first_gpu() -> tuple[float | None, bool]:
+    """Memory of the first GPU in bytes, None if nobody knows, and whether it computes in bfloat16."""
+    for mebibytes, capability in query_gpus("memory.total", "compute_cap")[:1]:
+        if mebibytes is not None and capability is not None:
+            return mebibytes * 2**20, capability >= FIRST_WITH_BF16
+    return None, True
+
+
+def query_gpus(*fields: str) -> list[list[float | None]]:
+    """Numbers of each GPU by nvidia-smi's names (None: it has none); [] where it is not there or does not answer."""
+    if not shutil.which("nvidia-smi"):
+        return []
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    try:
+        text = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    lines = (line.split(",") for line in text.strip().splitlines())
+    return [[_number(word) for word in words] for words in lines if len(words) == len(fields)]
+
+
+def _number(word: str) -> float | None:
+    try:
+        return float(word)
+    except ValueError:  # "[N/A]"
+        return None

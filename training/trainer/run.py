@@ -1,0 +1,157 @@
+"""A rank's part of a run, from the loaded model to the deployed one: everything around the loop.
+
+In: `RunConfig`, ranks that have met. Out, in RUN: schedule.json, metrics.jsonl, evaluations.jsonl, checkpoints/,
+model/, train.json; events of rank 0. Cost: loading, checks of a few tokens, the loop, an evaluation, writing the model.
+"""
+
+import json
+import logging
+import shutil
+import time
+from contextlib import nullcontext
+from dataclasses import asdict
+from pathlib import Path
+
+from torch import nn
+
+from data_prep.plan.reader import open_plan
+from data_prep.targets import load_target
+from data_prep.tokenizer import load_tokenizer
+from data_prep.tokens.templates import served_template
+from training.devices import compute_dtype, load_dtype
+from training.distributed import Ranks
+from training.engines.build import build_engine
+from training.errors import CheckpointError
+from training.launch.exits import DataError, emit
+from training.launch.run_config import RunConfig
+from training.lean_imports import UNUSED, without
+from training.models import build
+from training.models.loss import CausalLMLoss, causal_model
+from training.planning.memory import disk_bytes
+from training.trainer import checkpoint, loop, metrics, packing_check
+from training.trainer.batches import batch_schedule
+from training.trainer.checkpoint import Progress
+from training.trainer.loop import Run, StopSignal
+from training.trainer.metrics import num_elements
+from training.trainer.schedule import schedule
+
+SCHEDULE = "schedule.json"
+"""What a run that has no checkpoint yet keeps when it is resumed, whatever its ranks are then."""
+
+log = logging.getLogger(__name__)
+
+
+def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
+    """Train, evaluate, save the model, say how it went. All ranks together."""
+    newest = checkpoint.newest_of_all(config.run_dir / "checkpoints", ranks)
+    if newest and not resume:
+        raise CheckpointError(f"{newest} is there already: --resume goes on from it; or choose another run directory")
+    progress = checkpoint.read_progress(newest) if newest else Progress()
+    progress.rows_per_step = progress.rows_per_step or (_rows_at_start(config, ranks) if resume else 0)
+    run = build_run(config, ranks, progress)
+    if newest:
+        checkpoint.load(run.engine, newest)
+        log.info("resumed from %s", newest)
+    if ranks.is_first:
+        metrics.write_json(config.run_dir / SCHEDULE, {"rows_per_step": progress.rows_per_step})
+        steps = run.batch_schedule.total_steps
+        checkpoint.discard_after(run.checkpoints, progress.step)
+        emit({"event": "start", "after_step": progress.step, "steps": steps, "resumed": bool(newest)})
+    progress = loop.train(run, progress)
+    finish(config, run, progress)
+
+
+def _rows_at_start(config: RunConfig, ranks: Ranks) -> int:
+    """Rows of a step that the run began with, as rank 0 reads them; 0 when it has not begun."""
+    path = config.run_dir / SCHEDULE
+    known = json.loads(path.read_text())["rows_per_step"] if ranks.is_first and path.is_file() else 0
+    return int(ranks.max(float(known))[0])
+
+
+def build_run(config: RunConfig, ranks: Ranks, progress: Progress) -> Run:
+    """Load the model, wrap it in its engine, prove that it isolates segments, lay out the batches."""
+    settings = config.settings
+    with without(*UNUSED):  # pyarrow looks for pandas when it converts for the first time
+        plan = open_plan(config.plan_dir, "train")
+    if not plan.num_rows:
+        raise DataError(f"{config.plan_dir}: no rows to train on; every record was rejected, dropped or held out")
+    batches = batch_schedule(plan, settings, ranks.world_size, progress.rows_per_step or None)
+    progress.rows_per_step = batches.rows_per_step
+    stop = StopSignal(ranks)
+    stop.listen()
+    model = build.load_model(settings, config.model_dir, config.tokenizer_dir, load_dtype(settings, ranks.device))
+    causal = causal_model(model)
+    vocabulary, flops = build.num_embeddings(causal), metrics.flops_per_token(causal)
+    if ranks.is_first:
+        _check_disk(config, model)
+    engine = build_engine(CausalLMLoss(model), settings, ranks)
+    engine.module.eval()
+    checked = packing_check.Checked(
+        vocabulary, config.packing, settings.per_gpu_train_batch_size, compute_dtype(settings, ranks.device)
+    )
+    packing_check.check(engine.forward, checked, ranks)
+    engine.module.train()
+    return Run(
+        settings=settings,
+        ranks=ranks,
+        engine=engine,
+        batch_schedule=batches,
+        validation=open_plan(config.plan_dir, "validation"),
+        factor=schedule(settings, batches.total_steps),
+        stop=stop,
+        directory=config.run_dir,
+        flops_per_token=flops,
+        peak_flops=metrics.peak_flops(ranks.device),
+        callbacks=[load_target(node, "callbacks") for node in settings.callbacks or ()],
+    )
+
+
+def _check_disk(config: RunConfig, model: nn.Module) -> None:
+    """Predict what checkpoints and model take, before the first step."""
+    trained = sum(num_elements(p) for p in model.parameters() if p.requires_grad)
+    saved = trained if config.settings.use_lora else sum(num_elements(p) for p in model.parameters())
+    root = config.run_dir / "checkpoints"
+    root.mkdir(parents=True, exist_ok=True)
+    checkpoint.check_disk(root, disk_bytes(trained, saved, config.settings))
+
+
+def finish(config: RunConfig, run: Run, progress: Progress) -> None:
+    """Deploy the last or best weights, evaluate them, write the summary."""
+    if config.settings.keep_best and progress.best_step is not None:
+        checkpoint.load(run.engine, run.checkpoints / checkpoint.name_of(progress.best_step))
+    file = metrics.JsonLines(config.run_dir / "evaluations.jsonl", progress.step - 1)
+    with file if run.ranks.is_first else nullcontext() as evaluations:
+        after = loop.evaluate(run, progress, evaluations)
+    save_model(config, run)
+    if run.ranks.is_first:
+        summary = {
+            "steps": progress.step,
+            **{key: value for key, value in asdict(progress).items() if key != "step"},
+            "eval_after": after,
+            "exit_reason": "completed",
+            "finished": time.time(),
+        }
+        metrics.write_json(config.run_dir / "train.json", summary)
+        emit({"event": "done", **summary})
+
+
+def save_model(config: RunConfig, run: Run) -> None:
+    """RUN/model, written beside and renamed. All ranks gather, rank 0 writes."""
+    final = config.run_dir / "model"
+    state = {name: value for name, value in run.engine.weights() if run.ranks.is_first}
+    if run.ranks.is_first:
+        temporary = config.run_dir / ".model"
+        shutil.rmtree(temporary, ignore_errors=True)
+        build.save_model(run.engine.module.model, state, config.tokenizer_dir, temporary)
+        save_chat_template(config, temporary)
+        shutil.rmtree(final, ignore_errors=True)
+        temporary.rename(final)
+        emit({"event": "model", "path": str(final)})
+    run.ranks.barrier()
+
+
+def save_chat_template(config: RunConfig, directory: Path) -> None:
+    """The prompt template of training becomes the model's chat template: it is asked as it was trained."""
+    text = served_template(config.template, load_tokenizer(directory))
+    if text:
+        (directory / "chat_template.jinja").write_text(text, encoding="utf-8")
