@@ -22,7 +22,7 @@ FLOORS = {
         "inspection pipeline sample",
     ],
     "training": [
-        "errors settings lean_imports", "rendezvous", "distributed devices", "launch models",
+        "errors settings lean_imports run_files", "rendezvous", "distributed devices", "launch models",
         "engines planning", "trainer",
         "tracking", "comparison", "export", "registry", "serving", "worker evaluate compare",
     ],

@@ -13,6 +13,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from training import run_files
 from training.errors import CheckpointError
 from training.launch.exits import DataError, emit, run_rank
 from training.launch.run_config import RunConfig, read_config
@@ -52,7 +53,7 @@ def train_run(config: RunConfig, ranks: Any, resume: bool) -> None:
     """The work of a rank that has joined the others."""
     from training.trainer import checkpoint, loop
 
-    newest = checkpoint.newest_of_all(config.run_dir / "checkpoints", ranks)
+    newest = checkpoint.newest_of_all(config.run_dir / run_files.CHECKPOINTS, ranks)
     if newest and not resume:
         raise CheckpointError(f"{newest} is there already: --resume goes on from it; or choose another run directory")
     progress = checkpoint.read_progress(newest) if newest else checkpoint.Progress()
@@ -126,9 +127,9 @@ def _check_disk(config: RunConfig, engine: Any, causal: Any, ranks: Any) -> None
         return
     trained = sum(num_elements(p) for p in causal.parameters() if p.requires_grad)
     saved = trained if settings.use_lora else sum(num_elements(p) for p in causal.parameters())
-    (config.run_dir / "checkpoints").mkdir(parents=True, exist_ok=True)
+    (config.run_dir / run_files.CHECKPOINTS).mkdir(parents=True, exist_ok=True)
     needed = checkpoint.bytes_needed(trained, 12, settings.keep_last, settings.keep_best) + 4 * saved
-    checkpoint.check_disk(config.run_dir / "checkpoints", needed)
+    checkpoint.check_disk(config.run_dir / run_files.CHECKPOINTS, needed)
 
 
 def finish(config: RunConfig, run: Any, progress: Any) -> None:
@@ -137,7 +138,7 @@ def finish(config: RunConfig, run: Any, progress: Any) -> None:
 
     if config.settings.keep_best and progress.best_step is not None:
         checkpoint.load(run.engine, run.checkpoints / checkpoint.name_of(progress.best_step))
-    with_file = metrics.JsonLines(config.run_dir / "evaluations.jsonl", progress.step - 1)
+    with_file = metrics.JsonLines(config.run_dir / run_files.EVALUATIONS, progress.step - 1)
     if run.ranks.is_first:
         with with_file as evaluations:
             after = loop.evaluate(run, progress, evaluations)
@@ -152,7 +153,7 @@ def finish(config: RunConfig, run: Any, progress: Any) -> None:
             "exit_reason": "completed",
             "finished": time.time(),
         }
-        metrics.write_json(config.run_dir / "train.json", summary)
+        metrics.write_json(config.run_dir / run_files.TRAINED, summary)
         emit({"event": "done", **summary})
 
 
@@ -160,7 +161,7 @@ def save_model(config: RunConfig, run: Any) -> None:
     """RUN/model, written beside and renamed. All ranks gather, rank 0 writes."""
     from training.models import build
 
-    final = config.run_dir / "model"
+    final = config.run_dir / run_files.MODEL
     state = {name: value for name, value in run.engine.weights() if run.ranks.is_first}
     if run.ranks.is_first:
         temporary = config.run_dir / ".model"

@@ -15,6 +15,8 @@ from pathlib import Path
 
 import psutil
 
+from training import run_files
+
 INTERVAL_SECONDS = 10.0
 MEGABYTE = 1e6
 GPU_QUERY = ("nvidia-smi", "--query-gpu=utilization.gpu,memory.used,power.draw", "--format=csv,noheader,nounits")
@@ -25,7 +27,7 @@ def sampling(run_dir: Path, interval_seconds: float = INTERVAL_SECONDS) -> Itera
     """Sample while the context is open; at least once, at its end."""
     done = threading.Event()
     thread = threading.Thread(
-        target=_sample_until, args=(done, run_dir / "system.jsonl", interval_seconds), daemon=True
+        target=_sample_until, args=(done, run_dir / run_files.SYSTEM, interval_seconds), daemon=True
     )
     thread.start()
     try:
