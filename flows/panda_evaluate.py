@@ -17,6 +17,7 @@ from flows.parts.form import flow_of_settings, read
 from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end
 from tasks.train import evaluate
+from training import run_files
 from training.settings import TrainSettings
 
 INTRODUCTION = "Held-out loss of the model of a finished run, as it lies on disk."
@@ -40,9 +41,9 @@ def panda_evaluate(**parameters: Any) -> State[Any]:
 
 def _trained(run: Path) -> dict[str, Any]:
     """What training said when it was done."""
-    path = run / "train.json"
+    path = run / run_files.TRAINED
     if not path.exists():
-        raise PandaError(f"{run}: there is no train.json, so this run has not been trained to its end")
+        raise PandaError(f"{run}: there is no {run_files.TRAINED}, so this run has not been trained to its end")
     return json.loads(path.read_text(encoding="utf-8"))
 
 

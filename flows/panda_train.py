@@ -29,10 +29,11 @@ from tasks.train import evaluate, evaluated_before, train, trained_before
 from training.comparison.approval import NO_ANSWER, REFUSED
 from training.registry.lineage import parent_of
 from training.registry.register import patiently
-from training.registry.versions import PARENT_TAG, Registry
+from training.registry.versions import Registry
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking import run as tracking
 from training.tracking.run import TrackedRun
+from training.tracking.tags import PARENT_TAG
 
 
 def panda_train(**parameters: Any) -> State[Any]:

@@ -6,7 +6,6 @@ the model is trained and registered.
 """
 
 import contextlib
-import json
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +14,7 @@ from typing import Any
 from configs.settings import PandaSettings
 from tasks.reporting import show_gate
 from tasks.stage import stage
+from training import run_files
 from training.comparison import approval
 from training.comparison.job import write_job
 from training.errors import MlflowAway
@@ -22,12 +22,12 @@ from training.launch import launcher
 from training.launch.exits import ExitReason
 from training.registry.promotion import job_of, settle, wait_for_approval
 from training.registry.register import patiently
-from training.registry.versions import GATE_TAG, Registry, Version
+from training.registry.versions import Registry, Version
 from training.settings import GateSettings, TrainSettings
 from training.tracking.run import TrackedRun
+from training.tracking.tags import GATE_TAG
 
 COMPARE = "training.compare"
-RESULT = "gate.json"
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ def compare(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any])
         result["approval"] = {"answer": approval.WAITING, "comment": ""}
         patiently(lambda: wait_for_approval(registry, version, result))
         show_gate(result)
-    _write(tracked.run_dir, result)
+    run_files.write_json(tracked.run_dir / run_files.GATE, result)
     return result
 
 
@@ -95,10 +95,10 @@ def standing(registry: Registry, version: Version, run_dir: Path) -> dict[str, A
 
     One that is not settled holds as long as the champion is the one it was compared with.
     """
-    path = run_dir / RESULT
+    path = run_dir / run_files.GATE
     if not path.exists():
         return None
-    stored = json.loads(path.read_text(encoding="utf-8"))
+    stored = run_files.read_json(path)
     if GATE_TAG in version.tags:
         return {**stored, "settled": True}
     champion = registry.champion(version.name)
@@ -111,18 +111,12 @@ def decide(tracked: TrackedRun, uri: str, answer: dict[str, str] | None) -> dict
     """Settle what was compared."""
     registry = Registry(tracked.uri)
     version = patiently(lambda: registry.resolve(uri))
-    result = json.loads((tracked.run_dir / RESULT).read_text(encoding="utf-8"))
+    result = run_files.read_json(tracked.run_dir / run_files.GATE)
     patiently(lambda: settle(registry, version, result, answer))
     logger.info("%s %s", version.uri, verdict_in_words(result))
-    _write(tracked.run_dir, result)
+    run_files.write_json(tracked.run_dir / run_files.GATE, result)
     show_gate(result)
     return result
-
-
-def _write(run_dir: Path, result: dict[str, Any]) -> None:
-    temporary = run_dir / f".{RESULT}"
-    temporary.write_text(json.dumps(result, ensure_ascii=False, indent=1), encoding="utf-8")
-    temporary.replace(run_dir / RESULT)
 
 
 def without_answers(result: dict[str, Any]) -> dict[str, Any]:
@@ -133,7 +127,7 @@ def without_answers(result: dict[str, Any]) -> dict[str, Any]:
 def _compare(run_dir: Path, settings: TrainSettings) -> dict[str, Any]:
     report = launcher.evaluate(run_dir, settings, logger.info, COMPARE)
     if report.reason is ExitReason.completed:
-        return json.loads((run_dir / RESULT).read_text(encoding="utf-8"))
+        return run_files.read_json(run_dir / run_files.GATE)
     if report.reason is ExitReason.cancelled:
         raise KeyboardInterrupt
     logger.error("%s", report.details)

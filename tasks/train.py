@@ -4,7 +4,6 @@ In: the run directory with its ``config.yaml``. Out: the worker's summary (RUN/t
 The tasks run in the flow's main thread, where Prefect delivers a cancellation; the launcher then ends every process.
 """
 
-import json
 import logging
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from prefect.runtime import task_run
 from data_prep.errors import PandaError
 from tasks.reporting import StageProgress, show_evaluation, show_pictures
 from tasks.stage import retry_helps, stage
+from training import run_files
 from training.launch import launcher
 from training.launch.exits import ExitReason
 from training.launch.launcher import ExitReport
@@ -29,7 +29,9 @@ class TrainingFailed(PandaError):
     def __init__(self, what: str, report: ExitReport, run_dir: Path):
         self.report = report
         where = f" ({report.source})" if report.source else ""
-        super().__init__(f"{what} ended: {report.reason.value}{where}: {report.message}; logs: {run_dir / 'logs'}")
+        super().__init__(
+            f"{what} ended: {report.reason.value}{where}: {report.message}; logs: {run_dir / run_files.LOGS}"
+        )
 
 
 def lost_through_no_fault(_task: Any, _run: Any, state: State[Any]) -> bool:
@@ -69,7 +71,7 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any
 
     _require_completed("training", launcher.launch(run_dir, settings, on_event, logger.info, resume), run_dir)
     show_pictures(run_dir)
-    return json.loads((run_dir / "train.json").read_text(encoding="utf-8"))
+    return run_files.read_json(run_dir / run_files.TRAINED)
 
 
 @stage("evaluate", says=losses_in_words, retries=1, retry_delay_seconds=10, retry_condition_fn=lost_through_no_fault)
@@ -83,18 +85,20 @@ def evaluate(run_dir: Path, settings: TrainSettings, trained: dict[str, Any]) ->
 
 def trained_before(run_dir: Path) -> dict[str, Any]:
     """What training said in an earlier execution of this run."""
-    path = run_dir / "train.json"
+    path = run_dir / run_files.TRAINED
     if not path.exists():
-        raise PandaError(f"{run_dir} has not been trained to its end (no train.json): start at the stage train")
-    return json.loads(path.read_text(encoding="utf-8"))
+        raise PandaError(
+            f"{run_dir} has not been trained to its end (no {run_files.TRAINED}): start at the stage train"
+        )
+    return run_files.read_json(path)
 
 
 def evaluated_before(run_dir: Path, trained: dict[str, Any]) -> dict[str, dict[str, float]]:
     """The losses of an earlier execution of this run."""
-    path = run_dir / "evaluation.json"
+    path = run_dir / run_files.EVALUATION
     if not path.exists():
-        raise PandaError(f"{run_dir} has not been evaluated (no evaluation.json): start at the stage evaluate")
-    after = json.loads(path.read_text(encoding="utf-8"))
+        raise PandaError(f"{run_dir} has not been evaluated (no {run_files.EVALUATION}): start at the stage evaluate")
+    after = run_files.read_json(path)
     return {"before": _losses(trained["eval_before"]), "after": _losses(after)}
 
 

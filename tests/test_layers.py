@@ -22,8 +22,8 @@ FLOORS = {
         "inspection pipeline sample",
     ],
     "training": [
-        "errors settings lean_imports", "rendezvous", "distributed devices", "launch models", "engines", "planning",
-        "trainer", "tracking", "comparison", "export", "registry", "serving", "worker evaluate compare",
+        "errors settings lean_imports run_files", "rendezvous", "distributed devices", "launch models", "engines",
+        "planning", "trainer", "tracking", "comparison", "export", "registry", "serving", "worker evaluate compare",
     ],
     "configs": ["errors settings", "field_types guide_names", "load", "cli", "docs"],
     "tasks": ["stage reporting cluster", "prepare train register gate"],

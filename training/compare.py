@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from data_prep.errors import PandaError
+from training import run_files
 from training.comparison import heldout, statistics
 from training.comparison.heldout import HeldOut
 from training.comparison.job import Job, read_job
@@ -26,9 +27,6 @@ from training.errors import ModelError
 from training.launch.exits import run_rank
 from training.launch.run_config import RunConfig, read_config
 from training.settings import GateSettings
-
-RESULT = "gate.json"
-RECORDS = "gate_records.jsonl"
 
 log = logging.getLogger(__name__)
 
@@ -98,8 +96,8 @@ def _measure(config: RunConfig, job: Job, one: dict[str, Any], held_out: HeldOut
 
 def write_records(run_dir: Path, held_out: HeldOut, scores: dict[str, Scores]) -> None:
     """One line per record: where it is, its slice, the loss of its whole target under every model. No text."""
-    (run_dir / "report").mkdir(exist_ok=True)
-    with (run_dir / "report" / RECORDS).open("w", encoding="utf-8") as file:
+    (run_dir / run_files.REPORT).mkdir(exist_ok=True)
+    with (run_dir / run_files.GATE_RECORDS).open("w", encoding="utf-8") as file:
         for i, (content, place) in enumerate(zip(held_out.hashes, held_out.places, strict=True)):
             line = {
                 "hash": content,
@@ -118,10 +116,7 @@ def main() -> None:
     config = read_config(parser.parse_args().config)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     torch.manual_seed(0)
-    result = json.dumps(run_job(config, read_job(config.run_dir)), ensure_ascii=False, indent=1)
-    temporary = config.run_dir / f".{RESULT}"
-    temporary.write_text(result, encoding="utf-8")
-    temporary.replace(config.run_dir / RESULT)
+    run_files.write_json(config.run_dir / run_files.GATE, run_job(config, read_job(config.run_dir)))
 
 
 if __name__ == "__main__":

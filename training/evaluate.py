@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.plan.reader import open_plan
+from training import run_files
 from training.devices import compute_dtype
 from training.distributed import join, leave, this_rank
 from training.launch.exits import run_rank
@@ -40,8 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--config", type=Path, required=True, help="RUN/config.yaml")
     config = read_config(parser.parse_args().config)
-    result = evaluate_model(config.run_dir / "model", config.plan_dir, config.settings)
-    (config.run_dir / "evaluation.json").write_text(json.dumps(result, indent=1))
+    result = evaluate_model(config.run_dir / run_files.MODEL, config.plan_dir, config.settings)
+    (config.run_dir / run_files.EVALUATION).write_text(json.dumps(result, indent=1))
 
 
 if __name__ == "__main__":

@@ -31,20 +31,21 @@ from flows.cli.console import plain_table, stdout_console
 from flows.cli.run import print_json
 from training.registry import promotion
 from training.registry.lineage import Found, Seen, describe, find_record, find_text, versions_trained_on
-from training.registry.versions import (
-    GAIN_TAG,
-    GATE_TAG,
-    PARENT_TAG,
-    REASONS_TAG,
-    TAKEDOWN_TAG,
-    Registry,
-    RegistryError,
-    Version,
-)
+from training.registry.versions import Registry, RegistryError, Version
 from training.settings import TrackingSettings
 from training.tracking.redact import redact_text
 from training.tracking.run import tracking_uri
 from training.tracking.sync import connect
+from training.tracking.tags import (
+    CORPUS_TAG,
+    EVAL_LOSS_TAG,
+    GAIN_TAG,
+    GATE_TAG,
+    PARENT_TAG,
+    PLAN_TAG,
+    REASONS_TAG,
+    TAKEDOWN_TAG,
+)
 
 REASON_CHARS = 160
 FIELDS = {"output_dir", "cache_dir", "mlflow_tracking_uri"}
@@ -151,10 +152,10 @@ def as_dict(version: Version) -> dict[str, Any]:
         "gate": version.tags.get(GATE_TAG),
         "gain": version.tags.get(GAIN_TAG),
         "reasons": version.tags.get(REASONS_TAG),
-        "eval_loss": version.tags.get("eval_loss.all"),
+        "eval_loss": version.tags.get(EVAL_LOSS_TAG + "all"),
         "benchmarks": version.benchmarks,
-        "corpus": version.tags.get("panda.corpus"),
-        "plan": version.tags.get("panda.plan"),
+        "corpus": version.tags.get(CORPUS_TAG),
+        "plan": version.tags.get(PLAN_TAG),
         "parent": version.tags.get(PARENT_TAG),
         "taken_down": version.taken_down,
         "run_id": version.run_id,

@@ -17,12 +17,14 @@ from data_prep.pipeline import Preparation, run_stages
 from flows.cli.console import stdout_console
 from flows.cli.registry import Verb, parse_verb
 from flows.cli.run import print_json
+from training import run_files
 from training.models.delta import model_directory
 from training.models.hub import base_checkpoint
 from training.registry.lineage import config_of, describe, plan_of
 from training.registry.reproduce import Reproduced, ReproduceError, num_ranks, recorded_losses, reproduce
-from training.registry.versions import PARENT_TAG, Version
+from training.registry.versions import Version
 from training.settings import ModelSettings
+from training.tracking.tags import PARENT_TAG, PLAN_TAG
 
 STEPS = Switch("steps", "Optimizer steps to train again (5).", {"metavar": "N", "type": int, "default": 5})
 SHOWN_CHANGES = 10
@@ -37,12 +39,12 @@ def main(argv: list[str]) -> int:
     version = verb.registry.resolve(verb.words[0])
     config = config_of(verb.registry, version)
     if not config:
-        raise ReproduceError(f"{version.uri}: its run {version.run_id} has no config.yaml among its artifacts")
+        raise ReproduceError(f"{version.uri}: its run {version.run_id} has no {run_files.CONFIG} among its artifacts")
     recorded = recorded_losses(verb.registry, version, verb.switches.steps)
     data = rebuild(verb, version, config)
-    trained = verb.registry.json_artifact(version, "train.json")
+    trained = verb.registry.json_artifact(version, run_files.TRAINED)
     again = {**config, "num_processes": num_ranks(config, trained), "paths": data["paths"]}
-    then = verb.registry.json_artifact(version, "report/environment.json")
+    then = verb.registry.json_artifact(version, run_files.ENVIRONMENT_REPORT)
     result = reproduce(again, recorded, then, verb.cache_dir, logger.debug)
     _say(verb, version, data, result)
     return 0 if result.agrees else 3
@@ -57,7 +59,7 @@ def rebuild(verb: Verb, version: Version, config: dict[str, Any]) -> dict[str, A
     model_dir = starting_point(verb, version, config, settings)
     paths = {"model_dir": model_dir and str(model_dir)}
     planned, problem = _prepare(settings, model_dir, verb.cache_dir)
-    wanted = version.tags.get("panda.plan")
+    wanted = version.tags.get(PLAN_TAG)
     if planned and planned.fingerprint == wanted:
         made = {"plan_dir": planned.path, "tokenizer_dir": planned.tokenizer_dir}
         return {"paths": {**paths, **made}, "plan": wanted, "same": True}
@@ -89,7 +91,7 @@ def _prepare(settings: PandaSettings, model_dir: Path | None, cache_dir: Path) -
 def _what_changed(verb: Verb, version: Version, problem: str) -> str:
     files = describe(verb.registry, version, verb.cache_dir)["corpus"]["files"]
     changed = [f"  {file['file']}: {file['now']}" for file in files if file["now"] != "unchanged"]
-    first = f"{version.uri}: the corpus gives another plan than {version.tags.get('panda.plan')}, which is not here"
+    first = f"{version.uri}: the corpus gives another plan than {version.tags.get(PLAN_TAG)}, which is not here"
     hint = "Bring back the files as they were (panda lineage lists their hashes), or the plan into --cache_dir"
     others = ["  all files are as they were: the directory, the tombstones or the code differ"]
     return "\n".join([f"{first} any more{': ' + problem if problem else ''}", *(changed or others), hint])

@@ -15,10 +15,11 @@ from prefect.runtime import flow_run
 
 from configs.settings import PandaSettings
 from flows.parts.champion import registry_of
-from flows.parts.stages import CORPUS_TAG, TARGET_TOKENS_TAG, Prepared, target_tokens_of_corpus
+from flows.parts.stages import Prepared, target_tokens_of_corpus
 from tasks.register import model_name
 from training.registry.register import patiently
 from training.registry.versions import Version
+from training.tracking.tags import CORPUS_TAG, TARGET_TOKENS_TAG
 
 SCHEDULED_TAG = "auto-scheduled"
 WAITING = "AwaitingConcurrencySlot"

@@ -21,6 +21,7 @@ import yaml
 from configs.errors import ConfigError
 from configs.load import Loaded, load
 from configs.settings import PandaSettings, UnattendedSettings
+from training import run_files
 from training.launch.exits import ExitReason
 from training.tracking import run_record
 
@@ -44,17 +45,21 @@ class RunDir:
 
     @property
     def config(self) -> Path:
-        return self.path / "config.yaml"
+        return self.path / run_files.CONFIG
+
+    @property
+    def outcome(self) -> Path:
+        return self.path / run_files.OUTCOME
 
     @property
     def summary(self) -> Path:
-        return self.path / "summary.json"
+        return self.path / run_files.SUMMARY
 
 
 def unfinished(settings: PandaSettings, plan_dir: Path) -> RunDir | None:
     """The newest run that was interrupted (killed, cancelled, machine lost) while doing what this one is to do."""
     output = Path(settings.output_dir).absolute()
-    runs = sorted((RunDir(path.parent) for path in output.glob("*/config.yaml")), key=lambda run: run.name)
+    runs = sorted((RunDir(path.parent) for path in output.glob(f"*/{run_files.CONFIG}")), key=lambda run: run.name)
     if not runs or runs[-1].summary.exists():
         return None
     run = runs[-1]
@@ -71,8 +76,8 @@ def _obstacle(run: RunDir, settings: PandaSettings, plan_dir: Path) -> str | Non
     record = run_record.read(run.path)
     if record and record.status == run_record.RUNNING and record.is_owner_alive:
         return "it is still running"
-    outcome = run.path / "outcome.json"
-    reason = json.loads(outcome.read_text(encoding="utf-8"))["reason"] if outcome.exists() else ExitReason.cancelled
+    outcome = run.outcome
+    reason = run_files.read_json(outcome)["reason"] if outcome.exists() else ExitReason.cancelled
     if reason not in (ExitReason.cancelled, ExitReason.lost_rank, ExitReason.infrastructure):
         return f"it ended with {reason}, which trying again does not help"
     before = yaml.safe_load(run.config.read_text(encoding="utf-8"))
@@ -85,7 +90,7 @@ def _obstacle(run: RunDir, settings: PandaSettings, plan_dir: Path) -> str | Non
 
 def write_outcome(run: RunDir, reason: ExitReason, message: str) -> None:
     """Write ``outcome.json``: why the run failed, for whoever thinks of going on with it."""
-    write_atomically(run.path / "outcome.json", json.dumps({"reason": reason, "message": message}, indent=2) + "\n")
+    run_files.write_atomically(run.outcome, json.dumps({"reason": reason, "message": message}, indent=2) + "\n")
 
 
 def create(settings: PandaSettings) -> RunDir:
@@ -118,7 +123,7 @@ def _claimed(output: Path, name: str) -> Path | None:
     A directory can be renamed to where nothing or an empty one is; with a folder in it, it is not empty any more.
     """
     path, ours = output / name, output / f".{name}.{os.getpid()}"
-    (ours / "logs").mkdir(parents=True, exist_ok=True)
+    (ours / run_files.LOGS).mkdir(parents=True, exist_ok=True)
     try:
         ours.rename(path)
     except OSError as error:
@@ -139,8 +144,8 @@ def as_in_the_run(loaded: Loaded, values: dict[str, Any], overrides: list[str] |
 
 
 def _existing(output: Path, name: str | None) -> RunDir:
-    runs = [output / name] if name else sorted(path.parent for path in output.glob("*/config.yaml"))
-    if not runs or not (runs[-1] / "config.yaml").exists():
+    runs = [output / name] if name else sorted(path.parent for path in output.glob(f"*/{run_files.CONFIG}"))
+    if not runs or not (runs[-1] / run_files.CONFIG).exists():
         where = f"run_name={name!r}" if name else f"output_dir={str(output)!r}"
         raise ConfigError([f"{where}: no run to resume there; start one without --resume"])
     return RunDir(runs[-1])
@@ -150,17 +155,10 @@ def write_config(run: RunDir, settings: PandaSettings, paths: dict[str, Path | N
     """Write ``config.yaml``: the flat configuration and ``paths``, all that a rank of the training needs to know."""
     content = settings.model_dump(mode="json")
     content["paths"] = {name: str(path.absolute()) if path else None for name, path in paths.items()}
-    write_atomically(run.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    run_files.write_atomically(run.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     logger.info("all settings of this run: %s (--conf_path takes such a file)", run.config)
 
 
 def write_summary(run: RunDir, summary: dict[str, Any]) -> None:
     """Write ``summary.json``, the last file of a run."""
-    write_atomically(run.summary, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Write beside and rename, so that a reader never sees half a file."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(path)
+    run_files.write_atomically(run.summary, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")

@@ -20,11 +20,23 @@ from flows.parts.champion import champion_directory
 from flows.parts.flow_states import Ended, Stopwatch
 from flows.parts.run_dir import RunDir
 from tasks.prepare import base_model, plan, shard, tokenize, tokenizer
+from training import run_files
 from training.models.hub import base_checkpoint
 from training.registry.lineage import corpus_files
 from training.tracking import run_record
 from training.tracking.run import Facts
 from training.tracking.run_record import HELD_OUT, HELD_OUT_CONTEXT, Dataset
+from training.tracking.tags import (
+    CONFIG_TAG,
+    CORPUS_TAG,
+    EVAL_LOSS_TAG,
+    FLOW_RUN_TAG,
+    FLOW_RUN_URL_TAG,
+    PLAN_TAG,
+    SOURCE_NAME_TAG,
+    SOURCE_TYPE_TAG,
+    TARGET_TOKENS_TAG,
+)
 
 
 @dataclass(frozen=True)
@@ -91,10 +103,6 @@ def until(settings: PandaSettings, stage: str, summary: dict[str, Any]) -> None:
         raise Ended("Prepared" if stage in ("records", "tokenize", "plan") else "Stopped", f"until {stage}", summary)
 
 
-CORPUS_TAG = "panda.corpus"
-TARGET_TOKENS_TAG = "panda.target_tokens"
-
-
 def facts(settings: PandaSettings, corpus: str, plan: PlanResult) -> Facts:
     """Parameters = the configuration; data sets = the corpora, by fingerprint of the records, and what is held out."""
     folders = {"instruction": settings.instruction_tuning_data_dir, "pretraining": settings.pretraining_data_dir}
@@ -107,16 +115,16 @@ def facts(settings: PandaSettings, corpus: str, plan: PlanResult) -> Facts:
         held_out = {name: plan.report[f"validation_{name}"] for name in ("records", "tokens", "target_tokens")}
         datasets.append(Dataset(HELD_OUT, plan.fingerprint, plan.path, HELD_OUT_CONTEXT, held_out))
     tags = {
-        "mlflow.source.type": "LOCAL",
-        "mlflow.source.name": "flows/panda_train.py" if deployment.id else "train.py",
+        SOURCE_TYPE_TAG: "LOCAL",
+        SOURCE_NAME_TAG: "flows/panda_train.py" if deployment.id else "train.py",
         CORPUS_TAG: corpus,
         TARGET_TOKENS_TAG: str(target_tokens_of_corpus(plan.report)),
-        "panda.plan": plan.fingerprint,
-        "panda.config": config_hash(settings),
-        "prefect.flow_run_id": str(flow_run.id or ""),
-        "prefect.flow_run_url": str(flow_run.ui_url or ""),
+        PLAN_TAG: plan.fingerprint,
+        CONFIG_TAG: config_hash(settings),
+        FLOW_RUN_TAG: str(flow_run.id or ""),
+        FLOW_RUN_URL_TAG: str(flow_run.ui_url or ""),
     }
-    reports = {"data": plan.report, "corpus": corpus_files(Path(plan.path))}
+    reports = {run_files.DATA_REPORT: plan.report, run_files.CORPUS_REPORT: corpus_files(Path(plan.path))}
     return Facts(settings.model_dump(mode="json"), datasets, reports, tags)
 
 
@@ -133,4 +141,4 @@ def config_hash(settings: PandaSettings) -> str:
 def version_tags(known: Facts, losses: dict[str, dict[str, float]]) -> dict[str, str]:
     """Tags of the model version: what it was made of, and how good it is."""
     lineage = {name: value for name, value in known.tags.items() if value}
-    return lineage | {f"eval_loss.{source}": f"{loss:.6f}" for source, loss in losses["after"].items()}
+    return lineage | {EVAL_LOSS_TAG + source: f"{loss:.6f}" for source, loss in losses["after"].items()}

@@ -7,7 +7,8 @@ import socket
 import pytest
 
 from tests.support.stack import LONG, Stack, free_port, running_stack, wait_for
-from training.registry.versions import APPROVAL_TAG, COMMENT_TAG, GATE_TAG, REASONS_TAG, Registry
+from training.registry.versions import Registry
+from training.tracking.tags import APPROVAL_TAG, COMMENT_TAG, GATE_TAG, REASONS_TAG
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 MODEL = "panda-panda-tiny"

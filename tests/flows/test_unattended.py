@@ -14,8 +14,9 @@ import pytest
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 
 from tests.support.stack import LONG, Stack, running_stack, wait_for
-from training.registry.versions import PARENT_TAG, Registry
+from training.registry.versions import Registry
 from training.tracking.sync import connect
+from training.tracking.tags import PARENT_TAG
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 MODEL = "panda-panda-tiny"

@@ -5,15 +5,14 @@ file is written before the question is asked and again with the answer, so that 
 the answer it was given, and nobody who has answered is asked again about the same comparison. Cost: none.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from training import run_files
 from training.comparison.statistics import CONFIDENCE, interval_of
 from training.tracking.redact import redact_text
 
-FILE = "approval.json"
 WAITING, APPROVED, REFUSED, NO_ANSWER = "waiting", "approved", "refused", "no answer"
 
 
@@ -36,18 +35,16 @@ class Approval:
 
 def read(run_dir: Path, verdict: dict[str, Any]) -> Approval | None:
     """The question that this comparison has led to, if it was asked."""
-    path = run_dir / FILE
+    path = run_dir / run_files.APPROVAL
     if not path.exists():
         return None
-    asked = Approval(**json.loads(path.read_text(encoding="utf-8")))
+    asked = Approval(**run_files.read_json(path))
     return asked if (asked.version, asked.champion) == (verdict["candidate"], verdict.get("champion")) else None
 
 
 def write(run_dir: Path, approval: Approval) -> None:
     """Write RUN/approval.json."""
-    temporary = run_dir / f".{FILE}"
-    temporary.write_text(json.dumps(asdict(approval), ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(run_dir / FILE)
+    run_files.write_json(run_dir / run_files.APPROVAL, asdict(approval))
 
 
 def in_words(answer: dict[str, str]) -> str:

@@ -4,12 +4,11 @@ In: what the registry knows (`training.registry.promotion`). Out: `Job`, written
 `training.compare`, which asks the models in a process of its own and needs no MLflow. Cost: none.
 """
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-JOB = "gate-job.json"
+from training import run_files
 
 
 @dataclass(frozen=True)
@@ -29,9 +28,9 @@ class Job:
 
 def write_job(job: Job, run_dir: Path) -> None:
     """Write RUN/gate-job.json."""
-    (run_dir / JOB).write_text(json.dumps(asdict(job), ensure_ascii=False, indent=1), encoding="utf-8")
+    run_files.write_json(run_dir / run_files.GATE_JOB, asdict(job))
 
 
 def read_job(run_dir: Path) -> Job:
     """RUN/gate-job.json."""
-    return Job(**json.loads((run_dir / JOB).read_text(encoding="utf-8")))
+    return Job(**run_files.read_json(run_dir / run_files.GATE_JOB))

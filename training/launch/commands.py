@@ -16,6 +16,7 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from training import run_files
 from training.settings import EngineSettings
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -79,7 +80,7 @@ def direct_commands(
             name=f"rank-{rank}",
             argv=[sys.executable, "-m", worker, *worker_args(run_dir, resume)],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            log=str(run_dir / "logs" / f"rank-{rank}.log"),
+            log=str(run_dir / run_files.LOGS / f"rank-{rank}.log"),
         )
         for rank in range(size)
     ]
@@ -99,7 +100,7 @@ def torchrun_command(run_dir: Path, settings: EngineSettings, machine: Machine, 
         *["-m", worker, *worker_args(run_dir, resume)],
     ]
     name = f"node-{settings.node_rank}"
-    return Command(name, argv, common_env(machine, size), str(run_dir / "logs" / f"{name}.log"))
+    return Command(name, argv, common_env(machine, size), str(run_dir / run_files.LOGS / f"{name}.log"))
 
 
 def hostfile_command(run_dir: Path, settings: EngineSettings, machine: Machine, resume: bool, worker: str) -> Command:
@@ -114,20 +115,22 @@ def hostfile_command(run_dir: Path, settings: EngineSettings, machine: Machine, 
     if settings.num_processes:
         argv += ["--num_gpus", str(settings.num_processes)]
     argv += ["--module", worker, *worker_args(run_dir, resume)]
-    return Command("hosts", argv, common_env(machine, machine.num_gpus or 1), str(run_dir / "logs" / "hosts.log"))
+    return Command(
+        "hosts", argv, common_env(machine, machine.num_gpus or 1), str(run_dir / run_files.LOGS / "hosts.log")
+    )
 
 
 def evaluation_command(run_dir: Path, machine: Machine, module: str = EVALUATE) -> Command:
     """One process that evaluates RUN/model as it lies on disk."""
-    argv = [sys.executable, "-m", module, "--config", str(run_dir.resolve() / "config.yaml")]
+    argv = [sys.executable, "-m", module, "--config", str(run_dir.resolve() / run_files.CONFIG)]
     name = module.rpartition(".")[2]
     env = common_env(machine, 1) | {"MASTER_PORT": str(machine.free_port)}
-    return Command(name, argv, env, str(run_dir / "logs" / f"{name}.log"))
+    return Command(name, argv, env, str(run_dir / run_files.LOGS / f"{name}.log"))
 
 
 def worker_args(run_dir: Path, resume: bool) -> list[str]:
     """Arguments of the worker, absolute: the launcher's working directory need not be the ranks'."""
-    return ["--config", str(run_dir.resolve() / "config.yaml"), *(["--resume"] if resume else [])]
+    return ["--config", str(run_dir.resolve() / run_files.CONFIG), *(["--resume"] if resume else [])]
 
 
 def common_env(machine: Machine, num_local: int) -> dict[str, str]:

@@ -24,6 +24,7 @@ from pathlib import Path
 import psutil
 import yaml
 
+from training import run_files
 from training.launch.commands import (
     EVALUATE,
     WORKER,
@@ -122,7 +123,7 @@ def shrink_micro_batch(run_dir: Path, settings: TrainSettings) -> dict[str, int]
     """
     if not settings.halve_batch_on_out_of_memory or settings.nodes > 1:
         return None
-    path = run_dir / "config.yaml"
+    path = run_dir / run_files.CONFIG
     config = yaml.safe_load(path.read_text())
     smaller = smaller_micro_batch(config["per_gpu_train_batch_size"], config["gradient_accumulation_steps"])
     if smaller is None:

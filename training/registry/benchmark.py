@@ -17,8 +17,9 @@ from typing import Any
 from data_prep.errors import PandaError, did_you_mean
 from training.export.export import find_base
 from training.models.hub import base_of
-from training.registry.versions import BENCHMARK_TAG, Registry, Version
+from training.registry.versions import Registry, Version
 from training.tracking.redact import redact_text
+from training.tracking.tags import BENCHMARK_TAG
 
 INSTALL = "pip install 'lm-eval>=0.4.13'"
 

@@ -6,7 +6,6 @@ machine. Out: plain values. Nothing was recorded for this beside the plan: which
 over the ledger of each plan.
 """
 
-import json
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -23,11 +22,22 @@ from data_prep.plan.order import position_of, steps_per_epoch
 from data_prep.plan.plan_file import open_rows, rows_file
 from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.shard import read_arrow
-from training.registry.versions import GAIN_TAG, GATE_TAG, PARENT_TAG, REASONS_TAG, Registry, Version
+from training import run_files
+from training.registry.versions import Registry, Version
 from training.tracking.logged_models import last_step
+from training.tracking.tags import (
+    CODE_CHANGED_TAG,
+    COMMIT_TAG,
+    CORPUS_TAG,
+    GAIN_TAG,
+    GATE_TAG,
+    PARENT_TAG,
+    PLAN_TAG,
+    REASONS_TAG,
+    RUN_DIR_TAG,
+)
 
 MARKER = "panda_version.json"  # in an exported model: the version it was made from
-CORPUS_REPORT = "report/corpus.json"
 MAX_RECORDS = 100  # that one text may mean
 
 
@@ -55,13 +65,13 @@ class Found:
 
 def config_of(registry: Registry, version: Version) -> dict[str, Any]:
     """The configuration a version was trained with, {} if its run has none."""
-    text = registry.artifact(version, "config.yaml")
+    text = registry.artifact(version, run_files.CONFIG)
     return yaml.safe_load(text) if text else {}
 
 
 def plan_of(version: Version, config: dict[str, Any], cache_dir: Path | None = None) -> Path | None:
     """The plan a version was trained with, if it is on this machine: where it was then, or in this cache."""
-    fingerprint = version.tags.get("panda.plan", "-")
+    fingerprint = version.tags.get(PLAN_TAG, "-")
     candidates = [Path(config["paths"]["plan_dir"])] if config else []
     caches = [Path(config["cache_dir"])] if config else []
     candidates += [cache / "plans" / fingerprint for cache in [*caches, *([cache_dir] if cache_dir else [])]]
@@ -72,11 +82,11 @@ def parent_of(registry: Registry, model_dir: str | None) -> str | None:
     """The version whose weights lie in `model_dir`: the model of a run, an exported one, or files of the registry."""
     if model_dir is None:
         return None
-    marker, record = Path(model_dir) / MARKER, Path(model_dir).parent / "tracking.json"
+    marker, record = Path(model_dir) / MARKER, Path(model_dir).parent / run_files.TRACKING
     if marker.is_file():
-        return json.loads(marker.read_text(encoding="utf-8"))["version"]
+        return run_files.read_json(marker)["version"]
     if record.is_file():
-        run_id = json.loads(record.read_text(encoding="utf-8"))["run_id"]
+        run_id = run_files.read_json(record)["run_id"]
         version = registry.of_run(run_id) if run_id else None
         return version.uri if version else None
     return _owner_of_files(registry, Path(model_dir))
@@ -110,7 +120,7 @@ def describe(registry: Registry, version: Version, cache_dir: Path) -> dict[str,
     """What a version was made of."""
     config = config_of(registry, version)
     plan_dir = plan_of(version, config, cache_dir)
-    corpus = registry.json_artifact(version, CORPUS_REPORT)
+    corpus = registry.json_artifact(version, run_files.CORPUS_REPORT)
     run_tags = registry.client.get_run(version.run_id).data.tags if version.run_id else {}
     return {
         "version": version.uri,
@@ -118,11 +128,11 @@ def describe(registry: Registry, version: Version, cache_dir: Path) -> dict[str,
         "parent": version.tags.get(PARENT_TAG),
         "ancestors": [one.uri for one in ancestry(version, registry.versions())][1:],
         "run_id": version.run_id,
-        "run_dir": run_tags.get("panda.run_dir"),
+        "run_dir": run_tags.get(RUN_DIR_TAG),
         "code": {name: run_tags.get(tag) for name, tag in CODE_TAGS.items()},
         "base": config.get("paths", {}).get("model_dir"),
-        "plan": {"fingerprint": version.tags.get("panda.plan"), "path": str(plan_dir) if plan_dir else None},
-        "corpus": {"fingerprint": version.tags.get("panda.corpus"), "files": [_state(file) for file in corpus]},
+        "plan": {"fingerprint": version.tags.get(PLAN_TAG), "path": str(plan_dir) if plan_dir else None},
+        "corpus": {"fingerprint": version.tags.get(CORPUS_TAG), "files": [_state(file) for file in corpus]},
         "gate": {"result": version.tags.get(GATE_TAG), "reasons": version.tags.get(REASONS_TAG),
                  "gain": version.tags.get(GAIN_TAG)},
         "taken_down": version.taken_down,
@@ -130,7 +140,7 @@ def describe(registry: Registry, version: Version, cache_dir: Path) -> dict[str,
     }  # fmt: skip
 
 
-CODE_TAGS = {"commit": "mlflow.source.git.commit", "changed": "panda.code_changed"}
+CODE_TAGS = {"commit": COMMIT_TAG, "changed": CODE_CHANGED_TAG}
 
 
 def _state(file: dict[str, Any]) -> dict[str, Any]:
@@ -224,11 +234,11 @@ def _direct(registry: Registry, version: Version, content: str, cache_dir: Path)
     config = config_of(registry, version)
     plan_dir = plan_of(version, config, cache_dir)
     if plan_dir is None:
-        fingerprint = version.tags.get("panda.plan")
+        fingerprint = version.tags.get(PLAN_TAG)
         note = f"its plan {fingerprint} is not on this machine; panda reproduce {version.uri} makes it again"
         return Seen(version.uri, version.aliases, certain=False, trained=False, note=note)
     rows = rows_of_record(plan_dir, content)
-    steps = steps_of_rows(plan_dir, rows, config, registry.json_artifact(version, "train.json"))
+    steps = steps_of_rows(plan_dir, rows, config, registry.json_artifact(version, run_files.TRAINED))
     return Seen(version.uri, version.aliases, certain=True, trained=bool(steps), steps=steps)
 
 

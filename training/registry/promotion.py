@@ -12,25 +12,24 @@ from typing import Any
 
 import yaml
 
+from training import run_files
 from training.comparison.approval import APPROVED, REFUSED, WAITING, in_words
 from training.comparison.job import Job
 from training.comparison.report import verdict_markdown
 from training.comparison.statistics import interval_of
 from training.registry.lineage import config_of, plan_of
-from training.registry.versions import (
+from training.registry.versions import CHALLENGER, CHAMPION, Registry, RegistryError, Version
+from training.tracking.looks import only_a_look
+from training.tracking.tags import (
     APPROVAL_TAG,
-    CHALLENGER,
-    CHAMPION,
     COMMENT_TAG,
     GAIN_TAG,
     GATE_TAG,
+    PROMOTED_BY_HAND_TAG,
     REASONS_TAG,
     REPLACED_TAG,
-    Registry,
-    RegistryError,
-    Version,
+    ROLLED_BACK_TAG,
 )
-from training.tracking.looks import only_a_look
 
 PASSED, FAILED = "passed", "failed"
 
@@ -92,7 +91,7 @@ def promote(registry: Registry, reference: str, despite_gate: bool) -> tuple[Ver
     if obstacle and not despite_gate:
         raise RegistryError(f"{version.uri} {obstacle}. To promote it nevertheless: --despite_gate")
     before = make_champion(registry, version)
-    registry.tag(version, {"panda.promoted_by_hand": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    registry.tag(version, {PROMOTED_BY_HAND_TAG: time.strftime("%Y-%m-%dT%H:%M:%S")})
     return replace(version, aliases=[CHAMPION]), before
 
 
@@ -114,13 +113,13 @@ def rollback(registry: Registry, name: str) -> tuple[Version, Version]:
         raise RegistryError(f"{current.uri} replaced no other champion, so there is nothing to go back to")
     before = registry.resolve(f"{name}/{replaced}")
     registry.set_alias(before, CHAMPION)
-    registry.tag(current, {"panda.rolled_back": time.strftime("%Y-%m-%dT%H:%M:%S")})
+    registry.tag(current, {ROLLED_BACK_TAG: time.strftime("%Y-%m-%dT%H:%M:%S")})
     return before, current
 
 
 def job_of(registry: Registry, version: Version, run_dir: Path, gate: dict[str, Any]) -> Job:
     """What the gate is to compare. The champion's files are fetched only where MLflow does not keep them here."""
-    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
+    config = yaml.safe_load((run_dir / run_files.CONFIG).read_text(encoding="utf-8"))
     cache_dir, template = Path(config["cache_dir"]), config["template"]
     champion = registry.champion(version.name)
     if champion and champion.version == version.version:  # tried again after the alias has moved
@@ -129,7 +128,7 @@ def job_of(registry: Registry, version: Version, run_dir: Path, gate: dict[str, 
     return Job(
         gate=gate,
         cache_dir=str(cache_dir),
-        candidate={"name": version.uri, "model_dir": str(run_dir / "model"), "template": template},
+        candidate={"name": version.uri, "model_dir": str(run_dir / run_files.MODEL), "template": template},
         champion=_champion_model(registry, champion, cache_dir, template) if champion else None,
         champion_plan=_champion_plan(registry, champion, cache_dir) if champion else None,
         base=base and {"name": base, "model_dir": base, "template": template},

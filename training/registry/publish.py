@@ -12,6 +12,7 @@ Face hub. What is not known is left out. Cost: none.
 
 import json
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -19,10 +20,12 @@ from typing import Any
 import numpy as np
 import yaml
 
+from training import run_files
 from training.comparison.statistics import interval_of
 from training.export.export import Exported, export
 from training.registry.lineage import MARKER, config_of, plan_of
-from training.registry.versions import BENCHMARK_TAG, Registry, Version
+from training.registry.versions import Registry, Version
+from training.tracking.tags import BENCHMARK_TAG, CORPUS_TAG, EVAL_LOSS_TAG, PLAN_TAG, tagged
 
 NUM_PROMPTS = 8
 PROMPT_TOKENS = 128
@@ -38,8 +41,8 @@ def publish(registry: Registry, version: Version, target: Path, cache_dir: Path,
         version.uri,
         version.tags,
         config,
-        registry.json_artifact(version, "report/data.json"),
-        registry.json_artifact(version, "gate.json"),
+        registry.json_artifact(version, run_files.DATA_REPORT),
+        registry.json_artifact(version, run_files.GATE),
     )
     prompts = held_out_prompts(plan_of(version, config, cache_dir)) or sentence_prompts(model_dir)
     exported = export(model_dir, target, prompts, lambda done: model_card(facts, done), base)
@@ -147,7 +150,7 @@ def _data(report: dict[str, Any]) -> str:
 
 def _evaluation(facts: CardFacts) -> str:
     """Held-out losses, and the comparison with intervals."""
-    losses = [[n.partition(".")[2], value] for n, value in facts.tags.items() if n.startswith("eval_loss.")]
+    losses = list(tagged(facts.tags, EVAL_LOSS_TAG).items())
     parts = [_table(["held-out source", "loss per target token"], losses)]
     rows = [
         [row["against"], row["slice"], f"{row['records']:,}", str(interval_of(row))]
@@ -155,7 +158,7 @@ def _evaluation(facts: CardFacts) -> str:
     ]
     interval = f"gain in nats per target token [{facts.gate.get('confidence', 0.95):.0%} interval]"
     parts.append(_table(["against", "slice", "records", interval], rows))
-    scores = [[n.removeprefix(BENCHMARK_TAG), value] for n, value in facts.tags.items() if n.startswith(BENCHMARK_TAG)]
+    scores = list(tagged(facts.tags, BENCHMARK_TAG).items())
     parts.append(_table(["benchmark (lm-eval)", "score"], scores))
     reasons = facts.gate.get("reasons", [])
     parts.append("\n".join(f"- {reason}" for reason in reasons))
@@ -168,7 +171,7 @@ def _settings(config: dict[str, Any]) -> list[list[str]]:
 
 def _reproduce(facts: CardFacts) -> str:
     """The configuration is beside the card; the fingerprints say whether the data is the same."""
-    prints = [[name.removeprefix("panda."), f"`{facts.tags[name]}`"] for name in ("panda.corpus", "panda.plan")
+    prints = [[name.removeprefix("panda."), f"`{facts.tags[name]}`"] for name in (CORPUS_TAG, PLAN_TAG)
               if name in facts.tags]  # fmt: skip
     if not facts.config:
         return _table(["fingerprint", "value"], prints)
@@ -179,7 +182,7 @@ def _section(title: str, body: str) -> str:
     return f"## {title}\n\n{body}" if body else ""
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     if not rows:
         return ""
     lines = [head, ["---"] * len(head), *rows]

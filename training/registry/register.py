@@ -16,7 +16,6 @@ more than that.
 import contextlib
 import hashlib
 import importlib.metadata
-import json
 import logging
 import os
 import shutil
@@ -31,13 +30,15 @@ from urllib.parse import unquote, urlparse
 
 import yaml
 
+from training import run_files
 from training.errors import MlflowAway, ModelError
 from training.models.hub import base_of
 from training.registry.loaded_back import load_back, load_served
-from training.tracking.logged_models import NOT_IN_NAMES, REGISTERED
+from training.tracking.logged_models import NOT_IN_NAMES, REGISTERED, deployed_step
 from training.tracking.looks import only_a_look
 from training.tracking.redact import what_it_says
 from training.tracking.sync import away_errors, connect
+from training.tracking.tags import KEY_TAG, STEP_TAG
 
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
 WEIGHTS = "artifacts/model"  # where the model lies below the MLflow model directory
@@ -144,8 +145,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-KEY_TAG = "panda.key"
-STEP_TAG = "panda.step"  # optimizer steps behind the weights; versions of earlier code have none
 RETRY_SECONDS = (2, 5, 10, 20, 40)
 SHOWN_CHARS = 200
 SAMPLE_TOKENS = 48
@@ -169,7 +168,7 @@ def register_run(tracked: "TrackedRun", name: str, tags: dict[str, str], prompt:
     :raises MlflowAway: MLflow did not answer; the message says how to go on.
     :raises ModelError: what MLflow has is not the model; the message says so, and no version is made.
     """
-    model_dir, again = tracked.run_dir / "model", f"go on with --resume --run_name {tracked.run_dir.name}"
+    model_dir, again = tracked.run_dir / run_files.MODEL, f"go on with --resume --run_name {tracked.run_dir.name}"
     try:
         version = register(tracked.run_dir, patiently(tracked.wait_for_run_id), name, tags, tracked.uri)
     except MlflowAway as error:
@@ -188,17 +187,8 @@ def register(run_dir: Path, run_id: str, name: str, tags: dict[str, str], uri: s
     """
     step = deployed_step(run_dir)
     key = hashlib.sha256(f"{run_id}\0step {step}".encode()).hexdigest()[:32]
-    model = _Model(run_dir / "model", run_id, uri, {**tags, STEP_TAG: str(step), KEY_TAG: key})
+    model = _Model(run_dir / run_files.MODEL, run_id, uri, {**tags, STEP_TAG: str(step), KEY_TAG: key})
     return patiently(lambda: _register(connect(uri), model, name))
-
-
-def deployed_step(run_dir: Path) -> int:
-    """After how many optimizer steps the weights in RUN/model were: the best ones where those are kept."""
-    trained = json.loads((run_dir / "train.json").read_text(encoding="utf-8"))
-    best = trained.get("best_step")
-    if best is not None and yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))["keep_best"]:
-        return best
-    return trained["steps"]
 
 
 def patiently(action: Callable[[], Result]) -> Result:

@@ -17,6 +17,7 @@ from typing import Any
 import yaml
 
 from data_prep.errors import PandaError
+from training import run_files
 from training.launch import launcher
 from training.registry.versions import Registry, Version
 from training.settings import TrainSettings
@@ -64,10 +65,10 @@ def recorded_losses(registry: Registry, version: Version, num_steps: int) -> dic
 
     :raises ReproduceError: its run has no metrics.
     """
-    lines = map(json.loads, (registry.artifact(version, "metrics.jsonl") or "").splitlines())
+    lines = map(json.loads, (registry.artifact(version, run_files.METRICS) or "").splitlines())
     losses = {line["step"]: line["loss"] for line in lines if line["step"] <= num_steps}
     if not losses:
-        raise ReproduceError(f"{version.uri}: its run {version.run_id} has no metrics.jsonl among its artifacts")
+        raise ReproduceError(f"{version.uri}: its run {version.run_id} has no {run_files.METRICS} among its artifacts")
     return losses
 
 
@@ -97,7 +98,7 @@ def run_directory(config: dict[str, Any], cache_dir: Path) -> Iterator[Path]:
         run_dir = (Path(directory) / RUN).absolute()
         run_dir.mkdir()
         content = {**config, "paths": {**config["paths"], "run_dir": str(run_dir)}}
-        (run_dir / "config.yaml").write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
+        (run_dir / run_files.CONFIG).write_text(yaml.safe_dump(content, allow_unicode=True), encoding="utf-8")
         yield run_dir
 
 

@@ -17,20 +17,12 @@ from data_prep.errors import PandaError, did_you_mean
 from training.registry.register import FINAL_ERRORS, WEIGHTS, local_path
 from training.tracking.redact import redact_text, what_it_says
 from training.tracking.sync import connect
+from training.tracking.tags import BENCHMARK_TAG, TAKEDOWN_TAG, tagged
 
 if TYPE_CHECKING:
     from mlflow.tracking import MlflowClient
 
 CHAMPION, CHALLENGER = "champion", "challenger"
-GATE_TAG = "panda.gate"  # passed, or failed
-REASONS_TAG = "panda.gate.reasons"
-GAIN_TAG = "panda.gate.gain"
-APPROVAL_TAG = "panda.approval"  # waiting, approved, refused, or no answer; none where nobody was asked
-COMMENT_TAG = "panda.approval.comment"
-REPLACED_TAG = "panda.replaced_champion"  # the version that was champion before this one
-PARENT_TAG = "panda.parent"
-TAKEDOWN_TAG = "panda.takedown."  # + content hash
-BENCHMARK_TAG = "panda.benchmark."  # + task of lm-eval
 MAX_TAG_CHARS = 4500  # MLflow takes 5,000 bytes and more, depending on its database
 MAX_DESCRIPTION_CHARS = 5000  # PostgreSQL refuses a longer one
 REFERENCE = re.compile(r"^(?:models:/)?(?P<name>[^/@:]+)(?:[/:](?P<version>\d+)|@(?P<alias>[\w-]+))?$")
@@ -59,13 +51,12 @@ class Version:
     @property
     def taken_down(self) -> list[str]:
         """Content hashes of records this version has seen and that were taken down since."""
-        return sorted(tag.removeprefix(TAKEDOWN_TAG) for tag in self.tags if tag.startswith(TAKEDOWN_TAG))
+        return sorted(tagged(self.tags, TAKEDOWN_TAG))
 
     @property
     def benchmarks(self) -> dict[str, str]:
         """Task -> what this version scored."""
-        found = (tag for tag in sorted(self.tags) if tag.startswith(BENCHMARK_TAG))
-        return {tag.removeprefix(BENCHMARK_TAG): self.tags[tag] for tag in found}
+        return dict(sorted(tagged(self.tags, BENCHMARK_TAG).items()))
 
 
 class Registry:

@@ -7,24 +7,24 @@ RUN/checkpoints: a checkpoint is resumed, the registered model is deployed. Ever
 requests a checkpoint.
 """
 
-import json
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from training.tracking.metric_lines import EVALUATIONS, SERIES, STEPS, metrics_of
+from training import run_files
+from training.tracking.metric_lines import SERIES, metrics_of
 from training.tracking.run_record import HELD_OUT_CONTEXT, RunRecord, new_lines
+from training.tracking.tags import CHECKPOINT_TAG, COMMIT_TAG, SOURCE_NAME_TAG, SOURCE_TYPE_TAG, USER_TAG
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel, Metric
     from mlflow.tracking import MlflowClient
 
-CHECKPOINT_TAG = "panda.checkpoint"
 REGISTERED, CHECKPOINT = "panda", "panda-checkpoint"  # `model_type` of what is deployed, and of what is resumed
 COMPLETE = "complete.json"  # what `checkpoint` writes last
-WHOSE_TAGS = ("mlflow.user", "mlflow.source.name", "mlflow.source.type", "mlflow.source.git.commit")
+WHOSE_TAGS = (USER_TAG, SOURCE_NAME_TAG, SOURCE_TYPE_TAG, COMMIT_TAG)
 FINISHED = "FINISHED"
 OF_STEP = {"step", "time", "loss"}  # what metrics.jsonl tells of a model; the rest is about the machine
 NOT_IN_NAMES = re.compile(r"""[/:.%"']""")  # of a logged model; versions of models have dots: llama-3.1-8b
@@ -37,7 +37,9 @@ def send(client: "MlflowClient", record: RunRecord, run_dir: Path) -> None:
     experiment = client.get_run(record.known_id).info.experiment_id
     known = client.search_logged_models([experiment], f"source_run_id = '{record.known_id}'")
     logged = {model.tags[CHECKPOINT_TAG]: model for model in known if CHECKPOINT_TAG in model.tags}
-    kept = {str(marker.parent): marker for marker in sorted((run_dir / "checkpoints").glob(f"step-*/{COMPLETE}"))}
+    kept = {
+        str(marker.parent): marker for marker in sorted((run_dir / run_files.CHECKPOINTS).glob(f"step-*/{COMPLETE}"))
+    }
     for path in logged.keys() - kept.keys():
         client.delete_logged_model(logged[path].model_id)
     for path, marker in kept.items():
@@ -52,18 +54,21 @@ def send(client: "MlflowClient", record: RunRecord, run_dir: Path) -> None:
 
 def step_of(marker: Path) -> int:
     """Optimizer steps that a checkpoint has done."""
-    return int(json.loads(marker.read_text(encoding="utf-8"))["progress"]["step"])
+    return int(run_files.read_json(marker)["progress"]["step"])
 
 
 def deployed_step(run_dir: Path) -> int:
     """The step whose weights are RUN/model."""
-    config = yaml.safe_load((run_dir / "config.yaml").read_text(encoding="utf-8"))
-    return last_step(config, json.loads((run_dir / "train.json").read_text(encoding="utf-8")))
+    trained = run_files.read_json(run_dir / run_files.TRAINED)
+    if trained.get("best_step") is None:
+        return trained["steps"]
+    return last_step(yaml.safe_load((run_dir / run_files.CONFIG).read_text(encoding="utf-8")), trained)
 
 
 def last_step(config: dict[str, Any], trained: dict[str, Any]) -> int:
     """The last step that the deployed weights have seen: the best one where that is kept."""
-    return int((config["keep_best"] and trained["best_step"]) or trained["steps"])
+    best = trained.get("best_step")
+    return best if best is not None and config["keep_best"] else trained["steps"]
 
 
 def _log(client: "MlflowClient", record: RunRecord, experiment: str, marker: Path, step: int) -> "LoggedModel":
@@ -96,8 +101,8 @@ def _measure(client: "MlflowClient", record: RunRecord, run_dir: Path, model: "L
     held_out = next((one for one in record.datasets if one["context"] == HELD_OUT_CONTEXT), None)
     on = {"dataset_name": held_out["name"], "dataset_digest": held_out["digest"][:36]} if held_out else {}
     metrics = [
-        *_metrics_at(step, record, run_dir / STEPS, of, OF_STEP),
-        *_metrics_at(step, record, run_dir / EVALUATIONS, of | on),
+        *_metrics_at(step, record, run_dir / run_files.METRICS, of, OF_STEP),
+        *_metrics_at(step, record, run_dir / run_files.EVALUATIONS, of | on),
     ]
     client.log_batch(record.known_id, metrics=metrics)
     client.set_logged_model_tags(model.model_id, {tag: record.tags[tag] for tag in WHOSE_TAGS if tag in record.tags})

@@ -6,11 +6,12 @@ In: lines of metrics.jsonl, evaluations.jsonl, system.jsonl. Out: `Metric`s of t
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from training.run_files import EVALUATIONS, METRICS, SYSTEM
+
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-STEPS, EVALUATIONS = "metrics.jsonl", "evaluations.jsonl"
-SERIES = {STEPS: "", EVALUATIONS: "eval/", "system.jsonl": ""}  # file -> prefix of its metrics
+SERIES = {METRICS: "", EVALUATIONS: "eval/", SYSTEM: ""}  # file -> prefix of its metrics
 
 
 def metrics_of(line: dict[str, Any], prefix: str, started_ms: int, **of: str) -> "Iterator[Metric]":

@@ -3,21 +3,21 @@
 from pathlib import Path
 from typing import Any
 
+from training import run_files
 from training.tracking.run_record import new_lines
 
 
 def write_plots(run_dir: Path) -> list[Path]:
     """Draw what there is; nothing for a run without steps."""
-    steps = new_lines(run_dir / "metrics.jsonl", 0)[1]
+    steps = new_lines(run_dir / run_files.METRICS, 0)[1]
     if not steps:
         return []
-    evaluations = new_lines(run_dir / "evaluations.jsonl", 0)[1]
-    directory = run_dir / "report"
-    directory.mkdir(exist_ok=True)
+    evaluations = new_lines(run_dir / run_files.EVALUATIONS, 0)[1]
+    (run_dir / run_files.REPORT).mkdir(exist_ok=True)
     return [
-        _draw(directory / "loss.png", "loss per target token", {"training": (steps, "loss"),
+        _draw(run_dir / run_files.LOSS_PLOT, "loss per target token", {"training": (steps, "loss"),
               "held out": (evaluations, "eval_loss")}),
-        _draw(directory / "speed.png", "target tokens per second", {"": (steps, "target_tokens_per_second")}),
+        _draw(run_dir / run_files.SPEED_PLOT, "target tokens per second", {"": (steps, "target_tokens_per_second")}),
     ]  # fmt: skip
 
 

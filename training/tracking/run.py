@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from training import run_files
 from training.errors import MlflowAway
 from training.launch.commands import machine_kind
 from training.launch.exits import ExitReason
@@ -29,19 +30,18 @@ from training.tracking import sync as mlflow_sync
 from training.tracking.looks import only_a_look
 from training.tracking.redact import redact, redact_text, what_it_says
 from training.tracking.run_record import Dataset, RunRecord
-from training.tracking.sync import USER_TAG
+from training.tracking.tags import CODE_CHANGED_TAG, COMMIT_TAG, NOTE_TAG, USER_TAG
 
 logger = logging.getLogger(__name__)
 
 SYNC_SECONDS = 5.0
-NOTE_TAG = "mlflow.note.content"  # MLflow's name for the description of a run
 MAX_NOTE_CHARS = 4500  # MLflow takes 5,000 bytes and more, depending on its database
 _sending = threading.Lock()  # one writer of a run's record at a time
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What is known of a run before it trains; `reports` become RUN/report/<name>.json and artifacts."""
+    """What is known of a run before it trains; `reports` (name of a file of the run -> content) become artifacts."""
 
     params: dict[str, Any]
     datasets: list[Dataset] = field(default_factory=list)
@@ -112,7 +112,7 @@ def _open_record(settings: TrackingSettings, tracked: TrackedRun, facts: Facts) 
     """Write (or reopen) RUN/tracking.json and the facts that become artifacts."""
     run_dir = tracked.run_dir
     tags = {**facts.tags, **source_tags()}
-    write_reports(run_dir, {**facts.reports, "environment": environment()})
+    write_reports(run_dir, {**facts.reports, run_files.ENVIRONMENT_REPORT: environment()})
     record = run_record.read(run_dir)
     if record:
         record.reopen(tags)
@@ -134,11 +134,11 @@ def as_param(value: Any) -> str:
 
 
 def write_reports(run_dir: Path, reports: dict[str, Any]) -> None:
-    """RUN/report/<name>.json for each."""
-    (run_dir / "report").mkdir(exist_ok=True)
+    """A file each, in RUN/report."""
+    (run_dir / run_files.REPORT).mkdir(exist_ok=True)
     for name, content in reports.items():
         text = json.dumps(content, ensure_ascii=False, indent=1, default=str)
-        (run_dir / "report" / f"{name}.json").write_text(text, encoding="utf-8")
+        (run_dir / name).write_text(text, encoding="utf-8")
 
 
 def environment() -> dict[str, Any]:
@@ -158,7 +158,7 @@ def source_tags() -> dict[str, str]:
         commit, changes = (_git("rev-parse", "HEAD"), _git("status", "--porcelain", "--untracked-files=no"))
     except (OSError, subprocess.CalledProcessError):
         return user
-    return {**user, "mlflow.source.git.commit": commit, "panda.code_changed": str(bool(changes)).lower()}
+    return {**user, COMMIT_TAG: commit, CODE_CHANGED_TAG: str(bool(changes)).lower()}
 
 
 def _git(*arguments: str) -> str:
@@ -225,7 +225,7 @@ def close_run(tracked: TrackedRun, status: str) -> bool:
 def reconcile(output_dir: Path, uri: str) -> list[Path]:
     """Close the runs of killed processes and send what earlier runs could not; returns the runs that were completed."""
     completed = []
-    for path in sorted(output_dir.glob(f"*/{run_record.FILE_NAME}")):
+    for path in sorted(output_dir.glob(f"*/{run_files.TRACKING}")):
         record = run_record.read_known(path.parent)
         if record.is_settled or record.uri != redact_text(uri):
             continue

@@ -16,7 +16,8 @@ from typing import Any
 
 import psutil
 
-FILE_NAME = "tracking.json"
+from training import run_files
+
 RUNNING = "RUNNING"
 HELD_OUT, HELD_OUT_CONTEXT = "held-out", "validation"  # the data set that losses of models are measured on
 
@@ -93,19 +94,17 @@ class RunRecord:
 
 def read(run_dir: Path) -> RunRecord | None:
     """The record of a run directory, None if it has none."""
-    return read_known(run_dir) if (run_dir / FILE_NAME).exists() else None
+    return read_known(run_dir) if (run_dir / run_files.TRACKING).exists() else None
 
 
 def read_known(run_dir: Path) -> RunRecord:
     """The record of a run directory that has one."""
-    return RunRecord(**json.loads((run_dir / FILE_NAME).read_text(encoding="utf-8")))
+    return RunRecord(**run_files.read_json(run_dir / run_files.TRACKING))
 
 
 def write(run_dir: Path, record: RunRecord) -> None:
     """Replace the record in one go."""
-    temporary = run_dir / f".{FILE_NAME}.{os.getpid()}"
-    temporary.write_text(json.dumps(asdict(record), ensure_ascii=False, indent=1), encoding="utf-8")
-    temporary.replace(run_dir / FILE_NAME)
+    run_files.write_json(run_dir / run_files.TRACKING, asdict(record))
 
 
 def new_lines(path: Path, offset: int) -> tuple[int, list[dict[str, Any]]]:

@@ -18,24 +18,25 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from training import run_files
 from training.errors import MlflowAway
 from training.tracking import logged_models, run_record
 from training.tracking.metric_lines import SERIES, metrics_of
 from training.tracking.redact import redact_text, what_it_says
 from training.tracking.run_record import RunRecord, new_lines
+from training.tracking.tags import KIND_TAG, RUN_DIR_TAG, RUN_TOKEN_TAG, USER_TAG
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
     from mlflow.tracking import MlflowClient
 
 ARTIFACTS = (
-    "config.yaml", "metrics.jsonl", "evaluations.jsonl", "evaluation.json", "gate.json", "train.json", "summary.json",
+    run_files.CONFIG, run_files.METRICS, run_files.EVALUATIONS, run_files.EVALUATION, run_files.GATE, run_files.TRAINED,
+    run_files.SUMMARY,
 )  # fmt: skip
 ARTIFACTS_DIR = "mlartifacts"
 URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")
-TOKEN_TAG = "panda.run_token"
-USER_TAG = "mlflow.user"
-KIND_TAG, TRAINING = "mlflow.experimentKind", "custom_model_development"
+TRAINING = "custom_model_development"
 """Without this kind MLflow's pages take our runs for evaluations of an agent."""
 TRAINING_VIEW = "?workflowType=machine_learning"
 """At the end of a link: without it a browser that is new to MLflow opens the pages for agents, whatever the kind."""
@@ -156,13 +157,15 @@ def sync(run_dir: Path, uri: str) -> RunRecord:
 
 def find_run(client: "MlflowClient", record: RunRecord, uri: str, run_dir: Path) -> str | None:
     """The run of an earlier try whose answer was lost; found by our token."""
-    runs = client.search_runs([experiment_id(client, record, uri, run_dir)], f"tags.`{TOKEN_TAG}` = '{record.token}'")
+    runs = client.search_runs(
+        [experiment_id(client, record, uri, run_dir)], f"tags.`{RUN_TOKEN_TAG}` = '{record.token}'"
+    )
     return runs[0].info.run_id if runs else None
 
 
 def create_run(client: "MlflowClient", record: RunRecord, uri: str, run_dir: Path) -> str:
     """A new run, marked with our token."""
-    tags = {TOKEN_TAG: record.token, "panda.run_dir": str(run_dir)}
+    tags = {RUN_TOKEN_TAG: record.token, RUN_DIR_TAG: str(run_dir)}
     tags |= {USER_TAG: record.tags[USER_TAG]} if USER_TAG in record.tags else {}  # MLflow also makes a field of it
     created = client.create_run(experiment_id(client, record, uri, run_dir), record.started_ms, tags, record.run_name)
     return created.info.run_id
@@ -280,7 +283,7 @@ def try_send_models(client: "MlflowClient", record: RunRecord, run_dir: Path) ->
 
 def send_artifacts(client: "MlflowClient", record: RunRecord, run_dir: Path) -> None:
     """RUN/report/ and the small files of the run, without passwords."""
-    files = [run_dir / name for name in ARTIFACTS] + sorted((run_dir / "report").glob("*"))
+    files = [run_dir / name for name in ARTIFACTS] + sorted((run_dir / run_files.REPORT).glob("*"))
     for path in files:
         if not path.is_file():
             continue

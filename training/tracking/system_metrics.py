@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from training import run_files
 from training.planning.hardware import query_gpus
 
 INTERVAL_SECONDS = 10.0
@@ -29,7 +30,7 @@ def sampling(run_dir: Path, interval_seconds: float = INTERVAL_SECONDS) -> Itera
     """Sample while the context is open; at least once, at its end."""
     done = threading.Event()
     thread = threading.Thread(
-        target=_sample_until, args=(done, run_dir / "system.jsonl", interval_seconds), daemon=True
+        target=_sample_until, args=(done, run_dir / run_files.SYSTEM, interval_seconds), daemon=True
     )
     thread.start()
     try:

@@ -13,6 +13,7 @@ from typing import Any
 
 import yaml
 
+from training import run_files
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking.redact import what_it_says
 
@@ -32,14 +33,14 @@ class Speed:
 
 def newest_config(output_dir: Path) -> dict[str, Any]:
     """The configuration of the newest run, with its `paths`; empty when there is none."""
-    found = sorted(output_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime)
+    found = sorted(output_dir.glob(f"*/{run_files.CONFIG}"), key=lambda path: path.stat().st_mtime)
     return _read(found[-1]) if found else {}
 
 
 def past_speed(output_dir: Path, settings: TrainSettings, tracking: TrackingSettings) -> Speed | None:
     """Median speed of the newest run that trained alike: the same model, adapter and number of ranks."""
-    for path in sorted(output_dir.glob("*/config.yaml"), key=lambda path: path.stat().st_mtime, reverse=True):
-        if _alike(_read(path), settings) and (speed := _speed_of(path.parent / "metrics.jsonl")):
+    for path in sorted(output_dir.glob(f"*/{run_files.CONFIG}"), key=lambda path: path.stat().st_mtime, reverse=True):
+        if _alike(_read(path), settings) and (speed := _speed_of(path.parent / run_files.METRICS)):
             return Speed(speed, f"run {path.parent.name}")
     return _from_mlflow(settings, tracking) if tracking.mlflow_tracking_uri else None
 

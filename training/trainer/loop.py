@@ -20,6 +20,7 @@ from types import FrameType
 from typing import Any
 
 from data_prep.plan.reader import Plan
+from training import run_files
 from training.distributed import Ranks
 from training.engines.engine import Engine
 from training.launch.exits import OWNED, NonFiniteError, TrainingStopped, emit
@@ -76,7 +77,7 @@ class Run:
 
     @property
     def checkpoints(self) -> Path:
-        return self.directory / "checkpoints"
+        return self.directory / run_files.CHECKPOINTS
 
     @property
     def save_steps(self) -> int:
@@ -100,7 +101,7 @@ class Run:
 def train(run: Run, progress: Progress) -> Progress:
     """Train from where `progress` is to the last step, or until held-out loss stops falling."""
     with ExitStack() as stack:
-        files = [JsonLines(run.directory / name, progress.step) for name in ("metrics.jsonl", "evaluations.jsonl")]
+        files = [JsonLines(run.directory / name, progress.step) for name in (run_files.METRICS, run_files.EVALUATIONS)]
         metrics, evaluations = [stack.enter_context(file) if run.ranks.is_first else None for file in files]
         batches = _micro_batches(run, progress.step)
         if not progress.step and not progress.eval_before:

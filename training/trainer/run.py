@@ -18,6 +18,7 @@ from data_prep.plan.reader import open_plan
 from data_prep.targets import load_target
 from data_prep.tokenizer import load_tokenizer
 from data_prep.tokens.templates import served_template
+from training import run_files
 from training.devices import compute_dtype, load_dtype
 from training.distributed import Ranks
 from training.engines.build import build_engine
@@ -43,7 +44,7 @@ log = logging.getLogger(__name__)
 
 def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
     """Train, evaluate, save the model, say how it went. All ranks together."""
-    newest = checkpoint.newest_of_all(config.run_dir / "checkpoints", ranks)
+    newest = checkpoint.newest_of_all(config.run_dir / run_files.CHECKPOINTS, ranks)
     if newest and not resume:
         raise CheckpointError(f"{newest} is there already: --resume goes on from it; or choose another run directory")
     progress = checkpoint.read_progress(newest) if newest else Progress()
@@ -110,7 +111,7 @@ def _check_disk(config: RunConfig, model: nn.Module) -> None:
     """Predict what checkpoints and model take, before the first step."""
     trained = sum(num_elements(p) for p in model.parameters() if p.requires_grad)
     saved = trained if config.settings.use_lora else sum(num_elements(p) for p in model.parameters())
-    root = config.run_dir / "checkpoints"
+    root = config.run_dir / run_files.CHECKPOINTS
     root.mkdir(parents=True, exist_ok=True)
     checkpoint.check_disk(root, disk_bytes(trained, saved, config.settings))
 
@@ -119,7 +120,7 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
     """Deploy the last or best weights, evaluate them, write the summary."""
     if config.settings.keep_best and progress.best_step is not None:
         checkpoint.load(run.engine, run.checkpoints / checkpoint.name_of(progress.best_step))
-    file = metrics.JsonLines(config.run_dir / "evaluations.jsonl", progress.step - 1)
+    file = metrics.JsonLines(config.run_dir / run_files.EVALUATIONS, progress.step - 1)
     with file if run.ranks.is_first else nullcontext() as evaluations:
         after = loop.evaluate(run, progress, evaluations)
     save_model(config, run)
@@ -131,13 +132,13 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
             "exit_reason": "completed",
             "finished": time.time(),
         }
-        metrics.write_json(config.run_dir / "train.json", summary)
+        metrics.write_json(config.run_dir / run_files.TRAINED, summary)
         emit({"event": "done", **summary})
 
 
 def save_model(config: RunConfig, run: Run) -> None:
     """RUN/model, written beside and renamed. All ranks gather, rank 0 writes."""
-    final = config.run_dir / "model"
+    final = config.run_dir / run_files.MODEL
     state = {name: value for name, value in run.engine.weights() if run.ranks.is_first}
     if run.ranks.is_first:
         temporary = config.run_dir / ".model"

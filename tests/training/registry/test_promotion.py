@@ -19,17 +19,8 @@ from training.comparison.job import read_job
 from training.launch.commands import free_port
 from training.launch.run_config import read_config
 from training.registry.promotion import settle
-from training.registry.versions import (
-    APPROVAL_TAG,
-    CHALLENGER,
-    CHAMPION,
-    COMMENT_TAG,
-    GATE_TAG,
-    PARENT_TAG,
-    REASONS_TAG,
-    Registry,
-    RegistryError,
-)
+from training.registry.versions import CHALLENGER, CHAMPION, Registry, RegistryError
+from training.tracking.tags import APPROVAL_TAG, COMMENT_TAG, GATE_TAG, PARENT_TAG, REASONS_TAG
 
 
 @pytest.fixture

@@ -27,6 +27,7 @@ from training.launch.exits import ExitReason, reason_of_error
 from training.registry import register as registry
 from training.registry.loaded_back import load_served
 from training.registry.register import load_and_generate, register, register_run
+from training.run_files import DATA_REPORT
 from training.settings import TrackingSettings
 from training.tracking import plots
 from training.tracking.run import Facts, TrackedRun, open_run
@@ -239,7 +240,9 @@ def test_looks_that_fail_keep_no_model_from_the_registry(run_dir, monkeypatch, c
     save_full_model(run_dir / "model")
     trained(run_dir, steps=3)
     monkeypatch.setattr(plots, "write_plots", lambda _: 1 / 0)
-    facts = Facts({"model": "tiny"}, datasets=[Dataset("n" * 600, "d", "here")], reports={"data": {"records_in": 1}})
+    facts = Facts(
+        {"model": "tiny"}, datasets=[Dataset("n" * 600, "d", "here")], reports={DATA_REPORT: {"records_in": 1}}
+    )
     with open_run(TrackingSettings(), run_dir, facts) as tracked:
         monkeypatch.setattr(registry, "generate", lambda *_: 1 / 0)
         version, text = register_run(tracked, "panda-tiny", TAGS, "hello")

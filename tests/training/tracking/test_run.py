@@ -18,18 +18,20 @@ from training.launch.commands import free_port
 from training.launch.exits import ExitReason
 from training.launch.launcher import ExitReport
 from training.registry.versions import Registry
+from training.run_files import DATA_REPORT
 from training.settings import TrackingSettings
 from training.tracking import run as tracking
 from training.tracking import run_record
 from training.tracking.redact import public_link, redact
 from training.tracking.run import Dataset, Facts, open_run
-from training.tracking.sync import KIND_TAG, connect
+from training.tracking.sync import connect
+from training.tracking.tags import KIND_TAG
 
 SETTINGS = TrackingSettings()
 FACTS = Facts(
     params={"learning_rate": 0.001, "model": "panda-tiny", "mixture": {"a": 2}, "ckpt_path": None},
     datasets=[Dataset("corpus", "0123456789abcdef" * 2, "/data", profile={"records": 12})],
-    reports={"data": {"accepted": 12}},
+    reports={DATA_REPORT: {"accepted": 12}},
     tags={"panda.plan_fingerprint": "f" * 32},
 )
 

@@ -1,0 +1,44 @@
+"""The files of a run: their names, for whoever writes or reads them, on disk and among the artifacts in MLflow.
+
+In: a run directory (RUN) or a name. Out: names relative to RUN, in the order in which they come to be; two ways to
+handle a small file. Old runs have these names, so they never change. Cost: none.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from data_prep.store import write_atomically
+
+CONFIG = "config.yaml"  # the flat configuration, and `paths`
+TRACKING = "tracking.json"  # what MLflow is to know and has been told: training.tracking.run_record
+LOGS = "logs"  # of the ranks
+METRICS = "metrics.jsonl"  # a line a step
+EVALUATIONS = "evaluations.jsonl"  # a line each time the held-out loss is computed
+SYSTEM = "system.jsonl"  # a line each ten seconds: the load of the machine
+CHECKPOINTS = "checkpoints"  # what is needed to resume
+MODEL = "model"  # what is deployed
+TRAINED = "train.json"  # the worker's summary; training has come to its end
+EVALUATION = "evaluation.json"  # held-out losses of what lies in RUN/model
+GATE_JOB = "gate-job.json"  # what the gate is to compare
+GATE = "gate.json"  # what it has found, and what was decided
+APPROVAL = "approval.json"  # what a person was asked, and the answer
+OUTCOME = "outcome.json"  # why the run failed
+SUMMARY = "summary.json"  # the last file: without it the run is not done
+
+REPORT = "report"  # a folder, all of which is sent to MLflow
+DATA_REPORT = f"{REPORT}/data.json"  # the report of the plan
+CORPUS_REPORT = f"{REPORT}/corpus.json"  # the files of the corpus, with their hashes
+ENVIRONMENT_REPORT = f"{REPORT}/environment.json"  # Python and the packages
+GATE_RECORDS = f"{REPORT}/gate_records.jsonl"  # the loss of every held-out record under every model
+LOSS_PLOT, SPEED_PLOT = f"{REPORT}/loss.png", f"{REPORT}/speed.png"
+
+
+def read_json(path: Path) -> Any:
+    """The content of a small JSON file."""
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def write_json(path: Path, content: Any) -> None:
+    """The content as JSON that people can read."""
+    write_atomically(path, json.dumps(content, ensure_ascii=False, indent=1))
