@@ -10,8 +10,8 @@ import pytest
 import yaml
 
 from data_prep.sample import write_sample
+from tests.support.mlflow_fixtures import load_and_generate
 from tests.training.registry.test_register import greedy
-from training.registry.register import load_and_generate
 
 ROOT = Path(__file__).parents[2]
 REAL = Path(os.environ.get("PANDA_REAL_CORPORA", ROOT / ".." / "shared" / "data" / "real"))
