@@ -21,14 +21,14 @@ from flows.parts.form import add_result, configure, flow_of_settings, run_title
 from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end, on_early_end, tell, tell_of_lost
 from flows.parts.run_dir import AFTER_DATA, RunDir
-from flows.parts.stages import Prepared, facts, prepare_data, prepared_before, until, version_tags
+from flows.parts.stages import Prepared, prepare_data, prepared_before, run_metadata, until, version_tags
 from tasks.gate import gate, promote
 from tasks.register import model_name, register_model, sample_prompt
 from tasks.reporting import show_links
 from tasks.train import evaluate, evaluated_before, train, trained_before
 from training.comparison.approval import NO_ANSWER, REFUSED
 from training.registry.lineage import parent_of
-from training.registry.register import patiently
+from training.registry.register import with_retries
 from training.registry.versions import Registry
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking import run as tracking
@@ -109,7 +109,7 @@ def train_and_register(
     """The stages that need a run directory, in one MLflow run."""
     summary: dict[str, Any] = {"run_dir": str(run.path), "prefect_flow_run_id": str(flow_run.id)}
     summary |= {"data": prepared.plan.report}
-    known = facts(settings, prepared.corpus, prepared.plan)
+    known = run_metadata(settings, prepared.corpus, prepared.plan)
     with tracking.open_run(TrackingSettings.of(settings), run.path, known) as tracked:
         with watch("train"):
             if starts_by(settings, "train"):
@@ -140,7 +140,7 @@ def train_and_register(
         overview.tell_mlflow(tracked, summary, links)
     become = "is the champion now" if verdict["promoted"] else "stays challenger"
     subject, reasons = f"{version['name']} version {version['version']} {become}", "\n".join(verdict["reasons"])
-    if verdict.get("approval", {}).get("answer") in (REFUSED, NO_ANSWER):
+    if "approval" in verdict and verdict["approval"]["answer"] in (REFUSED, NO_ANSWER):
         raise Ended("NotApproved", f"{subject}: {verdict['reasons'][0]}; {run.path}", summary)
     if settings.notify:
         tell(settings.notify, subject, f"{reasons}\n\n{flow_run.ui_url}")
@@ -156,7 +156,7 @@ def starts_by(settings: PandaSettings, stage: str) -> bool:
 def register(settings: PandaSettings, tracked: TrackedRun, prepared: Prepared, tags: dict[str, str]) -> dict[str, Any]:
     """The register stage, with a prompt of the held-out records to try the model on."""
     start = str(prepared.model_dir) if prepared.model_dir else None
-    parent = patiently(lambda: parent_of(Registry(tracked.uri), start))
+    parent = with_retries(lambda: parent_of(Registry(tracked.uri), start))
     tags |= {PARENT_TAG: parent} if parent else {}
     prompt = sample_prompt(Path(prepared.plan.path), prepared.tokenizer_dir, Path(settings.cache_dir))
     return register_model(tracked, model_name(settings.registered_model_name, settings.model), tags, prompt)

@@ -16,12 +16,12 @@ from tasks.reporting import show_gate
 from tasks.stage import stage
 from training import run_files
 from training.comparison import approval
-from training.comparison.job import write_job
+from training.comparison.job import Answered, GateResult, write_job
 from training.errors import MlflowAway
 from training.launch import launcher
 from training.launch.exits import ExitReason
 from training.registry.promotion import job_of, settle, wait_for_approval
-from training.registry.register import patiently
+from training.registry.register import with_retries
 from training.registry.versions import Registry, Version
 from training.settings import GateSettings, TrainSettings
 from training.tracking.run import TrackedRun
@@ -32,18 +32,18 @@ COMPARE = "training.compare"
 logger = logging.getLogger(__name__)
 
 
-def verdict_in_words(result: dict[str, Any]) -> str:
+def verdict_in_words(result: GateResult) -> str:
     """Champion or not, and why."""
     return f"{'is the champion' if result['promoted'] else 'stays challenger'}: {'; '.join(result['reasons'])}"
 
 
-def comparison_in_words(result: dict[str, Any]) -> str:
+def comparison_in_words(result: GateResult) -> str:
     """Whether it may become the champion, and why."""
     return f"{'passes' if result['promoted'] else 'does not pass'}: {'; '.join(result['reasons'])}"
 
 
 @stage("gate", says=comparison_in_words)
-def gate(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> dict[str, Any]:
+def gate(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> GateResult:
     """Compare the version of the register stage.
 
     :raises MlflowAway: it is registered but could not be compared; the message says how to go on.
@@ -53,7 +53,7 @@ def gate(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) ->
 
 
 @stage("promote", says=verdict_in_words)
-def promote(tracked: TrackedRun, uri: str, answer: dict[str, str] | None) -> dict[str, Any]:
+def promote(tracked: TrackedRun, uri: str, answer: Answered | None) -> GateResult:
     """Do what the comparison in RUN/gate.json, and a person where one was asked, have decided about a version.
 
     :raises MlflowAway: as in `gate`.
@@ -72,25 +72,25 @@ def _how_to_go_on(tracked: TrackedRun, where: str) -> Iterator[None]:
         ) from error
 
 
-def compare(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> dict[str, Any]:
+def compare(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> GateResult:
     """Compare and write down; a comparison that is there already and still holds is not made again."""
     registry = Registry(tracked.uri)
-    version = patiently(lambda: registry.resolve(model["uri"]))
-    before = patiently(lambda: standing(registry, version, tracked.run_dir))
+    version = with_retries(lambda: registry.resolve(model["uri"]))
+    before = with_retries(lambda: standing(registry, version, tracked.run_dir))
     if before:
         return before
     limits = GateSettings.of(settings).model_dump()
-    write_job(patiently(lambda: job_of(registry, version, tracked.run_dir, limits)), tracked.run_dir)
-    result = {"candidate": version.uri, **_compare(tracked.run_dir, TrainSettings.of(settings))}
+    write_job(with_retries(lambda: job_of(registry, version, tracked.run_dir, limits)), tracked.run_dir)
+    result: GateResult = {"candidate": version.uri, **_compare(tracked.run_dir, TrainSettings.of(settings))}
     if result["promoted"] and settings.require_approval:
         result["approval"] = {"answer": approval.WAITING, "comment": ""}
-        patiently(lambda: wait_for_approval(registry, version, result))
+        with_retries(lambda: wait_for_approval(registry, version, result))
         show_gate(result)
     run_files.write_json(tracked.run_dir / run_files.GATE, result)
     return result
 
 
-def standing(registry: Registry, version: Version, run_dir: Path) -> dict[str, Any] | None:
+def standing(registry: Registry, version: Version, run_dir: Path) -> GateResult | None:
     """The comparison of an earlier execution of this run: settled, waiting for a person, or killed while settling.
 
     One that is not settled holds as long as the champion is the one it was compared with.
@@ -98,7 +98,7 @@ def standing(registry: Registry, version: Version, run_dir: Path) -> dict[str, A
     path = run_dir / run_files.GATE
     if not path.exists():
         return None
-    stored = run_files.read_json(path)
+    stored: GateResult = run_files.read_json(path)
     if GATE_TAG in version.tags:
         return {**stored, "settled": True}
     champion = registry.champion(version.name)
@@ -107,24 +107,26 @@ def standing(registry: Registry, version: Version, run_dir: Path) -> dict[str, A
     return stored if moved or (same and "approval" in stored) else None
 
 
-def decide(tracked: TrackedRun, uri: str, answer: dict[str, str] | None) -> dict[str, Any]:
+def decide(tracked: TrackedRun, uri: str, answer: Answered | None) -> GateResult:
     """Settle what was compared."""
     registry = Registry(tracked.uri)
-    version = patiently(lambda: registry.resolve(uri))
-    result = run_files.read_json(tracked.run_dir / run_files.GATE)
-    patiently(lambda: settle(registry, version, result, answer))
+    version = with_retries(lambda: registry.resolve(uri))
+    result: GateResult = run_files.read_json(tracked.run_dir / run_files.GATE)
+    with_retries(lambda: settle(registry, version, result, answer))
     logger.info("%s %s", version.uri, verdict_in_words(result))
     run_files.write_json(tracked.run_dir / run_files.GATE, result)
     show_gate(result)
     return result
 
 
-def without_answers(result: dict[str, Any]) -> dict[str, Any]:
-    """The verdict as the summary holds it; the models' answers stay in RUN/gate.json."""
-    return {name: value for name, value in result.items() if name != "answers"}
+def without_answers(result: GateResult) -> GateResult:
+    """The result as the summary holds it; the models' answers stay in RUN/gate.json."""
+    kept = result.copy()
+    kept.pop("answers", None)
+    return kept
 
 
-def _compare(run_dir: Path, settings: TrainSettings) -> dict[str, Any]:
+def _compare(run_dir: Path, settings: TrainSettings) -> GateResult:
     report = launcher.evaluate(run_dir, settings, logger.info, COMPARE)
     if report.reason is ExitReason.completed:
         return run_files.read_json(run_dir / run_files.GATE)

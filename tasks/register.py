@@ -1,8 +1,8 @@
-"""Task of registration: the model of the run becomes a version in MLflow, and proves itself by being loaded back.
+"""Task of registration: the model of the run becomes a version in MLflow, is loaded back, and writes a text.
 
-A prompt to try the finished model on: an instruction, or how a document begins; held-out ones first.
-
-In: plan and tokenizer directories. Out: text, perhaps empty: then the model begins by itself. Cost: assembling the
+In: the tracked run; plan and tokenizer directories, for a prompt to try the model on (an instruction, or how a document
+begins; held-out ones first). Out: name, version, URI, prompt and what the model writes after it. The prompt may be
+empty: then the model begins by itself. Cost: that of `training.registry.register`; the prompt takes assembling the
 first rows, in which instructions are if there are any.
 """
 
@@ -20,6 +20,10 @@ from training.registry.register import register_run
 from training.tracking.looks import only_a_look
 from training.tracking.run import TrackedRun
 
+MAX_ROWS = 256  # to look for a prompt in
+DOCUMENT_TOKENS = 32
+Segment = tuple[np.ndarray, np.ndarray, int]  # ids, labels, tokens of the example before it
+
 
 @stage("register", says=lambda result: f"{result['name']} version {result['version']} ({result['uri']})")
 def register_model(tracked: TrackedRun, name: str, tags: dict[str, str], prompt: str) -> dict[str, Any]:
@@ -35,10 +39,6 @@ def model_name(configured: str | None, model: str) -> str:
     return configured or f"panda-{Path(model).name.replace(':', '-')}"
 
 
-MAX_ROWS = 256
-DOCUMENT_TOKENS = 32
-
-
 def sample_prompt(plan_dir: Path, tokenizer_dir: Path, cache_dir: Path) -> str:
     """The first prompt there is: of an instruction before the beginning of a document, held out before trained."""
     with only_a_look("a prompt to try the model on"):
@@ -50,9 +50,6 @@ def sample_prompt(plan_dir: Path, tokenizer_dir: Path, cache_dir: Path) -> str:
                 if text.strip():
                     return text
     return ""
-
-
-Segment = tuple[np.ndarray, np.ndarray, int]  # ids, labels, tokens of the example before it
 
 
 def _segments(plan: Plan) -> Iterator[Segment]:

@@ -25,8 +25,9 @@ from prefect.artifacts import (
 from prefect.runtime import flow_run
 
 from data_prep.inspection.render import as_code
+from training.comparison.job import GateResult
 from training.comparison.report import verdict_markdown
-from training.registry.register import patiently
+from training.registry.register import with_retries
 from training.tracking.looks import only_a_look
 from training.tracking.plots import write_plots
 from training.tracking.redact import public_link, redact_text
@@ -93,7 +94,7 @@ def addresses(tracked: TrackedRun, version: str) -> dict[str, str]:
     address, run_id = os.environ.get(MLFLOW_UI) or public_link(tracked.uri), tracked.run_id
     if not (address and run_id):
         return {"MLflow run": f"{run_id} in {tracked.uri}"}
-    experiment = patiently(lambda: connect(tracked.uri).get_run(run_id)).info.experiment_id
+    experiment = with_retries(lambda: connect(tracked.uri).get_run(run_id)).info.experiment_id
     return {
         "MLflow run": f"{address}/#/experiments/{experiment}/runs/{run_id}{TRAINING_VIEW}",
         "version": f"{address}/#/{'/versions/'.join(version.replace(':', '').rsplit('/', 1))}{TRAINING_VIEW}",
@@ -125,7 +126,7 @@ def model_markdown(version: dict[str, Any]) -> str:
 
 
 @only_a_look("the artifact of the gate")
-def show_gate(result: dict[str, Any]) -> None:
+def show_gate(result: GateResult) -> None:
     """Why the version became the champion or not: the reasons, then a line per slice and check."""
     create_markdown_artifact(markdown=verdict_markdown(result), key="gate", description="Candidate, champion and base")
 

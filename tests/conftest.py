@@ -21,6 +21,13 @@ class Server:
     auth_string: str
     database: Path
 
+    @property
+    def settings(self) -> dict:
+        """For Prefect's `temporary_settings`."""
+        from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL
+
+        return {PREFECT_API_URL: self.url, PREFECT_API_AUTH_STRING: self.auth_string}
+
 
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory):
@@ -50,8 +57,7 @@ def use_prefect_server(prefect_server, monkeypatch):
 def prefect_client(prefect_server):
     """A client of the shared server."""
     from prefect.client.orchestration import get_client
-    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+    from prefect.settings import temporary_settings
 
-    known = {PREFECT_API_URL: prefect_server.url, PREFECT_API_AUTH_STRING: prefect_server.auth_string}
-    with temporary_settings(known), get_client(sync_client=True) as client:
+    with temporary_settings(prefect_server.settings), get_client(sync_client=True) as client:
         yield client

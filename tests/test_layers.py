@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from training import run_files
+from training.tracking import tags
+
 ROOT = Path(__file__).parent.parent
 MAY_IMPORT = {
     "data_prep": set(),
@@ -144,3 +147,16 @@ def test_training_never_loads_prefect():
     assert "prefect" not in loaded_by(
         "import training.worker, training.launch.launcher, training.tracking.run, training.registry.register"
     )
+
+
+@pytest.mark.parametrize("owner", [run_files, tags], ids=["files of a run", "tags of MLflow"])
+def test_names_that_outlive_us_are_written_in_one_place(owner):
+    names = {value for name, value in vars(owner).items() if name.isupper() and "." in value}
+    assert len(names) > 10
+    for path in SOURCES:
+        texts = {node.value for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if _is_text(node)}
+        assert path == Path(str(owner.__file__)) or not names & texts, f"{path}: use the names of {owner.__name__}"
+
+
+def _is_text(node: ast.AST) -> bool:
+    return isinstance(node, ast.Constant) and isinstance(node.value, str)

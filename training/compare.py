@@ -19,11 +19,10 @@ from data_prep.errors import PandaError
 from training import run_files
 from training.comparison import heldout, statistics
 from training.comparison.heldout import HeldOut
-from training.comparison.job import Job, read_job
-from training.comparison.scores import Answer, Asked, measure
+from training.comparison.job import GateResult, Job, ModelUnderTest, read_job
+from training.comparison.scores import Generation, score
 from training.comparison.statistics import Scores
 from training.devices import any_device, compute_dtype
-from training.errors import ModelError
 from training.launch.exits import run_rank
 from training.launch.run_config import RunConfig, read_config
 from training.settings import GateSettings
@@ -31,28 +30,22 @@ from training.settings import GateSettings
 log = logging.getLogger(__name__)
 
 
-def models_of(job: Job) -> dict[str, dict[str, Any]]:
-    """Role -> model, the candidate first."""
-    given = {"candidate": job.candidate, "champion": job.champion, "base": job.base}
-    return {role: one for role, one in given.items() if one}
-
-
-def run_job(config: RunConfig, job: Job) -> dict[str, Any]:
-    """Measure every model, judge; returns what RUN/gate.json holds."""
+def run_job(config: RunConfig, job: Job) -> GateResult:
+    """Score every model, reach a verdict; returns what RUN/gate.json holds."""
     settings = GateSettings(**job.gate)
     seen = heldout.trained_hashes(Path(job.champion_plan)) if job.champion_plan else set()
     held_out = heldout.choose(config.plan_dir, settings.gate_records, seen)
-    scores, answers, problems = measure_all(config, job, held_out)
+    scores, answers, problems = score_all(config, job, held_out)
     candidate = scores.pop("candidate")
-    names = {role: one["name"] for role, one in models_of(job).items()}
+    names = {role: one.name for role, one in job.models.items()}
     others = {role: (names[role], one) for role, one in scores.items()}
-    verdict = statistics.judge(settings, held_out.slices(), candidate, others, held_out.num_excluded)
+    verdict = statistics.reach_verdict(settings, held_out.slices(), candidate, others, held_out.num_excluded)
     decisive = "champion" if job.champion else "base"
     if decisive in problems:
         verdict = statistics.Verdict(False, [problems[decisive]], verdict.reference, verdict.slices, verdict.checks)
     write_records(config.run_dir, held_out, {"candidate": candidate, **scores})
     return {
-        **verdict.as_dict(),
+        **asdict(verdict),  # type: ignore[typeddict-item]  # it has the first four keys
         **names,
         "records": len(held_out),
         "records_digest": held_out.digest,
@@ -64,34 +57,32 @@ def run_job(config: RunConfig, job: Job) -> dict[str, Any]:
     }
 
 
-def measure_all(
+def score_all(
     config: RunConfig, job: Job, held_out: HeldOut
 ) -> tuple[dict[str, Scores], dict[str, list[dict[str, Any]]], dict[str, str]]:
-    """Scores and answers by role, and why a champion or base could not be asked."""
+    """Scores and generations by role, and why a champion or base could not be asked."""
     scores: dict[str, Scores] = {}
     answers: dict[str, list[dict[str, Any]]] = {}
     problems: dict[str, str] = {}
-    for role, one in models_of(job).items():
+    for role, one in job.models.items():
         try:
-            scores[role], said = _measure(config, job, one, held_out)
-            answers[role] = [asdict(answer) for answer in said]
+            scores[role], said = _score(config, job, one, held_out)
+            answers[role] = [asdict(generation) for generation in said]
         except (PandaError, OSError) as error:
             if role == "candidate":
                 raise
-            problems[role] = f"the {role} {one['name']} cannot be asked: {error}"
+            problems[role] = f"the {role} {one.name} cannot be asked: {error}"
             log.warning("%s", problems[role])
         gc.collect()
     return scores, answers, problems
 
 
-def _measure(config: RunConfig, job: Job, one: dict[str, Any], held_out: HeldOut) -> tuple[Scores, list[Answer]]:
-    if "problem" in one:
-        raise ModelError(one["problem"])
-    asked = Asked(one["name"], Path(one["model_dir"]), one["template"])
-    rows, dtype = config.settings.per_gpu_eval_batch_size, compute_dtype(config.settings, any_device())
+def _score(config: RunConfig, job: Job, one: ModelUnderTest, held_out: HeldOut) -> tuple[Scores, list[Generation]]:
+    directory, dtype = one.files, compute_dtype(config.settings, any_device())
     if not len(held_out):
         return statistics.nothing_asked(), []
-    return measure(asked, held_out, rows, dtype, Path(job.cache_dir))
+    log.info("scoring %s (%s)", one.name, directory)
+    return score(one, held_out, config.settings.per_gpu_eval_batch_size, dtype, Path(job.cache_dir))
 
 
 def write_records(run_dir: Path, held_out: HeldOut, scores: dict[str, Scores]) -> None:

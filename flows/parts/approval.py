@@ -26,6 +26,7 @@ from flows.parts.notify import tell
 from tasks.reporting import addresses
 from training.comparison import approval
 from training.comparison.approval import APPROVED, NO_ANSWER, REFUSED, WAITING, Approval
+from training.comparison.job import Answered, GateResult
 from training.tracking.run import TrackedRun
 
 POLL_SECONDS = 5
@@ -45,10 +46,10 @@ class Decision(RunInput):
 
 
 def ask(
-    settings: PandaSettings, tracked: TrackedRun, verdict: dict[str, Any], losses: dict[str, dict[str, float]]
-) -> dict[str, str] | None:
+    settings: PandaSettings, tracked: TrackedRun, verdict: GateResult, losses: dict[str, dict[str, float]]
+) -> Answered | None:
     """Wait for the answer, if the gate says that there is something to decide."""
-    waits = not verdict.get("settled") and verdict.get("approval", {}).get("answer") == WAITING
+    waits = not verdict.get("settled") and "approval" in verdict and verdict["approval"]["answer"] == WAITING
     if not (settings.require_approval and waits):
         return None
     asked = approval.read(tracked.run_dir, verdict)
@@ -62,7 +63,7 @@ def ask(
 
 
 def _ask(
-    settings: PandaSettings, tracked: TrackedRun, verdict: dict[str, Any], losses: dict[str, dict[str, float]]
+    settings: PandaSettings, tracked: TrackedRun, verdict: GateResult, losses: dict[str, dict[str, float]]
 ) -> Approval:
     version = verdict["candidate"]
     where = {"Prefect run": str(flow_run.ui_url or flow_run.id), **addresses(tracked, version)}

@@ -8,7 +8,7 @@ from data_prep.errors import PandaError
 from tasks.register import model_name
 from training.errors import CheckpointError
 from training.registry.lineage import config_of, plan_of
-from training.registry.register import patiently
+from training.registry.register import with_retries
 from training.registry.versions import Registry
 from training.settings import TrackingSettings
 from training.tracking.run import tracking_uri
@@ -30,7 +30,7 @@ def with_replay(settings: PandaSettings) -> PandaSettings:
         return settings
     registry = registry_of(settings)
     name = model_name(settings.registered_model_name, settings.model)
-    champion = patiently(lambda: registry.champion(name))
+    champion = with_retries(lambda: registry.champion(name))
     if champion is None:
         return settings
     plan = plan_of(champion, config_of(registry, champion), Path(settings.cache_dir))
@@ -48,11 +48,11 @@ def champion_directory(settings: PandaSettings) -> Path | None:
     if settings.init_from != "champion":
         return None
     registry, name = registry_of(settings), model_name(settings.registered_model_name, settings.model)
-    champion = patiently(lambda: registry.champion(name))
+    champion = with_retries(lambda: registry.champion(name))
     if champion is None:
         logger.info("%s has no champion yet: starting from the base model", name)
         return None
-    folder = patiently(lambda: registry.files(champion, Path(settings.cache_dir)))
+    folder = with_retries(lambda: registry.files(champion, Path(settings.cache_dir)))
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
             f"init_from=champion: {champion.uri} is an adapter, and training starts from whole weights; "

@@ -17,7 +17,7 @@ from configs.settings import PandaSettings
 from flows.parts.champion import registry_of
 from flows.parts.stages import Prepared, target_tokens_of_corpus
 from tasks.register import model_name
-from training.registry.register import patiently
+from training.registry.register import with_retries
 from training.registry.versions import Version
 from training.tracking.tags import CORPUS_TAG, TARGET_TOKENS_TAG
 
@@ -92,5 +92,5 @@ def _too_few(wanted: int, target_tokens: int, newest: Version) -> str | None:
 def newest_version(settings: PandaSettings) -> Version | None:
     """The newest version of the registered model this run would add to."""
     name = model_name(settings.registered_model_name, settings.model)
-    versions = patiently(lambda: registry_of(settings).versions(name))
+    versions = with_retries(lambda: registry_of(settings).versions(name))
     return versions[-1] if versions else None

@@ -2,7 +2,7 @@
 
 In: settings. Out: `Prepared`. `panda-train` and `panda-prepare` share it. Cost: that of what is new in the corpus.
 
-What MLflow is told about a run before it trains. In: settings and results of the data stages. Out: `Facts`.
+What MLflow is told about a run before it trains. In: settings and results of the data stages. Out: `RunMetadata`.
 """
 
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from training import run_files
 from training.models.hub import base_checkpoint
 from training.registry.lineage import corpus_files
 from training.tracking import run_record
-from training.tracking.run import Facts
+from training.tracking.run import RunMetadata
 from training.tracking.run_record import HELD_OUT, HELD_OUT_CONTEXT, Dataset
 from training.tracking.tags import (
     CONFIG_TAG,
@@ -103,7 +103,7 @@ def until(settings: PandaSettings, stage: str, summary: dict[str, Any]) -> None:
         raise Ended("Prepared" if stage in ("records", "tokenize", "plan") else "Stopped", f"until {stage}", summary)
 
 
-def facts(settings: PandaSettings, corpus: str, plan: PlanResult) -> Facts:
+def run_metadata(settings: PandaSettings, corpus: str, plan: PlanResult) -> RunMetadata:
     """Parameters = the configuration; data sets = the corpora, by fingerprint of the records, and what is held out."""
     folders = {"instruction": settings.instruction_tuning_data_dir, "pretraining": settings.pretraining_data_dir}
     datasets = [
@@ -125,7 +125,7 @@ def facts(settings: PandaSettings, corpus: str, plan: PlanResult) -> Facts:
         FLOW_RUN_URL_TAG: str(flow_run.ui_url or ""),
     }
     reports = {run_files.DATA_REPORT: plan.report, run_files.CORPUS_REPORT: corpus_files(Path(plan.path))}
-    return Facts(settings.model_dump(mode="json"), datasets, reports, tags)
+    return RunMetadata(settings.model_dump(mode="json"), datasets, reports, tags)
 
 
 def target_tokens_of_corpus(report: dict[str, Any]) -> int:
@@ -138,7 +138,7 @@ def config_hash(settings: PandaSettings) -> str:
     return fingerprint(config=settings.model_dump(mode="json", exclude=set(RunSettings.model_fields)))
 
 
-def version_tags(known: Facts, losses: dict[str, dict[str, float]]) -> dict[str, str]:
+def version_tags(known: RunMetadata, losses: dict[str, dict[str, float]]) -> dict[str, str]:
     """Tags of the model version: what it was made of, and how good it is."""
     lineage = {name: value for name, value in known.tags.items() if value}
     return lineage | {EVAL_LOSS_TAG + source: f"{loss:.6f}" for source, loss in losses["after"].items()}

@@ -10,9 +10,9 @@ import pytest
 import yaml
 
 from data_prep.sample import write_sample
+from tests.support.mlflow_fixtures import load_and_generate
 from tests.support.real_corpora import REAL
 from tests.training.registry.test_register import greedy
-from training.registry.register import load_and_generate
 
 ROOT = Path(__file__).parents[2]
 SMALL = ["--max_seq_length", "128", "architecture.num_hidden_layers=2", "architecture.vocab_size=1024"]

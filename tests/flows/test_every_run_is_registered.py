@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -63,7 +63,7 @@ SETTINGS = {
 @pytest.fixture
 def flow_in_this_process(use_prefect_server, prefect_server):
     """Prefect reads its address once, when it is imported: here it may have been long ago."""
-    with temporary_settings({PREFECT_API_URL: prefect_server}):
+    with temporary_settings(prefect_server.settings):
         yield
 
 

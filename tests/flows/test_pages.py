@@ -12,7 +12,7 @@ from prefect import flow
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFilter
 from prefect.logging.handlers import APILogWorker
-from prefect.settings import PREFECT_API_URL, PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
+from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
 from data_prep.errors import CorpusError
 from flows.cli import console
@@ -40,7 +40,7 @@ SUMMARY = {
 @pytest.fixture
 def client(prefect_server):
     """A client of the shared server; runs of this process report to it, with their logs."""
-    settings = {PREFECT_API_URL: prefect_server, PREFECT_LOGGING_TO_API_ENABLED: True}
+    settings = {**prefect_server.settings, PREFECT_LOGGING_TO_API_ENABLED: True}
     with temporary_settings(settings), get_client(sync_client=True) as found:
         yield found
 

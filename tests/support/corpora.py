@@ -24,8 +24,8 @@ from training.registry.register import register
 from training.registry.versions import Registry, Version
 from training.run_files import CORPUS_REPORT
 from training.settings import GateSettings, TrackingSettings, TrainSettings
-from training.tracking.run import Facts, open_run
-from training.tracking.tags import PARENT_TAG
+from training.tracking.run import RunMetadata, open_run
+from training.tracking.tags import CORPUS_TAG, PARENT_TAG, PLAN_TAG
 from training.trainer.batches import load
 
 ARCHITECTURE = {
@@ -152,8 +152,8 @@ def add_version(
     """Train, track, register, compare, settle: what the flow does, without Prefect."""
     run_dir = project.train(name, steps, model_dir)
     plan_dir = read_config(run_dir / "config.yaml").plan_dir
-    tags = {"panda.plan": plan_dir.name, "panda.corpus": "c" * 32}
-    facts = Facts({"model": "tiny"}, reports={CORPUS_REPORT: lineage.corpus_files(plan_dir)}, tags=tags)
+    tags = {PLAN_TAG: plan_dir.name, CORPUS_TAG: "c" * 32}
+    facts = RunMetadata({"model": "tiny"}, reports={CORPUS_REPORT: lineage.corpus_files(plan_dir)}, tags=tags)
     with open_run(TrackingSettings(mlflow_tracking_uri=uri), run_dir, facts) as tracked:
         run_id = tracked.wait_for_run_id()
         registry = Registry(tracked.uri)

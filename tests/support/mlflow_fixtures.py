@@ -17,7 +17,14 @@ from pathlib import Path
 
 import pytest
 
+from training.registry.loaded_back import load_served
+from training.registry.register import generate
 from training.tracking.sync import connect
+
+
+def load_and_generate(model_uri: str, prompt: str, max_new_tokens: int, uri: str) -> str:
+    """Text a registered model writes after `prompt`, loaded through `mlflow.pyfunc`."""
+    return generate(load_served(model_uri, uri), prompt, max_new_tokens)
 
 
 @pytest.fixture(scope="session")

@@ -1,16 +1,16 @@
 """What a person is asked about a version that has passed the gate, and RUN/approval.json: where, and the answer.
 
-In: the verdict of the gate, losses, addresses. Out: Markdown that mail and chats can show as it is; `Approval`. The
+In: the result of the gate, losses, addresses. Out: Markdown that mail and chats can show as it is; `Approval`. The
 file is written before the question is asked and again with the answer, so that a run that was killed in between finds
 the answer it was given, and nobody who has answered is asked again about the same comparison. Cost: none.
 """
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 from training import run_files
-from training.comparison.statistics import CONFIDENCE, interval_of
+from training.comparison.job import Answered, GateResult
+from training.comparison.statistics import CONFIDENCE, SliceRow, interval_of
 from training.tracking.redact import redact_text
 
 WAITING, APPROVED, REFUSED, NO_ANSWER = "waiting", "approved", "refused", "no answer"
@@ -28,18 +28,18 @@ class Approval:
     comment: str = ""
 
     @property
-    def as_verdict(self) -> dict[str, str]:
+    def as_verdict(self) -> Answered:
         """What the verdict says about it."""
         return {"answer": self.answer, "comment": self.comment}
 
 
-def read(run_dir: Path, verdict: dict[str, Any]) -> Approval | None:
+def read(run_dir: Path, result: GateResult) -> Approval | None:
     """The question that this comparison has led to, if it was asked."""
     path = run_dir / run_files.APPROVAL
     if not path.exists():
         return None
     asked = Approval(**run_files.read_json(path))
-    return asked if (asked.version, asked.champion) == (verdict["candidate"], verdict.get("champion")) else None
+    return asked if (asked.version, asked.champion) == (result["candidate"], result.get("champion")) else None
 
 
 def write(run_dir: Path, approval: Approval) -> None:
@@ -47,22 +47,22 @@ def write(run_dir: Path, approval: Approval) -> None:
     run_files.write_json(run_dir / run_files.APPROVAL, asdict(approval))
 
 
-def in_words(answer: dict[str, str]) -> str:
+def in_words(answer: Answered) -> str:
     """`refused: not today`; one line."""
     comment = " ".join(answer["comment"].split())
     return f"{answer['answer']}: {comment}" if comment else answer["answer"]
 
 
-def question(verdict: dict[str, Any], losses: dict[str, dict[str, float]], addresses: dict[str, str]) -> str:
+def question(result: GateResult, losses: dict[str, dict[str, float]], addresses: dict[str, str]) -> str:
     """All that is needed to decide."""
-    decisive = "champion" if verdict.get("champion") else "base"
-    rows = [row for row in verdict["slices"] if row["against"] == decisive]
-    lines = [*verdict["reasons"], *_compared(rows, decisive), *_trained(losses)]
+    decisive = "champion" if result.get("champion") else "base"
+    rows = [row for row in result["slices"] if row["against"] == decisive]
+    lines = [*result["reasons"], *_compared(rows, decisive), *_trained(losses)]
     lines += [f"{what}: {_shown(address)}" for what, address in addresses.items()]
-    return f"Make {verdict['candidate']} the champion?\n\n" + "\n".join(f"- {line}" for line in lines)
+    return f"Make {result['candidate']} the champion?\n\n" + "\n".join(f"- {line}" for line in lines)
 
 
-def _compared(rows: list[dict[str, Any]], decisive: str) -> list[str]:
+def _compared(rows: list[SliceRow], decisive: str) -> list[str]:
     """Gain with its interval, both losses, and the slice that fares worst."""
     whole = next((row for row in rows if row["slice"] == "all"), None)
     if whole is None:

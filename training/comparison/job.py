@@ -1,36 +1,94 @@
-"""What the gate is to compare: the candidate of a run, the champion of its model, the base it started from.
+"""What the gate is to compare, and what it finds: the two files between the flow and the process that compares.
 
 In: what the registry knows (`training.registry.promotion`). Out: `Job`, written to RUN/gate-job.json for
-`training.compare`, which asks the models in a process of its own and needs no MLflow. Cost: none.
+`training.compare`, which scores the models in a process of its own and needs no MLflow; `GateResult`, what it writes to
+RUN/gate.json and the flow completes. Cost: none.
 """
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 from training import run_files
+from training.comparison.statistics import CheckRow, SliceRow
+from training.errors import ModelError
+
+
+@dataclass(frozen=True)
+class ModelUnderTest:
+    """A model to score. `template`: the setting it was trained with; `problem`: why its files cannot be had."""
+
+    name: str
+    template: str | dict[str, Any]
+    model_dir: str | None = None
+    problem: str | None = None
+
+    @property
+    def files(self) -> Path:
+        """Its directory.
+
+        :raises ModelError: its files cannot be had.
+        """
+        if self.model_dir is None:
+            raise ModelError(str(self.problem))
+        return Path(self.model_dir)
 
 
 @dataclass(frozen=True)
 class Job:
-    """A model is {"name", "model_dir", "template"}; `champion_plan`: what the champion was trained on, if known.
-
-    A model whose files cannot be had has "problem" instead of "model_dir".
-    """
+    """`champion_plan`: what the champion was trained on, if known; `gate`: the settings of the gate."""
 
     gate: dict[str, Any]
     cache_dir: str
-    candidate: dict[str, Any]
-    champion: dict[str, Any] | None = None
+    candidate: ModelUnderTest
+    champion: ModelUnderTest | None = None
     champion_plan: str | None = None
-    base: dict[str, Any] | None = None
+    base: ModelUnderTest | None = None
+
+    @property
+    def models(self) -> dict[str, ModelUnderTest]:
+        """Role -> model, the candidate first."""
+        given = {"candidate": self.candidate, "champion": self.champion, "base": self.base}
+        return {role: one for role, one in given.items() if one}
+
+
+class Answered(TypedDict):
+    """What a person has said, or that none has: one of the words of `training.comparison.approval`."""
+
+    answer: str
+    comment: str
+
+
+class GateResult(TypedDict):
+    """RUN/gate.json: the verdict and its tables; what was not compared has only those, and its reason."""
+
+    promoted: bool
+    reasons: list[str]
+    slices: list[SliceRow]
+    checks: list[CheckRow]
+    reference: NotRequired[str | None]  # what was decisive: the champion, else the base
+    candidate: NotRequired[str]
+    champion: NotRequired[str]
+    base: NotRequired[str]
+    records: NotRequired[int]
+    records_digest: NotRequired[str]
+    excluded_records: NotRequired[int]
+    confidence: NotRequired[float]
+    settings: NotRequired[dict[str, Any]]
+    problems: NotRequired[dict[str, str]]  # role -> why it could not be scored
+    answers: NotRequired[dict[str, list[dict[str, Any]]]]  # role -> generations
+    approval: NotRequired[Answered]
+    settled: NotRequired[bool]  # in memory only: by an earlier execution of the run
 
 
 def write_job(job: Job, run_dir: Path) -> None:
     """Write RUN/gate-job.json."""
-    run_files.write_json(run_dir / run_files.GATE_JOB, asdict(job))
+    models = {role: {name: value for name, value in asdict(one).items() if value} for role, one in job.models.items()}
+    run_files.write_json(run_dir / run_files.GATE_JOB, {**asdict(job), **models})
 
 
 def read_job(run_dir: Path) -> Job:
     """RUN/gate-job.json."""
-    return Job(**run_files.read_json(run_dir / run_files.GATE_JOB))
+    written = run_files.read_json(run_dir / run_files.GATE_JOB)
+    models = {role: ModelUnderTest(**written[role]) for role in ("candidate", "champion", "base") if written.get(role)}
+    return Job(**{**written, **models})

@@ -4,21 +4,21 @@ In: what RUN/gate.json holds. Out: Markdown, for the description of the version 
 """
 
 from collections.abc import Iterable
-from typing import Any
 
 from training.comparison.approval import WAITING
-from training.comparison.statistics import CHECKS, interval_of
+from training.comparison.job import GateResult
+from training.comparison.statistics import CHECKS, CheckRow, SliceRow, interval_of
 
 
-def verdict_markdown(result: dict[str, Any]) -> str:
+def verdict_markdown(result: GateResult) -> str:
     """Verdict, reasons, and a table each for losses and answers where there are any."""
-    waits = result.get("approval", {}).get("answer") == WAITING
+    waits = "approval" in result and result["approval"]["answer"] == WAITING
     outcome = "waits for approval" if waits else "champion" if result["promoted"] else "challenger"
     reasons = "\n".join(f"- {reason}" for reason in result["reasons"])
     return "\n\n".join(part for part in (f"**{outcome}**", reasons, comparison_markdown(result)) if part)
 
 
-def comparison_markdown(result: dict[str, Any]) -> str:
+def comparison_markdown(result: GateResult) -> str:
     """A table each for losses and answers where there are any."""
     parts = []
     if result["slices"]:
@@ -30,12 +30,12 @@ def comparison_markdown(result: dict[str, Any]) -> str:
     return "\n\n".join(parts)
 
 
-def _slice(row: dict[str, Any]) -> Iterable[str]:
+def _slice(row: SliceRow) -> Iterable[str]:
     losses = (f"{row['loss']:.4f}", f"{row['reference_loss']:.4f}")
     return row["slice"], str(row["records"]), row["against"], *losses, str(interval_of(row))
 
 
-def _check(row: dict[str, Any]) -> Iterable[str]:
+def _check(row: CheckRow) -> Iterable[str]:
     shares = (f"{row['share']:.0%}", f"{row['reference_share']:.0%}")
     name = CHECKS[row["check"]].removeprefix("answers ")
     return name, str(row["prompts"]), row["against"], *shares, f"{row['better']}, {row['worse']}"

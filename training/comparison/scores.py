@@ -1,22 +1,16 @@
-"""Ask one model: the loss of every held-out record and the answers to a few prompts.
+"""Score one model: the loss of every held-out record, and what it generates after a few prompts.
 
-In: a model directory (whole weights or adapter, with its tokenizer), held-out records as text. Out: `Scores`. The
-records are encoded with the model's own tokenizer and template; the loss of a record is summed over its target, so it
-means the same under any tokenizer. Cost: one forward pass over the records, rows of similar length together, and one
-batched generation.
-
-What a model's answers are like: whether they end, say something, and do not repeat themselves without end.
-
-In: a model, prompts as ids, the targets. Out: per prompt the text and its checks. Greedy, so that the same model gives
-the same answers. Cost: one batched generation of `MAX_NEW_TOKENS` tokens for all prompts.
+In: a model with its tokenizer (whole weights or adapter), held-out records as text. Out: `Scores`, and the generations.
+The records are encoded with the model's own tokenizer and template; the loss of a record is summed over its target, so
+it means the same under any tokenizer. Generation is greedy, so that the same model gives the same text, of which is
+said whether it ends, says something, and does not repeat itself without end. Cost: the weights once in memory, one
+forward pass over the records, rows of similar length together, and one batched generation of `MAX_NEW_TOKENS` tokens.
 """
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -26,8 +20,9 @@ from data_prep.plan.reader import IGNORED, Batch, target_ranges
 from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.examples import tokenize_columns
 from data_prep.tokens.token_shard import TokenShard
-from data_prep.tokens.tokenize import Recipe, Tools, load_tools
+from data_prep.tokens.tokenize import Recipe, load_tools
 from training.comparison.heldout import HeldOut
+from training.comparison.job import ModelUnderTest
 from training.comparison.statistics import Scores
 from training.devices import any_device
 from training.launch.heartbeat import SignsOfLife
@@ -40,105 +35,19 @@ LONGEST_PERIOD = 16
 MIN_REPEATED = 24  # tokens of a repetition; and three periods of it
 
 
+NUM_PROMPTS = 16
+LONGEST_ROW = 2048  # tokens; longer records are asked in parts
+
+
 @dataclass(frozen=True)
-class Answer:
-    """An answer and what is to be said of it; `exact` is None for long targets."""
+class Generation:
+    """A text that was generated, and what is to be said of it; `exact` is None for long targets."""
 
     text: str
     ends: bool
     not_empty: bool
     no_repetition: bool
     exact: bool | None
-
-
-@torch.inference_mode()
-def answer(
-    model: nn.Module,
-    tokenizer: LoadedTokenizer,
-    prompts: list[list[int]],
-    targets: list[list[int]],
-    num_new: int = MAX_NEW_TOKENS,
-) -> list[Answer]:
-    """Greedy answers to prompts (ids) of `num_new` tokens at most; `targets` are the ids of the right answers.
-
-    A model cannot go on from nothing: an empty prompt is eos, after which a new text begins.
-    """
-    if not prompts:
-        return []
-    ids, mask = left_padded([prompt or [tokenizer.eos_id] for prompt in prompts], tokenizer.pad_id)
-    device = next(model.parameters()).device
-    generate: Callable[..., Tensor] = model.generate  # type: ignore[assignment]  # nn.Module says Tensor
-    output = generate(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
-        max_new_tokens=num_new,
-        do_sample=False,
-        pad_token_id=tokenizer.pad_id,
-        eos_token_id=sorted(tokenizer.stop_ids),
-    )
-    new = output[:, ids.shape[1] :].tolist()
-    return [judged(tokenizer, *pair) for pair in zip(new, targets, strict=True)]
-
-
-def left_padded(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
-    """Ids and attention mask, ``(num_prompts, longest) int64``; generation goes on at the right."""
-    longest = max(map(len, prompts))
-    ids = torch.full((len(prompts), longest), pad_id)
-    mask = torch.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
-        mask[row, longest - len(prompt) :] = 1
-    return ids, mask
-
-
-def judged(tokenizer: LoadedTokenizer, new: list[int], target: list[int]) -> Answer:
-    """The checks of one answer, from its ids."""
-    end = next((i for i, token in enumerate(new) if token in tokenizer.stop_ids), None)
-    said = new if end is None else new[:end]
-    text = tokenizer.core.decode(said, skip_special_tokens=True)
-    wanted = tokenizer.core.decode([i for i in target if i not in tokenizer.stop_ids], skip_special_tokens=True)
-    return Answer(
-        text=text,
-        ends=end is not None,
-        not_empty=bool(text.strip()),
-        no_repetition=not is_runaway(said),
-        exact=text.strip() == wanted.strip() if len(target) <= SHORT_TARGET_TOKENS else None,
-    )
-
-
-def is_runaway(ids: list[int]) -> bool:
-    """Whether the end repeats a period of at most 16 tokens, three times and over 24 tokens at least."""
-    for period in range(1, LONGEST_PERIOD + 1):
-        length = max(MIN_REPEATED, 3 * period)
-        tail = ids[-length:]
-        if len(tail) == length and all(tail[i] == tail[i - period] for i in range(period, length)):
-            return True
-    return False
-
-
-def check_columns(answers: list[Answer]) -> dict[str, np.ndarray]:
-    """Check -> ``(num_prompts,) float64``: 1 good, 0 bad, nan where it does not apply."""
-    names = ("ends", "not_empty", "no_repetition", "exact")
-    return {name: np.array([_number(getattr(one, name)) for one in answers], dtype=np.float64) for name in names}
-
-
-def _number(value: bool | None) -> float:
-    return float("nan") if value is None else float(value)
-
-
-log = logging.getLogger(__name__)
-
-NUM_PROMPTS = 16
-LONGEST_ROW = 2048  # tokens; longer records are asked in parts
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A model to ask. `template` is the setting it was trained with."""
-
-    name: str
-    model_dir: Path
-    template: str | dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -150,20 +59,22 @@ class Part:
     length: int
 
 
-def measure(
-    asked: Asked, held_out: HeldOut, micro_batch_rows: int, dtype: torch.dtype, cache_dir: Path
-) -> tuple[Scores, list[Answer]]:
-    """Scores of a model, and its answers."""
-    log.info("asking %s (%s)", asked.name, asked.model_dir)
-    tools = tools_of(asked, cache_dir)
+def score(
+    one: ModelUnderTest, held_out: HeldOut, micro_batch_rows: int, dtype: torch.dtype, cache_dir: Path
+) -> tuple[Scores, list[Generation]]:
+    """Scores of a model, and its generations.
+
+    :raises ModelError: its files cannot be had.
+    """
+    tools = load_tools(Recipe(one.files, cache_dir, json.dumps(one.template, sort_keys=True), "reference"))
     shard = tokenize_columns(held_out.roles, held_out.texts, tools.tokenizer, tools.template, tools.engine).shard
-    model = load_deployed(asked.model_dir, dtype).to(any_device())
+    model = load_deployed(one.files, dtype).to(any_device())
     longest = min(LONGEST_ROW, getattr(causal_model(model).config, "max_position_embeddings", LONGEST_ROW))
     losses, tokens = record_losses(model, shard, micro_batch_rows, longest)
     num_new = min(MAX_NEW_TOKENS, longest // 2)
     prompts, targets = prompts_of(shard, held_out.prompts(NUM_PROMPTS), longest - num_new)
-    answers = answer(model, tools.tokenizer, prompts, targets, num_new)
-    return Scores(losses, tokens, check_columns(answers)), answers
+    generations = generate(model, tools.tokenizer, prompts, targets, num_new)
+    return Scores(losses, tokens, check_columns(generations)), generations
 
 
 def record_losses(
@@ -220,6 +131,76 @@ def prompts_of(shard: TokenShard, records: list[int], longest: int) -> tuple[lis
     return prompts, targets
 
 
-def tools_of(asked: Asked, cache_dir: Path) -> Tools:
-    """Tokenizer and template of a model, the reference engine."""
-    return load_tools(Recipe(asked.model_dir, cache_dir, json.dumps(asked.template, sort_keys=True), "reference"))
+@torch.inference_mode()
+def generate(
+    model: nn.Module,
+    tokenizer: LoadedTokenizer,
+    prompts: list[list[int]],
+    targets: list[list[int]],
+    num_new: int = MAX_NEW_TOKENS,
+) -> list[Generation]:
+    """Greedy generations after prompts (ids), of `num_new` tokens at most; `targets` are the ids of the right answers.
+
+    A model cannot go on from nothing: an empty prompt is eos, after which a new text begins.
+    """
+    if not prompts:
+        return []
+    ids, mask = left_padded([prompt or [tokenizer.eos_id] for prompt in prompts], tokenizer.pad_id)
+    device = next(model.parameters()).device
+    generation: Callable[..., Tensor] = model.generate  # type: ignore[assignment]  # nn.Module says Tensor
+    output = generation(
+        input_ids=ids.to(device),
+        attention_mask=mask.to(device),
+        max_new_tokens=num_new,
+        do_sample=False,
+        pad_token_id=tokenizer.pad_id,
+        eos_token_id=sorted(tokenizer.stop_ids),
+    )
+    new = output[:, ids.shape[1] :].tolist()
+    return [checked(tokenizer, *pair) for pair in zip(new, targets, strict=True)]
+
+
+def left_padded(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Ids and attention mask, ``(num_prompts, longest) int64``; generation goes on at the right."""
+    longest = max(map(len, prompts))
+    ids = torch.full((len(prompts), longest), pad_id)
+    mask = torch.zeros_like(ids)
+    for row, prompt in enumerate(prompts):
+        ids[row, longest - len(prompt) :] = torch.tensor(prompt)
+        mask[row, longest - len(prompt) :] = 1
+    return ids, mask
+
+
+def checked(tokenizer: LoadedTokenizer, new: list[int], target: list[int]) -> Generation:
+    """One generation with its checks, from its ids."""
+    end = next((i for i, token in enumerate(new) if token in tokenizer.stop_ids), None)
+    said = new if end is None else new[:end]
+    text = tokenizer.core.decode(said, skip_special_tokens=True)
+    wanted = tokenizer.core.decode([i for i in target if i not in tokenizer.stop_ids], skip_special_tokens=True)
+    return Generation(
+        text=text,
+        ends=end is not None,
+        not_empty=bool(text.strip()),
+        no_repetition=not is_runaway(said),
+        exact=text.strip() == wanted.strip() if len(target) <= SHORT_TARGET_TOKENS else None,
+    )
+
+
+def is_runaway(ids: list[int]) -> bool:
+    """Whether the end repeats a period of at most 16 tokens, three times and over 24 tokens at least."""
+    for period in range(1, LONGEST_PERIOD + 1):
+        length = max(MIN_REPEATED, 3 * period)
+        tail = ids[-length:]
+        if len(tail) == length and all(tail[i] == tail[i - period] for i in range(period, length)):
+            return True
+    return False
+
+
+def check_columns(generations: list[Generation]) -> dict[str, np.ndarray]:
+    """Check -> ``(num_prompts,) float64``: 1 good, 0 bad, nan where it does not apply."""
+    names = ("ends", "not_empty", "no_repetition", "exact")
+    return {name: np.array([_number(getattr(one, name)) for one in generations], dtype=np.float64) for name in names}
+
+
+def _number(value: bool | None) -> float:
+    return float("nan") if value is None else float(value)

@@ -13,8 +13,8 @@ compared by an exact sign test. Cost: 0.1 s for 1,000 records.
 
 import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TypedDict
 
 import numpy as np
 
@@ -63,6 +63,34 @@ class Interval:
         return f"{self.gain:+.4f} [{bounds}]"
 
 
+class SliceRow(TypedDict):
+    """Losses per target token on a slice of the records, those of candidate and reference, and the gain."""
+
+    against: str  # role of the reference
+    slice: str
+    records: int
+    loss: float
+    perplexity: float
+    reference_loss: float
+    reference_perplexity: float
+    gain: float
+    low: float | None
+    high: float | None
+
+
+class CheckRow(TypedDict):
+    """How often a check of the answers is good, and how often for one of the two models alone."""
+
+    against: str
+    check: str
+    prompts: int
+    share: float
+    reference_share: float
+    better: int
+    worse: int
+    chance: float  # of so few better ones when both models are alike
+
+
 @dataclass(frozen=True)
 class Verdict:
     """Whether the candidate may become the champion, why, and the numbers behind it."""
@@ -70,15 +98,11 @@ class Verdict:
     promoted: bool
     reasons: list[str]
     reference: str | None  # what was decisive: the champion, else the base
-    slices: list[dict[str, Any]] = field(default_factory=list)
-    checks: list[dict[str, Any]] = field(default_factory=list)
-
-    def as_dict(self) -> dict[str, Any]:
-        """JSON form."""
-        return asdict(self)
+    slices: list[SliceRow] = field(default_factory=list)
+    checks: list[CheckRow] = field(default_factory=list)
 
 
-def judge(
+def reach_verdict(
     settings: GateSettings,
     slices: dict[str, np.ndarray],
     candidate: Scores,
@@ -106,15 +130,16 @@ def judge(
     )
 
 
-def compare(role: str, slices: dict[str, np.ndarray], candidate: Scores, other: Scores) -> list[dict[str, Any]]:
+def compare(role: str, slices: dict[str, np.ndarray], candidate: Scores, other: Scores) -> list[SliceRow]:
     """One table row per slice, the whole first."""
     everything = {ALL: np.arange(len(candidate.losses))} if len(candidate.losses) else {}
     return [_compare_slice(role, name, records, candidate, other) for name, records in {**everything, **slices}.items()]
 
 
-def _compare_slice(role: str, name: str, records: np.ndarray, candidate: Scores, other: Scores) -> dict[str, Any]:
+def _compare_slice(role: str, name: str, records: np.ndarray, candidate: Scores, other: Scores) -> SliceRow:
     tokens = candidate.tokens[records]
     mine, theirs = candidate.losses[records], other.losses[records]
+    gained = interval(theirs - mine, tokens)
     loss, reference = float(mine.sum() / tokens.sum()), float(theirs.sum() / tokens.sum())
     return {
         "against": role,
@@ -124,13 +149,15 @@ def _compare_slice(role: str, name: str, records: np.ndarray, candidate: Scores,
         "perplexity": math.exp(min(loss, 700)),
         "reference_loss": reference,
         "reference_perplexity": math.exp(min(reference, 700)),
-        **asdict(interval(theirs - mine, tokens)),
+        "gain": gained.gain,
+        "low": gained.low,
+        "high": gained.high,
     }
 
 
-def compare_checks(role: str, candidate: Scores, other: Scores) -> list[dict[str, Any]]:
+def compare_checks(role: str, candidate: Scores, other: Scores) -> list[CheckRow]:
     """One table row per check of the answers: shares that are good, and how often each model alone was good."""
-    rows = []
+    rows: list[CheckRow] = []
     for check, mine in candidate.checks.items():
         theirs = other.checks[check]
         both = ~(np.isnan(mine) | np.isnan(theirs))
@@ -190,7 +217,7 @@ def mean_and_error(sums: np.ndarray, num: int) -> tuple[np.ndarray, np.ndarray]:
     return mean, np.sqrt(squares * num / (num - 1)) / w
 
 
-def interval_of(row: dict[str, Any]) -> Interval:
+def interval_of(row: SliceRow) -> Interval:
     """The interval of a table row."""
     return Interval(row["gain"], row["low"], row["high"])
 
@@ -223,7 +250,7 @@ def nothing_held_out(candidate: Scores, num_excluded: int) -> list[str]:
     return ["no record is held out (validation_fraction), so nothing can be compared"]
 
 
-def loss_faults(settings: GateSettings, name: str, rows: list[dict[str, Any]]) -> list[str]:
+def loss_faults(settings: GateSettings, name: str, rows: list[SliceRow]) -> list[str]:
     """Why the losses forbid a promotion; empty when they do not."""
     whole, *slices = rows
     if whole["records"] < MIN_RECORDS:
@@ -232,7 +259,7 @@ def loss_faults(settings: GateSettings, name: str, rows: list[dict[str, Any]]) -
             "hold out more (validation_fraction, gate_records), or decide by hand: panda promote"
         ]
     faults = []
-    if not whole["low"] > settings.promote_min_gain:
+    if whole["low"] is None or not whole["low"] > settings.promote_min_gain:
         faults.append(
             f"not better than the {name} with confidence: gain {interval_of(whole)} nats per target token on "
             f"{whole['records']} records; its lower bound must be above promote_min_gain={settings.promote_min_gain}"
@@ -246,7 +273,7 @@ def loss_faults(settings: GateSettings, name: str, rows: list[dict[str, Any]]) -
     return faults
 
 
-def check_faults(name: str, rows: list[dict[str, Any]]) -> list[str]:
+def check_faults(name: str, rows: list[CheckRow]) -> list[str]:
     """Why the answers forbid a promotion: a check is failed more often, with confidence."""
     return [
         f"{CHECKS[row['check']]}: {row['share']:.0%} instead of the {row['reference_share']:.0%} of the {name} "

@@ -18,7 +18,7 @@ from typing import Any
 from data_prep.errors import PandaError
 from training.export.merge import merge
 from training.export.parity import Difference, difference
-from training.models.hub import base_of
+from training.models.hub import base_of, resolve_checkpoint
 from training.models.transformers4 import write_for_transformers4
 from training.tracking.looks import only_a_look
 
@@ -90,8 +90,6 @@ def _fill(unfinished: Path, model_dir: Path, prompts: list[list[int]], base: Pat
 
 def find_base(reference: str) -> Path:
     """The directory of the base an adapter refers to."""
-    from training.models.hub import resolve_checkpoint
-
     path = Path(reference)
     return path if path.is_dir() else resolve_checkpoint(reference)
 

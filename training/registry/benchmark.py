@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import PandaError, did_you_mean
+from training.devices import any_device
 from training.export.export import find_base
 from training.models.hub import base_of
 from training.registry.versions import Registry, Version
@@ -67,7 +68,6 @@ def ask(model_dir: Path, questions: Questions, base: Path | None = None) -> tupl
         from lm_eval.tasks import TaskManager
     except ImportError as error:
         raise BenchmarkError(f"benchmarks are asked by lm-eval, which is not installed: {INSTALL}") from error
-    from training.devices import any_device
 
     manager = TaskManager(include_path=str(questions.task_dir) if questions.task_dir else None)
     _check_known(questions.tasks, manager.all_tasks)

@@ -7,7 +7,7 @@ over the ledger of each plan.
 """
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -129,7 +129,7 @@ def describe(registry: Registry, version: Version, cache_dir: Path) -> dict[str,
         "ancestors": [one.uri for one in ancestry(version, registry.versions())][1:],
         "run_id": version.run_id,
         "run_dir": run_tags.get(RUN_DIR_TAG),
-        "code": {name: run_tags.get(tag) for name, tag in CODE_TAGS.items()},
+        "code": {"commit": run_tags.get(COMMIT_TAG), "changed": run_tags.get(CODE_CHANGED_TAG)},
         "base": config.get("paths", {}).get("model_dir"),
         "plan": {"fingerprint": version.tags.get(PLAN_TAG), "path": str(plan_dir) if plan_dir else None},
         "corpus": {"fingerprint": version.tags.get(CORPUS_TAG), "files": [_state(file) for file in corpus]},
@@ -138,9 +138,6 @@ def describe(registry: Registry, version: Version, cache_dir: Path) -> dict[str,
         "taken_down": version.taken_down,
         "config": {name: value for name, value in config.items() if name != "paths"},
     }  # fmt: skip
-
-
-CODE_TAGS = {"commit": COMMIT_TAG, "changed": CODE_CHANGED_TAG}
 
 
 def _state(file: dict[str, Any]) -> dict[str, Any]:
@@ -221,13 +218,10 @@ def _with_parents(version: Version, versions: list[Version], direct: dict[str, S
     line = list(ancestry(version, versions))
     for parent in line[1:]:
         if direct[parent.uri].trained:
-            return Seen(**{**asdict(mine), "trained": True, "certain": True, "through": parent.uri})
+            return replace(mine, trained=True, certain=True, through=parent.uri)
     unsure = [one.uri for one in line if not direct[one.uri].certain]
-    return Seen(**{**asdict(mine), "certain": not unsure, "note": mine.note or _unsure_note(unsure)})
-
-
-def _unsure_note(uris: list[str]) -> str:
-    return f"the plan of its parent {uris[0]} is not on this machine" if uris else ""
+    note = f"the plan of its parent {unsure[0]} is not on this machine" if unsure else ""
+    return replace(mine, certain=not unsure, note=mine.note or note)
 
 
 def _direct(registry: Registry, version: Version, content: str, cache_dir: Path) -> Seen:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from training.errors import ModelError
@@ -49,8 +50,6 @@ def difference(served: Any, model_dir: Path) -> str | None:
     A tensor that the model keeps under another name than the files (experts that are joined when they are loaded) is
     not compared; that none is missing, `served_model` sees to.
     """
-    from safetensors import safe_open
-
     loaded = tensors_of(served.unwrap_python_model().model)
     files = sorted(model_dir.glob("*.safetensors"))
     for file in files:

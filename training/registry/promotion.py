@@ -14,7 +14,7 @@ import yaml
 
 from training import run_files
 from training.comparison.approval import APPROVED, REFUSED, WAITING, in_words
-from training.comparison.job import Job
+from training.comparison.job import Answered, GateResult, Job, ModelUnderTest
 from training.comparison.report import verdict_markdown
 from training.comparison.statistics import interval_of
 from training.registry.lineage import config_of, plan_of
@@ -34,7 +34,7 @@ from training.tracking.tags import (
 PASSED, FAILED = "passed", "failed"
 
 
-def settle(registry: Registry, version: Version, result: dict[str, Any], answer: dict[str, str] | None = None) -> bool:
+def settle(registry: Registry, version: Version, result: GateResult, answer: Answered | None = None) -> bool:
     """Move the alias that the gate and a person's answer earn, write down why; returns whether it is the champion now.
 
     A version that was refused has passed the gate all the same, and says so; it stays challenger for good.
@@ -63,14 +63,14 @@ def settle(registry: Registry, version: Version, result: dict[str, Any], answer:
     return result["promoted"]
 
 
-def wait_for_approval(registry: Registry, version: Version, result: dict[str, Any]) -> None:
+def wait_for_approval(registry: Registry, version: Version, result: GateResult) -> None:
     """Say in the registry that a person is asked."""
     registry.describe(version, verdict_markdown(result))
     registry.tag(version, {APPROVAL_TAG: WAITING})
 
 
-def _gain(result: dict[str, Any]) -> dict[str, str]:
-    rows = [row for row in result.get("slices", []) if row["slice"] == "all"]
+def _gain(result: GateResult) -> dict[str, str]:
+    rows = [row for row in result["slices"] if row["slice"] == "all"]
     return {GAIN_TAG: str(interval_of(rows[0]))} if rows else {}
 
 
@@ -128,20 +128,19 @@ def job_of(registry: Registry, version: Version, run_dir: Path, gate: dict[str, 
     return Job(
         gate=gate,
         cache_dir=str(cache_dir),
-        candidate={"name": version.uri, "model_dir": str(run_dir / run_files.MODEL), "template": template},
+        candidate=ModelUnderTest(version.uri, template, str(run_dir / run_files.MODEL)),
         champion=_champion_model(registry, champion, cache_dir, template) if champion else None,
         champion_plan=_champion_plan(registry, champion, cache_dir) if champion else None,
-        base=base and {"name": base, "model_dir": base, "template": template},
+        base=ModelUnderTest(base, template, base) if base else None,
     )
 
 
-def _champion_model(registry: Registry, champion: Version, cache_dir: Path, template: Any) -> dict[str, Any]:
-    config = config_of(registry, champion)
-    model = {"name": champion.uri, "template": config.get("template", template)}
+def _champion_model(registry: Registry, champion: Version, cache_dir: Path, template: Any) -> ModelUnderTest:
+    template = config_of(registry, champion).get("template", template)
     try:
-        return {**model, "model_dir": str(registry.files(champion, cache_dir))}
+        return ModelUnderTest(champion.uri, template, str(registry.files(champion, cache_dir)))
     except (RegistryError, OSError) as error:
-        return {**model, "problem": str(error)}
+        return ModelUnderTest(champion.uri, template, problem=str(error))
 
 
 def _champion_plan(registry: Registry, champion: Version, cache_dir: Path) -> str | None:

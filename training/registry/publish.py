@@ -1,13 +1,9 @@
-"""Export a version of the registry: its files, prompts from its held-out data, its card.
+"""Export a version of the registry: its files, its model card, the configuration it was trained with.
 
-In: a version, a target directory. Out: the exported directory (see `export`), with the configuration of its run beside
-the card. Cost: that of the export; the prompts are the first tokens of held-out rows, or a few sentences where the plan
-is no longer on this machine.
-
-The model card of an exported version: README.md made of facts that MLflow holds, nothing is made up.
-
-In: a version with its run's configuration, data report and gate. Out: Markdown with the metadata block of the Hugging
-Face hub. What is not known is left out. Cost: none.
+In: a version, a target directory. Out: the exported directory (see `export`), where a merged model was compared on
+prompts from its held-out data, or on a few sentences where its plan is no longer on this machine. The card is README.md
+with the metadata block of the Hugging Face hub, made of what MLflow holds of version and run; what is not known is left
+out. Cost: that of the export.
 """
 
 import json
@@ -19,7 +15,9 @@ from typing import Any
 
 import numpy as np
 import yaml
+from huggingface_hub import ModelCardData
 
+from data_prep.plan.reader import open_plan
 from training import run_files
 from training.comparison.statistics import interval_of
 from training.export.export import Exported, export
@@ -31,6 +29,9 @@ NUM_PROMPTS = 8
 PROMPT_TOKENS = 128
 SENTENCES = ("The capital of France is", "Once upon a time", "def fibonacci(n):", "中国的首都是", "1, 2, 3, 4,",
              "Question: What is water made of?\nAnswer:")  # fmt: skip
+SHOWN = ("learning_rate", "lr_scheduler", "optimizer", "num_train_epochs", "max_steps", "per_gpu_train_batch_size",
+         "gradient_accumulation_steps", "max_seq_length", "template", "seed", "use_lora", "lora_r", "lora_alpha",
+         "use_quant")  # fmt: skip
 
 
 def publish(registry: Registry, version: Version, target: Path, cache_dir: Path, base: Path | None = None) -> Exported:
@@ -58,8 +59,6 @@ def held_out_prompts(plan_dir: Path | None) -> list[list[int]]:
     """The first tokens of the first held-out rows."""
     if not plan_dir:
         return []
-    from data_prep.plan.reader import open_plan
-
     plan = open_plan(plan_dir, "validation")
     lengths = plan.row_tokens[:NUM_PROMPTS]
     batches = [
@@ -74,11 +73,6 @@ def sentence_prompts(model_dir: Path) -> list[list[int]]:
 
     tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
     return [tokenizer(text).input_ids for text in SENTENCES]
-
-
-SHOWN = ("learning_rate", "lr_scheduler", "optimizer", "num_train_epochs", "max_steps", "per_gpu_train_batch_size",
-         "gradient_accumulation_steps", "max_seq_length", "template", "seed", "use_lora", "lora_r", "lora_alpha",
-         "use_quant")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -114,15 +108,13 @@ def licence_of(base_dir: str | None) -> str | None:
 
 
 def _header(facts: CardFacts, exported: Exported) -> str:
-    base = facts.config.get("ckpt_path")
-    values = {
-        "library_name": "transformers",
-        "pipeline_tag": "text-generation",
-        "base_model": base,
-        "license": licence_of(exported.base_model or facts.config.get("paths", {}).get("model_dir")),
-    }
-    known = {name: value for name, value in values.items() if value}
-    return f"---\n{yaml.safe_dump(known, sort_keys=False).strip()}\n---"
+    known = ModelCardData(
+        library_name="transformers",
+        pipeline_tag="text-generation",
+        base_model=facts.config.get("ckpt_path"),
+        license=licence_of(exported.base_model or facts.config.get("paths", {}).get("model_dir")),
+    )
+    return f"---\n{known.to_yaml()}\n---"
 
 
 def _origin(facts: CardFacts, exported: Exported) -> str:

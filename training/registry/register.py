@@ -1,19 +1,15 @@
-"""The registry: a finished run's model becomes one version of a registered model, however often this is tried.
+"""A finished run's model becomes one version of a registered model, however often this is tried.
 
-In: RUN/model, the MLflow run. Out: a `ModelVersion`. The steps, each of which a later try finds done by the tag
-`panda.key` (hash of the run and of the step whose weights are deployed, tag `panda.step`; not of bytes, which the same
-weights have others of under another version of this code): logged model created -> files linked or uploaded -> logged
-model READY -> loaded back and compared -> version created. A logged model that was left half-done, or that is not what
-RUN/model is, is deleted. Cost: one upload and one loading; on one file system hard links instead of the upload.
+In: RUN/model (safetensors and tokenizer; full weights or an adapter), the MLflow run. Out: a `ModelVersion`. The steps,
+each of which a later try finds done by the tag `panda.key` (hash of the run and of the step whose weights are deployed,
+tag `panda.step`; not of bytes, which the same weights have others of under another version of this code): logged model
+created -> files linked or uploaded -> logged model READY -> loaded back and compared -> version created. A logged model
+that was left half-done, or that is not what RUN/model is, is deleted.
 
-Lay out RUN/model as an MLflow model directory: code, signature, requirements, and the weights as hard links.
-
-In: RUN/model (safetensors, tokenizer; full weights or an adapter). Out: a directory MLflow loads with `mlflow.pyfunc`.
-Nothing is unpickled, loaded into memory or copied on one file system; on another the files are copied once. Cost: no
-more than that.
+What MLflow is given, the package, is a model for `mlflow.pyfunc`: code (`served_model`), signature, requirements, and
+the weights as hard links. Nothing is unpickled. Cost: a loading and an upload; on one file system no copy.
 """
 
-import contextlib
 import hashlib
 import importlib.metadata
 import logging
@@ -22,7 +18,7 @@ import shutil
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -33,109 +29,12 @@ import yaml
 from training import run_files
 from training.errors import MlflowAway, ModelError
 from training.models.hub import base_of
-from training.registry.loaded_back import load_back, load_served
+from training.registry.loaded_back import load_back
 from training.tracking.logged_models import NOT_IN_NAMES, REGISTERED, deployed_step
 from training.tracking.looks import only_a_look
 from training.tracking.redact import what_it_says
 from training.tracking.sync import away_errors, connect
 from training.tracking.tags import KEY_TAG, STEP_TAG
-
-SERVED_MODEL = Path(__file__).with_name("served_model.py")
-WEIGHTS = "artifacts/model"  # where the model lies below the MLflow model directory
-
-
-def write_package(model_dir: Path, package: Path) -> None:
-    """Write the MLflow model directory `package`; it must not exist."""
-    from mlflow.pyfunc import save_model
-
-    base = base_of(model_dir)
-    with quiet():
-        save_model(
-            path=str(package),
-            python_model=str(SERVED_MODEL),
-            signature=signature(),
-            model_config={"base_model": base} if base else {},
-            pip_requirements=requirements(is_adapter=base is not None),
-            metadata={"panda": {"kind": "adapter" if base else "full", "base_model": base}},
-        )
-    save_example(package)
-    link_tree(model_dir, package / WEIGHTS)
-    declare_weights(package, model_dir)
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Without MLflow's advice to give an input example, which is saved apart."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="(?s).*input example was not provided.*")
-        yield
-
-
-def signature() -> Any:
-    """Chat messages or prompts in, text out; the parameters of generation with their defaults."""
-    from mlflow.models import ModelSignature
-    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
-    from mlflow.types.schema import Array, Object, Property
-
-    message = Object([Property("role", DataType.string), Property("content", DataType.string)])
-    inputs: list[ColSpec | TensorSpec] = [
-        ColSpec(Array(message), "messages", required=False),
-        ColSpec("string", "prompt", required=False),
-    ]
-    params = [
-        ParamSpec("max_new_tokens", DataType.long, 128),
-        ParamSpec("max_tokens", DataType.long, 0),
-        ParamSpec("temperature", DataType.double, 0.0),
-        ParamSpec("top_p", DataType.double, 1.0),
-    ]
-    return ModelSignature(Schema(inputs), Schema([ColSpec("string")]), ParamSchema(params))
-
-
-def save_example(package: Path) -> None:
-    """An input example in MLflow's layout. `save_model` would run the model on it, for which it has no weights yet."""
-    from mlflow.models import Model
-    from mlflow.models.utils import _save_example
-
-    description = Model.load(str(package))
-    _save_example(description, {"messages": [{"role": "user", "content": "Hello"}]}, str(package))
-    description.save(str(package / "MLmodel"))
-
-
-def requirements(is_adapter: bool) -> list[str]:
-    """The distributions the served model needs, pinned to what it was made with (without local build tags)."""
-    names = ["mlflow", "torch", "transformers", "safetensors", "accelerate", *(["peft"] if is_adapter else [])]
-    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in names]
-
-
-def link_tree(source: Path, target: Path) -> None:
-    """Hard-link every file of a directory; copy where the file system does not let us.
-
-    Safe because RUN/model is written once and replaced as a whole: a linked file is never written again.
-    """
-    for path in sorted(source.rglob("*")):
-        if path.is_file():
-            link(path, target / path.relative_to(source))
-
-
-def link(path: Path, target: Path) -> None:
-    """A hard link, or a copy."""
-    target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(path, target)
-    except OSError:
-        shutil.copyfile(path, target)
-
-
-def declare_weights(package: Path, model_dir: Path) -> None:
-    """Tell MLflow's description of the model about the files linked in: `context.artifacts["model"]`."""
-    path = package / "MLmodel"
-    description = yaml.safe_load(path.read_text())
-    description["flavors"]["python_function"]["artifacts"] = {
-        "model": {"path": WEIGHTS, "uri": model_dir.absolute().as_uri()}
-    }
-    description["model_size_bytes"] = sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
-    path.write_text(yaml.safe_dump(description, sort_keys=False))
-
 
 if TYPE_CHECKING:
     from mlflow.entities import LoggedModel
@@ -149,6 +48,8 @@ RETRY_SECONDS = (2, 5, 10, 20, 40)
 SHOWN_CHARS = 200
 SAMPLE_TOKENS = 48
 FINAL_ERRORS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED")
+SERVED_MODEL = Path(__file__).with_name("served_model.py")
+WEIGHTS = "artifacts/model"  # where the model lies below the MLflow model directory
 Result = TypeVar("Result")
 
 
@@ -170,7 +71,7 @@ def register_run(tracked: "TrackedRun", name: str, tags: dict[str, str], prompt:
     """
     model_dir, again = tracked.run_dir / run_files.MODEL, f"go on with --resume --run_name {tracked.run_dir.name}"
     try:
-        version = register(tracked.run_dir, patiently(tracked.wait_for_run_id), name, tags, tracked.uri)
+        version = register(tracked.run_dir, with_retries(tracked.wait_for_run_id), name, tags, tracked.uri)
     except MlflowAway as error:
         raise MlflowAway(f"{model_dir} is complete but not registered: {error}; when it is back, {again}") from error
     except ModelError as error:
@@ -188,10 +89,10 @@ def register(run_dir: Path, run_id: str, name: str, tags: dict[str, str], uri: s
     step = deployed_step(run_dir)
     key = hashlib.sha256(f"{run_id}\0step {step}".encode()).hexdigest()[:32]
     model = _Model(run_dir / run_files.MODEL, run_id, uri, {**tags, STEP_TAG: str(step), KEY_TAG: key})
-    return patiently(lambda: _register(connect(uri), model, name))
+    return with_retries(lambda: _register(connect(uri), model, name))
 
 
-def patiently(action: Callable[[], Result]) -> Result:
+def with_retries(action: Callable[[], Result]) -> Result:
     """Run an action that can be repeated, again while MLflow does not answer.
 
     :raises MlflowAway: it did not for longer than a minute.
@@ -360,11 +261,92 @@ def ensure_registered_model(client: "MlflowClient", name: str) -> None:
             raise
 
 
-def load_and_generate(model_uri: str, prompt: str, max_new_tokens: int, uri: str) -> str:
-    """Text the registered model writes after `prompt`, loaded back through `mlflow.pyfunc`."""
-    return generate(patiently(lambda: load_served(model_uri, uri)), prompt, max_new_tokens)
-
-
 def generate(served: Any, prompt: str, max_new_tokens: int) -> str:
     """Text a loaded model writes after `prompt`."""
     return served.predict({"prompt": [prompt]}, params={"max_new_tokens": max_new_tokens})[0]
+
+
+def write_package(model_dir: Path, package: Path) -> None:
+    """Write the MLflow model directory `package`; it must not exist."""
+    from mlflow.pyfunc import save_model
+
+    base = base_of(model_dir)
+    with warnings.catch_warnings():  # the input example is saved apart
+        warnings.filterwarnings("ignore", message="(?s).*input example was not provided.*")
+        save_model(
+            path=str(package),
+            python_model=str(SERVED_MODEL),
+            signature=signature(),
+            model_config={"base_model": base} if base else {},
+            pip_requirements=requirements(is_adapter=base is not None),
+            metadata={"panda": {"kind": "adapter" if base else "full", "base_model": base}},
+        )
+    save_example(package)
+    link_tree(model_dir, package / WEIGHTS)
+    declare_weights(package, model_dir)
+
+
+def signature() -> Any:
+    """Chat messages or prompts in, text out; the parameters of generation with their defaults."""
+    from mlflow.models import ModelSignature
+    from mlflow.types import ColSpec, DataType, ParamSchema, ParamSpec, Schema, TensorSpec
+    from mlflow.types.schema import Array, Object, Property
+
+    message = Object([Property("role", DataType.string), Property("content", DataType.string)])
+    inputs: list[ColSpec | TensorSpec] = [
+        ColSpec(Array(message), "messages", required=False),
+        ColSpec("string", "prompt", required=False),
+    ]
+    params = [
+        ParamSpec("max_new_tokens", DataType.long, 128),
+        ParamSpec("max_tokens", DataType.long, 0),
+        ParamSpec("temperature", DataType.double, 0.0),
+        ParamSpec("top_p", DataType.double, 1.0),
+    ]
+    return ModelSignature(Schema(inputs), Schema([ColSpec("string")]), ParamSchema(params))
+
+
+def save_example(package: Path) -> None:
+    """An input example in MLflow's layout. `save_model` would run the model on it, for which it has no weights yet."""
+    from mlflow.models import Model
+    from mlflow.models.utils import _save_example
+
+    description = Model.load(str(package))
+    _save_example(description, {"messages": [{"role": "user", "content": "Hello"}]}, str(package))
+    description.save(str(package / "MLmodel"))
+
+
+def requirements(is_adapter: bool) -> list[str]:
+    """The distributions the served model needs, pinned to what it was made with (without local build tags)."""
+    names = ["mlflow", "torch", "transformers", "safetensors", "accelerate", *(["peft"] if is_adapter else [])]
+    return [f"{name}=={importlib.metadata.version(name).split('+')[0]}" for name in names]
+
+
+def link_tree(source: Path, target: Path) -> None:
+    """Hard-link every file of a directory; copy where the file system does not let us.
+
+    Safe because RUN/model is written once and replaced as a whole: a linked file is never written again.
+    """
+    for path in sorted(source.rglob("*")):
+        if path.is_file():
+            link(path, target / path.relative_to(source))
+
+
+def link(path: Path, target: Path) -> None:
+    """A hard link, or a copy."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        os.link(path, target)
+    except OSError:
+        shutil.copyfile(path, target)
+
+
+def declare_weights(package: Path, model_dir: Path) -> None:
+    """Tell MLflow's description of the model about the files linked in: `context.artifacts["model"]`."""
+    path = package / "MLmodel"
+    description = yaml.safe_load(path.read_text())
+    description["flavors"]["python_function"]["artifacts"] = {
+        "model": {"path": WEIGHTS, "uri": model_dir.absolute().as_uri()}
+    }
+    description["model_size_bytes"] = sum(file.stat().st_size for file in package.rglob("*") if file.is_file())
+    path.write_text(yaml.safe_dump(description, sort_keys=False))

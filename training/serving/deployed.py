@@ -31,7 +31,7 @@ from training.devices import any_device
 from training.errors import ModelError
 from training.export.export import find_base
 from training.models.build import load_deployed
-from training.registry.register import base_of
+from training.models.hub import base_of
 
 BASE_VARIABLE = "PANDA_BASE_MODEL"  # also what a registered version itself looks at
 UNKNOWN_CONTEXT = 32768  # tokens; for architectures without a table of positions, whose memory does not grow either

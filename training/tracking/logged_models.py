@@ -45,11 +45,11 @@ def send(client: "MlflowClient", record: RunRecord, run_dir: Path) -> None:
     for path, marker in kept.items():
         step = step_of(marker)
         model = logged.get(path) or _log(client, record, experiment, marker, step)
-        _measure(client, record, run_dir, model, step)
+        _log_metrics(client, record, run_dir, model, step)
     registered = [model for model in known if model.model_type == REGISTERED and str(model.status) == "READY"]
     if registered:
         newest = max(registered, key=lambda model: model.creation_timestamp)
-        _measure(client, record, run_dir, newest, deployed_step(run_dir))
+        _log_metrics(client, record, run_dir, newest, deployed_step(run_dir))
 
 
 def step_of(marker: Path) -> int:
@@ -93,7 +93,7 @@ def _metrics_at(
     return [metric for line in wanted for metric in metrics_of(line, SERIES[path.name], record.started_ms, **of)]
 
 
-def _measure(client: "MlflowClient", record: RunRecord, run_dir: Path, model: "LoggedModel", step: int) -> None:
+def _log_metrics(client: "MlflowClient", record: RunRecord, run_dir: Path, model: "LoggedModel", step: int) -> None:
     """Metrics of the run at this step as metrics of this model; the model as an output of the run."""
     from mlflow.entities import LoggedModelOutput
 

@@ -40,7 +40,7 @@ _sending = threading.Lock()  # one writer of a run's record at a time
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunMetadata:
     """What is known of a run before it trains; `reports` (name of a file of the run -> content) become artifacts."""
 
     params: dict[str, Any]
@@ -92,7 +92,7 @@ def tracking_uri(settings: TrackingSettings, output_dir: Path) -> str:
 
 
 @contextlib.contextmanager
-def open_run(settings: TrackingSettings, run_dir: Path, facts: Facts) -> Iterator[TrackedRun]:
+def open_run(settings: TrackingSettings, run_dir: Path, facts: RunMetadata) -> Iterator[TrackedRun]:
     """Open the run (a resumed one again), follow its files, close it with what really happened."""
     tracked = TrackedRun(run_dir, tracking_uri(settings, run_dir.parent))
     _open_record(settings, tracked, facts)
@@ -108,7 +108,7 @@ def open_run(settings: TrackingSettings, run_dir: Path, facts: Facts) -> Iterato
         close_run(tracked, status)
 
 
-def _open_record(settings: TrackingSettings, tracked: TrackedRun, facts: Facts) -> None:
+def _open_record(settings: TrackingSettings, tracked: TrackedRun, facts: RunMetadata) -> None:
     """Write (or reopen) RUN/tracking.json and the facts that become artifacts."""
     run_dir = tracked.run_dir
     tags = {**facts.tags, **source_tags()}

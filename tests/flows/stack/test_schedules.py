@@ -14,7 +14,7 @@ import pytest
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import DeploymentScheduleCreate
 from prefect.client.schemas.schedules import CronSchedule
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.settings import temporary_settings
 
 from flows.cli.main import main
 from flows.stack import schedules
@@ -27,7 +27,8 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
 
 @pytest.fixture
 def env(prefect_server, monkeypatch):
-    monkeypatch.setenv("PREFECT_API_URL", prefect_server)
+    monkeypatch.setenv("PREFECT_API_URL", prefect_server.url)
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", prefect_server.auth_string)
     monkeypatch.chdir(ROOT)
     return dict(os.environ)
 
@@ -35,8 +36,9 @@ def env(prefect_server, monkeypatch):
 @pytest.fixture(scope="module")
 def deployed(prefect_server):
     """The deployments are on the server."""
-    with pytest.MonkeyPatch.context() as patch, temporary_settings({PREFECT_API_URL: prefect_server}):
-        patch.setenv("PREFECT_API_URL", prefect_server)
+    with pytest.MonkeyPatch.context() as patch, temporary_settings(prefect_server.settings):
+        patch.setenv("PREFECT_API_URL", prefect_server.url)
+        patch.setenv("PREFECT_API_AUTH_STRING", prefect_server.auth_string)
         patch.chdir(ROOT)
         deploy()
 
@@ -44,7 +46,7 @@ def deployed(prefect_server):
 @pytest.fixture
 def client(deployed, env, prefect_server):
     """Afterwards the schedules are as prefect.yaml says."""
-    with temporary_settings({PREFECT_API_URL: prefect_server}), get_client(sync_client=True) as client:
+    with temporary_settings(prefect_server.settings), get_client(sync_client=True) as client:
         yield client
         deployment = client.read_deployment_by_name(NAME)
         for schedule in deployment.schedules:

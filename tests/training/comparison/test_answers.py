@@ -7,9 +7,10 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from data_prep.tokenizer import load_tokenizer
 from tests.support.plans import example, make_shard
 from tests.support.tiny_models import save_full_model, save_tokenizer
-from training.comparison import scores as measure
+from training.comparison import scores as scoring
 from training.comparison.heldout import HeldOut
-from training.comparison.scores import Asked, answer
+from training.comparison.job import ModelUnderTest
+from training.comparison.scores import generate
 from training.comparison.statistics import unusable
 
 EMPTY, FULL = [], [40, 41, 42]
@@ -20,14 +21,14 @@ def test_an_empty_prompt_is_answered_as_the_beginning_of_a_text(prompts, tmp_pat
     """An empty instruction under a tokenizer without bos: the model begins after eos."""
     model = save_full_model(tmp_path).eval()
     tokenizer = load_tokenizer(tmp_path)
-    said = answer(model, tokenizer, prompts, [[50]] * len(prompts), 8)
-    assert said[0] == answer(model, tokenizer, [[tokenizer.eos_id]], [[50]], 8)[0]
+    said = generate(model, tokenizer, prompts, [[50]] * len(prompts), 8)
+    assert said[0] == generate(model, tokenizer, [[tokenizer.eos_id]], [[50]], 8)[0]
 
 
 def test_a_prompt_keeps_a_token_however_small_the_context_is():
     shard = make_shard([example([1, 2, 3], [4, 5])])
-    assert measure.prompts_of(shard, [0], 1) == ([[3]], [[4, 5]])
-    assert measure.prompts_of(shard, [0], 9) == ([[1, 2, 3]], [[4, 5]])
+    assert scoring.prompts_of(shard, [0], 1) == ([[3]], [[4, 5]])
+    assert scoring.prompts_of(shard, [0], 9) == ([[1, 2, 3]], [[4, 5]])
 
 
 def test_a_model_with_fewer_positions_than_an_answer_is_asked_within_them(tmp_path):
@@ -51,5 +52,7 @@ def test_a_model_with_fewer_positions_than_an_answer_is_asked_within_them(tmp_pa
         texts=pa.array(texts, pa.list_(pa.large_string())),
         num_excluded=0,
     )
-    scores, answers = measure.measure(Asked("gpt", tmp_path, "plain"), held_out, 2, torch.float32, tmp_path / "cache")
+    scores, answers = scoring.score(
+        ModelUnderTest("gpt", "plain", str(tmp_path)), held_out, 2, torch.float32, tmp_path / "cache"
+    )
     assert len(answers) == 2 and np.isfinite(scores.losses).all() and not unusable(scores)

@@ -5,7 +5,7 @@ import pytest
 
 from training.comparison.heldout import language_of
 from training.comparison.scores import is_runaway
-from training.comparison.statistics import MIN_RECORDS, Scores, interval, judge, nothing_asked, sign_test
+from training.comparison.statistics import MIN_RECORDS, Scores, interval, nothing_asked, reach_verdict, sign_test
 from training.settings import GateSettings
 
 NUM = 200
@@ -25,7 +25,7 @@ def scores(per_token, checks=None) -> Scores:
 
 
 def verdict(candidate: Scores, champion: Scores, settings: GateSettings = SETTINGS):
-    return judge(settings, SLICES, candidate, {"champion": ("models:/m/1", champion)})
+    return reach_verdict(settings, SLICES, candidate, {"champion": ("models:/m/1", champion)})
 
 
 def test_a_certain_gain_is_promoted():
@@ -67,14 +67,14 @@ def test_a_slice_of_few_records_is_shown_but_not_judged():
     losses = np.full(NUM, 1.5)
     losses[:5] = 4.0
     others = {"champion": ("m", scores(2.0))}
-    result = judge(SETTINGS, {"rare/other": np.arange(5)}, scores(losses), others)
+    result = reach_verdict(SETTINGS, {"rare/other": np.arange(5)}, scores(losses), others)
     assert result.promoted and [row["slice"] for row in result.slices] == ["all", "rare/other"]
 
 
 def test_few_records_promote_nothing_and_the_reason_says_so():
     def judged(num: int):
         candidate, champion = (Scores(np.full(num, loss), TOKENS[:num], GOOD) for loss in (1.0, 2.0))
-        return judge(SETTINGS, {}, candidate, {"champion": ("m", champion)})
+        return reach_verdict(SETTINGS, {}, candidate, {"champion": ("m", champion)})
 
     few = judged(MIN_RECORDS - 1)
     assert not few.promoted and few.reasons[0].startswith("only 29 held-out records can be compared and 30 are needed")
@@ -120,31 +120,31 @@ def test_answers_that_certainly_go_bad_forbid_the_promotion():
 
 def test_champion_before_base_and_base_before_nothing():
     candidate, better, worse = scores(2.0 + noise(0.01)), scores(1.5), scores(3.0)
-    assert not judge(SETTINGS, SLICES, candidate, {"base": ("b", worse), "champion": ("c", better)}).promoted
-    both = judge(SETTINGS, SLICES, candidate, {"base": ("b", better), "champion": ("c", worse)})
+    assert not reach_verdict(SETTINGS, SLICES, candidate, {"base": ("b", worse), "champion": ("c", better)}).promoted
+    both = reach_verdict(SETTINGS, SLICES, candidate, {"base": ("b", better), "champion": ("c", worse)})
     assert both.promoted and {row["against"] for row in both.slices} == {"champion", "base"}
-    assert not judge(SETTINGS, SLICES, candidate, {"base": ("b", better)}).promoted
-    assert judge(SETTINGS, SLICES, candidate, {}).promoted
+    assert not reach_verdict(SETTINGS, SLICES, candidate, {"base": ("b", better)}).promoted
+    assert reach_verdict(SETTINGS, SLICES, candidate, {}).promoted
 
 
 def test_what_no_version_may_be():
     empty = scores(2.0, {**GOOD, "not_empty": np.zeros(16)})
-    assert judge(SETTINGS, SLICES, empty, {}).reasons == ["all of its 16 answers are empty"]
+    assert reach_verdict(SETTINGS, SLICES, empty, {}).reasons == ["all of its 16 answers are empty"]
     broken = scores(np.where(np.arange(NUM) == 7, np.nan, 1.0))
     assert "not finite" in verdict(broken, scores(2.0)).reasons[0]
 
 
 def test_nothing_held_out_promotes_nothing_over_a_champion():
-    result = judge(SETTINGS, {}, nothing_asked(), {"champion": ("c", nothing_asked())})
+    result = reach_verdict(SETTINGS, {}, nothing_asked(), {"champion": ("c", nothing_asked())})
     assert not result.promoted and "no record is held out" in result.reasons[0]
-    excluded = judge(SETTINGS, {}, nothing_asked(), {"champion": ("c", nothing_asked())}, num_excluded=7)
+    excluded = reach_verdict(SETTINGS, {}, nothing_asked(), {"champion": ("c", nothing_asked())}, num_excluded=7)
     assert excluded.reasons == ["the champion was trained on all 7 held-out records, so nothing can be compared"]
 
 
 def test_a_first_version_that_was_not_asked_says_so():
-    result = judge(SETTINGS, {}, nothing_asked(), {})
+    result = reach_verdict(SETTINGS, {}, nothing_asked(), {})
     assert result.promoted and "as no record is held out (validation_fraction) it was not asked" in result.reasons[0]
-    assert "not asked" not in judge(SETTINGS, SLICES, scores(2.0), {}).reasons[0]
+    assert "not asked" not in reach_verdict(SETTINGS, SLICES, scores(2.0), {}).reasons[0]
 
 
 def test_tokenizers_may_differ():

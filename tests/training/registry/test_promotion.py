@@ -13,13 +13,15 @@ from data_prep.plan.order import rows_of_step, steps_per_epoch
 from data_prep.plan.reader import open_plan
 from tests.support.corpora import NAME, ROWS_PER_STEP, Project, add_version
 from tests.support.mlflow_fixtures import server
-from training.compare import RECORDS, run_job
-from training.comparison import approval, lineage, promotion
+from training.compare import run_job
+from training.comparison import approval
 from training.comparison.job import read_job
 from training.launch.commands import free_port
 from training.launch.run_config import read_config
+from training.registry import lineage, promotion
 from training.registry.promotion import settle
 from training.registry.versions import CHALLENGER, CHAMPION, Registry, RegistryError
+from training.run_files import GATE_RECORDS
 from training.tracking.tags import APPROVAL_TAG, COMMENT_TAG, GATE_TAG, PARENT_TAG, REASONS_TAG
 
 
@@ -49,7 +51,7 @@ def test_a_better_version_becomes_champion_a_worse_one_does_not_and_back(project
     assert worse.version.aliases == [CHALLENGER] and worse.version.tags[GATE_TAG] == "failed"
     assert "not better than the champion models:/panda-count/2 with confidence" in worse.verdict["reasons"][0]
     assert worse.verdict["records_digest"] == better.verdict["records_digest"]
-    lines = [json.loads(line) for line in (worse.run_dir / "report" / RECORDS).read_text().splitlines()]
+    lines = [json.loads(line) for line in (worse.run_dir / GATE_RECORDS).read_text().splitlines()]
     assert len(lines) == worse.verdict["records"] and set(lines[0]["loss"]) == {"candidate", "champion"}
     stored = registry.json_artifact(worse.version, "gate.json")
     assert stored["reasons"] == worse.verdict["reasons"]
@@ -87,7 +89,7 @@ def test_records_the_champion_was_trained_on_do_not_count(project):
     first = add_version(project, "run-1", 4)
     plan_of_all = project.plan(validation_fraction=0).path
     job = read_job(first.run_dir)
-    job = replace(job, champion={**job.candidate, "name": "models:/other/1"}, champion_plan=plan_of_all)
+    job = replace(job, champion=replace(job.candidate, name="models:/other/1"), champion_plan=plan_of_all)
     result = run_job(read_config(first.run_dir / "config.yaml"), job)
     assert result["records"] == 0 and result["excluded_records"] > 40 and not result["promoted"]
     assert f"the champion was trained on all {result['excluded_records']} held-out records" in result["reasons"][0]

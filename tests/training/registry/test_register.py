@@ -19,18 +19,18 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
-from tests.support.mlflow_fixtures import guarded, server
+from tests.support.mlflow_fixtures import guarded, load_and_generate, server
 from tests.support.tiny_models import save_adapter, save_full_model
 from training.errors import MlflowAway, ModelError
 from training.launch.commands import free_port
 from training.launch.exits import ExitReason, reason_of_error
 from training.registry import register as registry
 from training.registry.loaded_back import load_served
-from training.registry.register import load_and_generate, register, register_run
+from training.registry.register import register, register_run
 from training.run_files import DATA_REPORT
 from training.settings import TrackingSettings
 from training.tracking import plots
-from training.tracking.run import Facts, TrackedRun, open_run
+from training.tracking.run import RunMetadata, TrackedRun, open_run
 from training.tracking.run_record import Dataset
 from training.tracking.sync import connect
 
@@ -40,7 +40,7 @@ TAGS = {"panda.corpus": "c" * 32, "panda.plan": "p" * 32}
 def tracked_run(run_dir: Path, uri: str | None = None) -> TrackedRun:
     """A finished MLflow run for this directory, as if three steps had been trained."""
     trained(run_dir, steps=3)
-    with open_run(TrackingSettings(mlflow_tracking_uri=uri), run_dir, Facts({"model": "tiny"})) as tracked:
+    with open_run(TrackingSettings(mlflow_tracking_uri=uri), run_dir, RunMetadata({"model": "tiny"})) as tracked:
         tracked.wait_for_run_id()
     return tracked
 
@@ -240,7 +240,7 @@ def test_looks_that_fail_keep_no_model_from_the_registry(run_dir, monkeypatch, c
     save_full_model(run_dir / "model")
     trained(run_dir, steps=3)
     monkeypatch.setattr(plots, "write_plots", lambda _: 1 / 0)
-    facts = Facts(
+    facts = RunMetadata(
         {"model": "tiny"}, datasets=[Dataset("n" * 600, "d", "here")], reports={DATA_REPORT: {"records_in": 1}}
     )
     with open_run(TrackingSettings(), run_dir, facts) as tracked:
@@ -434,13 +434,13 @@ def test_a_run_that_mlflow_never_answered_is_registered_when_it_is_back(run_dir,
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(registry, "RETRY_SECONDS", (0, 0))
     settings = TrackingSettings(mlflow_tracking_uri=f"http://me:hunter2@127.0.0.1:{port}")
-    with pytest.raises(MlflowAway) as failed, open_run(settings, run_dir, Facts({"model": "tiny"})) as tracked:
+    with pytest.raises(MlflowAway) as failed, open_run(settings, run_dir, RunMetadata({"model": "tiny"})) as tracked:
         register_run(tracked, "panda-tiny", TAGS, "hello")
     said = f"{run_dir / 'model'} is complete but not registered: MLflow does not answer"
     assert str(failed.value).startswith(said) and str(failed.value).endswith("--resume --run_name run-1")
     assert reason_of_error(failed.value) is ExitReason.infrastructure  # the next unattended run goes on with it
     assert "trying again" in caplog.text and "hunter2" not in caplog.text + str(failed.value)
-    with server(run_dir.parent, port), open_run(settings, run_dir, Facts({"model": "tiny"})) as tracked:
+    with server(run_dir.parent, port), open_run(settings, run_dir, RunMetadata({"model": "tiny"})) as tracked:
         version, text = register_run(tracked, "panda-tiny", TAGS, "hello")
         assert version.uri == "models:/panda-tiny/1" and text
     assert connect(f"sqlite:///{run_dir.parent}/mlflow.db").get_run(tracked.run_id).info.status == "FINISHED"
@@ -454,7 +454,7 @@ def test_a_server_that_asks_for_a_password_gets_it_from_the_environment(run_dir,
     port = free_port()
     with server(run_dir.parent, port), guarded(port, "hunter2") as uri:
         settings = TrackingSettings(mlflow_tracking_uri=uri)
-        with open_run(settings, run_dir, Facts({"model": "tiny"})) as tracked:
+        with open_run(settings, run_dir, RunMetadata({"model": "tiny"})) as tracked:
             pass
         assert tracked.run_id is None and "sent later" in caplog.text
         monkeypatch.setenv("MLFLOW_TRACKING_USERNAME", "panda")

@@ -23,12 +23,12 @@ from training.settings import TrackingSettings
 from training.tracking import run as tracking
 from training.tracking import run_record
 from training.tracking.redact import public_link, redact
-from training.tracking.run import Dataset, Facts, open_run
+from training.tracking.run import Dataset, RunMetadata, open_run
 from training.tracking.sync import connect
 from training.tracking.tags import KIND_TAG
 
 SETTINGS = TrackingSettings()
-FACTS = Facts(
+FACTS = RunMetadata(
     params={"learning_rate": 0.001, "model": "panda-tiny", "mixture": {"a": 2}, "ckpt_path": None},
     datasets=[Dataset("corpus", "0123456789abcdef" * 2, "/data", profile={"records": 12})],
     reports={DATA_REPORT: {"accepted": 12}},
@@ -101,7 +101,7 @@ def test_a_description_arrives_without_passwords(run_dir):
     )
 
 
-HELD_OUT_FACTS = Facts({}, [Dataset("held-out", "a" * 32, "/plan", "validation")])
+HELD_OUT_FACTS = RunMetadata({}, [Dataset("held-out", "a" * 32, "/plan", "validation")])
 
 
 def keep(run_dir: Path, step: int) -> None:
@@ -222,7 +222,7 @@ def test_a_resumed_run_is_the_same_mlflow_run(run_dir):
         raise RuntimeError("a rank was lost")
     lines = (run_dir / "metrics.jsonl").read_text().splitlines(keepends=True)
     (run_dir / "metrics.jsonl").write_text("".join(lines[:5]))  # resumed from the checkpoint of step 5
-    changed = Facts({**FACTS.params, "learning_rate": 5.0}, FACTS.datasets)
+    changed = RunMetadata({**FACTS.params, "learning_rate": 5.0}, FACTS.datasets)
     with open_run(SETTINGS, run_dir, changed) as second:
         client = connect(second.uri)
         assert client.get_run(second.wait_for_run_id()).info.status == "RUNNING"
@@ -308,11 +308,11 @@ def test_two_threads_import_mlflow_at_once():
     code = (
         "import sys, threading, time\n"
         "from training.tracking.sync import connect\n"
-        "from training.registry.register import patiently\n"
+        "from training.registry.register import with_retries\n"
         "thread = threading.Thread(target=connect, args=(sys.argv[1],))\n"
         "thread.start()\n"
         "time.sleep(0.02)\n"
-        "patiently(lambda: None)\n"
+        "with_retries(lambda: None)\n"
         "thread.join()\n"
     )
     done = subprocess.run(

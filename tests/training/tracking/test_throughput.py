@@ -5,12 +5,12 @@ from pathlib import Path
 
 from training.launch.commands import free_port
 from training.settings import TrackingSettings, TrainSettings
-from training.tracking.run import Facts, open_run
+from training.tracking.run import RunMetadata, open_run
 from training.tracking.throughput import past_speed
 
 
 def test_the_speed_of_a_run_of_the_same_kind_is_found(run_dir, tmp_path):
-    with open_run(TrackingSettings(), run_dir, Facts({"model": "panda-tiny", "use_lora": False})) as tracked:
+    with open_run(TrackingSettings(), run_dir, RunMetadata({"model": "panda-tiny", "use_lora": False})) as tracked:
         (run_dir / "metrics.jsonl").write_text(json.dumps({"step": 1, "tokens_per_second": 120.0}) + "\n")
     here = TrackingSettings(mlflow_tracking_uri=tracked.uri)
     found = past_speed(tmp_path / "nothing", TrainSettings(model="panda-tiny"), here)
