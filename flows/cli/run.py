@@ -30,7 +30,6 @@ from flows.cli.console import plain_table, stdout_console
 from flows.parts import preflight
 from flows.stack.prefect_home import address
 from flows.stack.prefect_server import connected, unusable
-from tasks.reporting import report_rows
 from training.settings import TrackingSettings
 from training.tracking.redact import public_link, redact_text
 from training.tracking.run import tracking_uri
@@ -140,6 +139,8 @@ def show(summary: dict[str, Any], settings: PandaSettings) -> None:
 
 def _print_data(console: Console, summary: dict[str, Any]) -> None:
     """The data report, and which of its stages had nothing to do."""
+    from tasks.reporting import report_rows  # imports Prefect, which must find the address of its server first
+
     _print_table(console, "Data", [(row["what"], row["number"]) for row in report_rows(summary["data"])])
     reused = [stage for stage, was in summary["data"]["reused"].items() if was]
     if reused:

@@ -1,7 +1,7 @@
 """What an older version of this program has left is read, gone on with and reproduced by this one.
 
-``assets/run-of-version-0.1.tar.xz`` holds what commit c37a824 wrote for a tiny model on 262 records: the prepared data, a
-finished run that became version 1 and champion, a run killed with kill -9 after its checkpoint of step 4, the MLflow
+``assets/run-of-version-0.1.tar.xz`` holds what commit c37a824 wrote for a tiny model on 262 records: the prepared data,
+a finished run that became version 1 and champion, a run killed with kill -9 after its checkpoint of step 4, the MLflow
 database, and the losses of the killed run had it not been killed. It was made in /tmp/kept; its files are moved by
 rewriting that path.
 """
@@ -71,7 +71,7 @@ def test_lineage_of_a_version(folder):
 
 
 def test_a_killed_run_is_gone_on_with_from_its_checkpoint(folder):
-    """Nothing is prepared again, the losses are those of the run that was not killed, one more version is registered."""
+    """Nothing is prepared again, the losses are those of a run that was not killed, one more version is registered."""
     before = sorted(path.name for path in (folder / "cache").glob("*/*"))
     summary = answer(folder, str(ROOT / "train.py"), "--resume", "--run_name", "killed")
     assert sorted(path.name for path in (folder / "cache").glob("*/*")) == before

@@ -6,15 +6,16 @@ wrong with it. Cost: the weights once in memory and one more pass over the files
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import safe_open
-from torch import Tensor
 
 from training.errors import ModelError
 from training.lean_imports import silence_vain_warnings
 from training.tracking.sync import away_errors, connect
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def load_served(model_uri: str, uri: str) -> Any:
@@ -60,7 +61,7 @@ def difference(served: Any, model_dir: Path) -> str | None:
     return None
 
 
-def tensors_of(model: Any) -> dict[str, Tensor]:
+def tensors_of(model: Any) -> dict[str, "Tensor"]:
     """Tensors by the names they have in the files: all of a model, of one with an adapter those of the adapter."""
     if not hasattr(model, "peft_config"):
         return model.state_dict()
@@ -69,9 +70,11 @@ def tensors_of(model: Any) -> dict[str, Tensor]:
     return get_peft_model_state_dict(model)
 
 
-def same(one: Tensor, other: Tensor) -> bool:
+def same(one: "Tensor", other: "Tensor") -> bool:
     """Whether two tensors are equal in the coarser of their types: a file may be finer than what is computed in."""
     if one.shape != other.shape:
         return False
     coarser = min(one.dtype, other.dtype, key=lambda dtype: dtype.itemsize)
+    import torch  # here: verbs that only look at the registry do without
+
     return torch.equal(one.to(coarser), other.to(coarser))
