@@ -146,7 +146,7 @@ def test_command_line_is_light():
 def test_verbs_import_what_is_heavy_when_they_need_it():
     """Prefect above all: it reads the address of its server when it is imported, and a direct run sets that first."""
     verbs = ("run", "plan", "data", "registry", "reproduce", "schedule")
-    loaded = loaded_by(f"import flows.stack.up, {', '.join(f'flows.cli.{verb}' for verb in verbs)}")
+    loaded = loaded_by(f"import flows.stack.up, flows.stack.serve, {', '.join(f'flows.cli.{verb}' for verb in verbs)}")
     assert not loaded & {"torch", "prefect", "mlflow", "transformers", "deepspeed"}
 
 

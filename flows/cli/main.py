@@ -33,7 +33,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "down": ("stack.up:down", "stop them"),
     "status": ("stack.up:status", "show what of it runs"),
     "schedule": ("cli.schedule:main", "show or change when deployments run, and with which settings"),
-    "serve-flow": ("stack.deployments:serve_flow", "serve the deployments in this terminal, without a worker"),
+    "serve-flow": ("stack.serve:serve_flow", "serve the deployments in this terminal, without a worker"),
     "plan": ("cli.plan:main", "tell what a run would do, need and take, without training"),
     "prepare": ("cli.data:prepare", "prepare the data without training, and report what became of every record"),
     "inspect": ("cli.data:inspect", "show prepared examples with their mask, lengths and packing"),

@@ -3,21 +3,10 @@
 In: prefect.yaml in the working directory; the server at PREFECT_API_URL. Out: nothing; schedules made by hand stay, and
 whether a schedule is paused stays as the user left it (the one in prefect.yaml is paused when it first appears).
 Cost: ~6 s, mostly two imports of Prefect.
-
-`panda serve-flow`: one command, one terminal: server (if none is up), deployments and their runs, until Ctrl-C.
-
-In: prefect.yaml (names, limits, schedules), prefect.toml. Out: runs. For one machine and one person; `panda up` is for
-everything else: it survives the terminal, restarts what dies, and a run there sees the code as it is when it starts,
-here as it was when serving began. Cost: 10 s to start.
 """
 
-import argparse
-import contextlib
-import importlib
-import logging
 import subprocess
 import sys
-from collections.abc import Iterator
 from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
@@ -34,9 +23,7 @@ from prefect.settings import get_current_settings
 from prefect.workers.process import ProcessWorker
 
 from data_prep.errors import PandaError
-from flows.stack import listeners, old_database, schedules, services
-from flows.stack.prefect_home import address
-from flows.stack.prefect_server import answers, environment, unusable, wait_for_server
+from flows.stack import schedules
 from flows.stack.services import POOL
 
 MISSED_HEARTBEATS = 3
@@ -142,93 +129,9 @@ def _prefect_deploy() -> None:
         raise PandaError(f"prefect deploy --all failed:\n{done.stdout}{done.stderr}".strip())
 
 
-STOP_SECONDS = 10.0
-FROM_YAML = ("name", "description", "tags", "parameters", "version")
-
-logger = logging.getLogger(__name__)
-
-
-def serve_flow(argv: list[str]) -> int:
-    """Serve the deployments of prefect.yaml."""
-    parser = argparse.ArgumentParser(
-        prog="panda serve-flow", description="Serve the deployments in this terminal.", allow_abbrev=False
-    )
-    parser.add_argument("--state_dir", default=".panda", help="Directory of the server's log [.panda]")
-    options = parser.parse_args(argv)
-    with server(Path(options.state_dir).absolute()):
-        from prefect import serve
-
-        deploy_automation()
-        states = _named_schedules()
-        serve(*(runner_deployment(entry, states) for entry in declared()), print_starting_message=True)
-    return 0
-
-
-@contextlib.contextmanager
-def server(state_dir: Path) -> Iterator[None]:
-    """The server that is up, or one that lives as long as we do."""
-    there = address()
-    reason = unusable(there)
-    with environment(there.variables()):
-        if not reason:
-            yield
-            return
-        if answers(there.url) or not listeners.is_local(there.url):
-            raise PandaError(f"{reason}; PREFECT_API_URL=http://127.0.0.1:PORT/api names another port")
-        logger.info("starting a Prefect server at %s", there.url)
-        old_database.adopt()
-        log = state_dir / "prefect-server.log"
-        process = services.start(services.prefect_server(there.url), log)
-        try:
-            with open(log, encoding="utf-8") as text:
-                wait_for_server(process, there.url, text)
-            yield
-        finally:
-            services.stop(process, STOP_SECONDS)
-
-
 def declared() -> list[dict[str, Any]]:
     """The deployments of prefect.yaml."""
     path = Path("prefect.yaml")
     if not path.exists():
         raise PandaError("no prefect.yaml here; run this in the directory of the project")
     return yaml.safe_load(path.read_text(encoding="utf-8"))["deployments"]
-
-
-def _named_schedules() -> dict[str, dict[str, bool]]:
-    """Those on the server, such that serving leaves them as people made them, and which of them are active."""
-    from prefect.client.orchestration import get_client
-
-    from flows.stack import schedules
-
-    with get_client(sync_client=True) as client:
-        return schedules.name_all(client, declared())
-
-
-def runner_deployment(entry: dict[str, Any], states: dict[str, dict[str, bool]] | None = None) -> Any:
-    """One of them, for `serve`: the same but for the work pool, which serving does not use.
-
-    :param states: which schedules are active on the server; others are as prefect.yaml says.
-    """
-    from prefect.client.schemas.objects import ConcurrencyLimitConfig
-    from prefect.schedules import Cron
-
-    path, _, name = entry["entrypoint"].partition(":")
-    flow = getattr(importlib.import_module(path.removesuffix(".py").replace("/", ".")), name)
-    limit = entry.get("concurrency_limit")
-    known = (states or {}).get(f"{flow.name}/{entry['name']}", {})
-    schedules = [
-        Cron(
-            one["cron"],
-            timezone=one.get("timezone"),
-            slug=one.get("slug"),
-            active=known.get(one.get("slug"), one.get("active", True)),
-            parameters=one.get("parameters"),
-        )
-        for one in entry.get("schedules", [])
-    ]
-    return flow.to_deployment(
-        **{key: entry[key] for key in FROM_YAML if key in entry},
-        concurrency_limit=ConcurrencyLimitConfig(**limit) if limit else None,
-        schedules=schedules or None,
-    )

@@ -79,5 +79,5 @@ def test_approval_that_nobody_could_give(corpus, monkeypatch):
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     done = train(corpus, "--model", "panda-tiny", "--instruction_tuning_data_dir", "data", "--require_approval")
     assert done.returncode == 2 and "Traceback" not in done.stderr
-    assert "require_approval=true: no Prefect server is up at http://127.0.0.1:9/api" in done.stderr
+    assert "require_approval=true: no Prefect server at http://127.0.0.1:9/api" in done.stderr
     assert "panda up" in done.stderr

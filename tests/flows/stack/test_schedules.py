@@ -191,7 +191,7 @@ def test_what_prefect_itself_does(env, client):
 
 def test_serving_keeps_them_too(env, client):
     """`panda serve-flow` sends what prefect.yaml says, with the settings of its schedules; others stay."""
-    from flows.stack.deployments import _named_schedules, runner_deployment
+    from flows.stack.serve import _named_schedules, runner_deployment
 
     prefect(env, "deployment", "schedule", "create", NAME, "--cron", "0 2 * * *", "--timezone", "UTC")
     deployment = client.read_deployment_by_name(NAME)
