@@ -198,7 +198,7 @@ class TestTables:
     def test_every_command_prints_through_it(self):
         """A console of its own would cut again; the rest of rich is for building tables."""
         flows = Path(__file__).parents[2] / "flows"
-        makers = [path.name for path in flows.glob("*.py") if re.search(r"\bConsole\(", path.read_text())]
+        makers = [path.name for path in flows.rglob("*.py") if re.search(r"\bConsole\(", path.read_text())]
         assert makers == ["console.py"]
 
     def test_lineage_in_a_pipe(self):

@@ -180,7 +180,9 @@ class TestRunsOfEarlierVersions:
         before = shared.read_bytes()
         old_database.adopt()
         with closing(sqlite3.connect(project / ".prefect" / "prefect.db")) as database:
-            assert database.execute("SELECT name FROM deployment").fetchall() == [("default",)]
+            copied = database.execute("SELECT name FROM deployment").fetchall()
+        with closing(sqlite3.connect(shared)) as database:
+            assert copied == database.execute("SELECT name FROM deployment").fetchall() and ("default",) in copied
         assert shared.read_bytes() == before
         assert {path.name for path in (project / ".prefect").iterdir()} == {"prefect.db"}
 
