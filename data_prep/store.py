@@ -239,14 +239,14 @@ def _write_manifest(directory: Path, body: dict[str, Any]) -> None:
     files = {}
     for path in sorted(directory.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
-        _fsync(path)
+        fsync(path)
     manifest = {"format_version": FORMAT_VERSION, "files": files, **body}
     manifest["xxh3"] = _hash_json(manifest)
     with open(directory / MANIFEST, "w", encoding="utf-8") as stream:
         json.dump(manifest, stream, indent=1, ensure_ascii=False)
         stream.flush()
         os.fsync(stream.fileno())
-    _fsync(directory)
+    fsync(directory)
 
 
 def _rename(directory: Path, path: Path) -> Built:
@@ -299,7 +299,8 @@ def _hash_json(value: Any) -> str:
     return xxhash.xxh3_128_hexdigest(text.encode())
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Have what was written of a file, or of the names in a directory, reach the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

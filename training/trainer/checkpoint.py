@@ -29,7 +29,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_prep.store import hash_file
+from data_prep.store import fsync, hash_file
 from training.distributed import Ranks
 from training.engines.engine import Engine
 from training.errors import CheckpointError
@@ -110,27 +110,19 @@ def _write_states(engine: Engine, directory: Path | None) -> None:
 def _write_file(tensors: dict[str, Tensor], directory: Path, number: int) -> None:
     path = directory / f"state-{number:05d}.safetensors"
     save_file(tensors, path)
-    _fsync(path)
+    fsync(path)
 
 
 def _finish(temporary: Path, final: Path, progress: Progress) -> None:
     files = {path.name: {"bytes": path.stat().st_size, "xxh3": hash_file(path)} for path in sorted(temporary.iterdir())}
     marker = {"format_version": FORMAT_VERSION, "progress": asdict(progress), "files": files}
     (temporary / COMPLETE).write_text(json.dumps(marker, indent=1))
-    _fsync(temporary / COMPLETE)
-    _fsync(temporary)
+    fsync(temporary / COMPLETE)
+    fsync(temporary)
     if final.exists():  # incomplete or damaged: `save` keeps a whole one
         shutil.rmtree(final)
     temporary.rename(final)
-    _fsync(final.parent)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    fsync(final.parent)
 
 
 def is_complete(directory: Path) -> bool:
