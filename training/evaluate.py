@@ -6,7 +6,6 @@ imported.
 """
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +41,7 @@ def main() -> None:
     parser.add_argument("--config", type=Path, required=True, help="RUN/config.yaml")
     config = read_config(parser.parse_args().config)
     result = evaluate_model(config.run_dir / run_files.MODEL, config.plan_dir, config.settings)
-    (config.run_dir / run_files.EVALUATION).write_text(json.dumps(result, indent=1))
+    run_files.write_json(config.run_dir / run_files.EVALUATION, result)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@ has ended anyway.
 """
 
 import json
-import os
 import resource
 import time
 from collections.abc import Iterator
@@ -127,13 +126,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         return []
     text = path.read_text(encoding="utf-8")
     return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Replace a JSON file in one go."""
-    temporary = path.with_name(f".{path.name}-{os.getpid()}")
-    temporary.write_text(json.dumps(content, indent=1))
-    temporary.rename(path)
 
 
 def duration(seconds: float) -> str:

@@ -54,7 +54,7 @@ def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
         checkpoint.load(run.engine, newest)
         log.info("resumed from %s", newest)
     if ranks.is_first:
-        metrics.write_json(config.run_dir / SCHEDULE, {"rows_per_step": progress.rows_per_step})
+        run_files.write_json(config.run_dir / SCHEDULE, {"rows_per_step": progress.rows_per_step})
         steps = run.batch_schedule.total_steps
         checkpoint.discard_after(run.checkpoints, progress.step)
         emit({"event": "start", "after_step": progress.step, "steps": steps, "resumed": bool(newest)})
@@ -132,7 +132,7 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
             "exit_reason": "completed",
             "finished": time.time(),
         }
-        metrics.write_json(config.run_dir / run_files.TRAINED, summary)
+        run_files.write_json(config.run_dir / run_files.TRAINED, summary)
         emit({"event": "done", **summary})
 
 
