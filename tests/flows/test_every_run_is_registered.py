@@ -236,7 +236,7 @@ def test_killed_in_the_gate_by_older_code_and_resumed_by_newer_it_is_one_version
     def newer(_config, directory: Path) -> None:
         (directory / "chat_template.jinja").write_text("{# newer #}")
 
-    monkeypatch.setattr(worker, "save_chat_template", newer)
+    monkeypatch.setattr("training.trainer.run.save_chat_template", newer)
     resumed = call_flow({"resume": True, "run_name": "upgraded", "output_dir": str(folder / "outputs")})
     assert (run_dir / "model" / "chat_template.jinja").read_text() == "{# newer #}"  # other bytes than registered
     (version,) = here.versions("upgraded")

@@ -8,6 +8,7 @@ import pytest
 
 from tests.support.stack import LONG, Stack, free_port, running_stack, wait_for
 from training.registry.versions import Registry
+from training.tracking.sync import TRAINING_VIEW
 from training.tracking.tags import APPROVAL_TAG, COMMENT_TAG, GATE_TAG, REASONS_TAG
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
@@ -68,7 +69,7 @@ class TestTold:
             wait_for(lambda: received, 60, "the message")
         assert subjects(received) == [f"panda-train {stack.flow_run(run).name}: Crashed"]
         assert f"/flow-run/{run}" in received[0]["body"]
-        assert "told 'panda-train" in stack.logs(run)
+        stack.wait_for_log(run, "told 'panda-train")
 
     def test_of_a_cancellation_as_an_override_says(self, stack):
         with stack.webhook() as (block, received):
@@ -96,7 +97,7 @@ class TestReceiverThatDoesNotAnswer:
         conf = stack.config("short", max_steps=6, notify=block, registered_model_name="untold")
         run = stack.start(conf)
         assert stack.end_of(run).name == "Completed"
-        wait_for(lambda: "was not told: ConnectError" in stack.logs(run), 30, "the log to say so")
+        stack.wait_for_log(run, "was not told: ConnectError")
         assert "services/T0/secret" not in stack.logs(run)
 
     def test_is_not_waited_for_for_long(self, stack):
@@ -108,7 +109,7 @@ class TestReceiverThatDoesNotAnswer:
             conf = stack.config("wrong", notify=block, pretraining_data_dir="/nowhere")
             run = stack.start(conf)
             assert stack.end_of(run).name == "UserError"
-            wait_for(lambda: "no answer for 10 s" in stack.logs(run), 60, "the log to say so")
+            stack.wait_for_log(run, "no answer for 10 s")
 
 
 class TestApproval:
@@ -138,13 +139,13 @@ class TestApproval:
         assert subjects(received)[0] == f"{waiting.uri} waits for approval"
         assert subjects(received)[1].endswith(": NotApproved") and "not today" in received[1]["body"]
         for part in (f"Make {waiting.uri} the champion?", f"better than the champion models:/{MODEL}/1", "- gain: +",
-                     "- worst slice: ", f"/runs/{waiting.run_id}>", f"/flow-run/{run}>"):  # fmt: skip
+                     "- worst slice: ", f"/runs/{waiting.run_id}{TRAINING_VIEW}>", f"/flow-run/{run}>"):  # fmt: skip
             assert part in text and part in received[0]["body"]
         version = registry.resolve(waiting.uri)
         assert version.aliases == ["challenger"] and version.tags[COMMENT_TAG] == "not today"
         assert version.tags[REASONS_TAG].startswith("refused: not today; better than")
         assert registry.champion(MODEL).version == 1
-        assert "refused: not today" in stack.logs(run)
+        stack.wait_for_log(run, "refused: not today")
 
     def resuming_without_an_answer_changes_nothing(self, stack, run):
         with stack.client() as client:
@@ -179,7 +180,8 @@ class TestApproval:
         last = stack.start(conf, min_new_target_tokens=1)
         state = stack.end_of(last)
         assert state.name == "Completed", state.message
-        assert self.questions(stack, last) == 0 and "was decided before: approved: well done" in stack.logs(last)
+        assert self.questions(stack, last) == 0
+        stack.wait_for_log(last, "was decided before: approved: well done")
         assert len(list(stack.outputs("killed").glob("*/config.yaml"))) == 1
         assert (stack.newest_run("killed") / "report" / "gate_records.jsonl").stat().st_mtime_ns == compared
         versions = registry.versions(MODEL)

@@ -73,7 +73,7 @@ class TestNextVersion:
             run = stack.start(grown, notify=block, **wanted)
             assert stack.end_of(run).name == "Completed"
         assert "from the champion" in stack.flow_run(run).name
-        assert f"starting from the champion models:/{MODEL}/1" in stack.logs(run)
+        stack.wait_for_log(run, f"starting from the champion models:/{MODEL}/1")
         version = registry.versions(MODEL)[1]
         assert version.tags[PARENT_TAG] == f"models:/{MODEL}/1"
         report = {row["what"]: row["number"] for row in json.loads(stack.artifacts(run)["data-report"])}

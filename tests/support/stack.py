@@ -124,6 +124,10 @@ class Stack:
             found = client.read_logs(LogFilter(flow_run_id={"any_": [flow_run_id]}), limit=200)
         return "\n".join(entry.message for entry in found)
 
+    def wait_for_log(self, flow_run_id: UUID, text: str) -> None:
+        """Prefect sends what a run logs in batches: the last lines come after its final state."""
+        wait_for(lambda: text in self.logs(flow_run_id), 60, f"the log to say {text!r}")
+
     def artifacts(self, flow_run_id: UUID) -> dict[str, Any]:
         from prefect.client.schemas.filters import ArtifactFilter
 

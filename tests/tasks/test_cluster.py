@@ -79,6 +79,7 @@ def log_of(folder: Path, process: subprocess.Popen) -> str:
 
 def start(folder: Path, corpus: Path, **settings: str) -> subprocess.Popen:
     """`python train.py` up to the plan, with everything it makes below the folder."""
+    folder.mkdir(exist_ok=True)
     places = {"instruction_tuning_data_dir": corpus, "cache_dir": folder / "cache", "output_dir": folder / "outputs"}
     chosen = {"model": "panda-tiny", "until_stage": "plan", **places, **settings}
     command = [

@@ -240,7 +240,7 @@ class TestEnds:
         again = stack.start(stack.config("killed", **LONG), until_stage="train")
         stack.wait_until_training(again, "killed", 1)
         assert stack.newest_run("killed") == run_dir
-        wait_for(lambda: "was not finished: going on with it" in stack.logs(again), 30, "the log to say so")
+        stack.wait_for_log(again, "was not finished: going on with it")
         self.kill_the_worker(stack, again)
 
     def kill_the_worker(self, stack, run):
@@ -258,7 +258,7 @@ class TestEnds:
         rank.send_signal(signal.SIGKILL)
         state = stack.end_of(run)
         assert (state.type.value, state.name) == ("COMPLETED", "Stopped")
-        assert "resum" in stack.logs(run).lower()
+        stack.wait_for_log(run, "resum")
 
 
 def test_down_leaves_nothing(stack):
