@@ -22,7 +22,7 @@ def main() -> None:
     parser.add_argument("--resume", action="store_true", help="go on from the newest whole checkpoint of this run")
     arguments = parser.parse_args()
     config = read_config(arguments.config)
-    compatibility.check(config.settings, config.model_dir, config.packing)
+    compatibility.check(config.settings, config.model_dir, config.packing, config.max_seq_length)
     work(config, arguments.resume)
 
 

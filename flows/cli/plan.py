@@ -11,13 +11,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from rich.table import Table
 
 from configs.cli import CONF_PATH, JSON, PLAN_SWITCHES, VERBOSE, CommandLine, configure, plain_text
 from configs.errors import ConfigError
 from configs.load import Loaded
 from configs.settings import PandaSettings
-from data_prep.plan.order import steps_per_epoch
+from data_prep.plan.order import rows_of_step, steps_per_epoch
+from data_prep.plan.reader import open_plan
 from flows.cli.console import plain_table, stdout_console
 from flows.cli.estimate import DataForecast, forecast_data
 from flows.cli.run import print_json
@@ -58,7 +60,7 @@ def make_plan(settings: PandaSettings, gpu_memory_gb: float | None, tokens_per_s
     train = TrainSettings.of(settings)
     target = target_of(train, gpu_memory_gb)
     data = forecast_data(settings, described, last)
-    course = batches_of(data, train, target)
+    course = batches_of(data, train, target, settings.packing)
     speed = Speed(tokens_per_second, "as given") if tokens_per_second else _past_speed(settings, train)
     return {
         "model": settings.model,
@@ -95,7 +97,7 @@ def _data(data: DataForecast) -> dict[str, Any]:
     return values | {"plan_dir": str(data.plan_dir) if data.plan_dir else None}
 
 
-def batches_of(data: DataForecast, settings: TrainSettings, target: Hardware) -> dict[str, Any]:
+def batches_of(data: DataForecast, settings: TrainSettings, target: Hardware, packing: bool) -> dict[str, Any]:
     """Steps, tokens and padding of the whole training; exact when the pack plan is."""
     rows_per_step = settings.rows_per_step(target.ranks)
     per_epoch = steps_per_epoch(data.rows, rows_per_step)
@@ -108,8 +110,23 @@ def batches_of(data: DataForecast, settings: TrainSettings, target: Hardware) ->
         "epochs": epochs,
         "tokens": round(data.tokens * epochs),
         "target_tokens": None if data.target_tokens is None else round(data.target_tokens * epochs),
-        "padding": 1 - data.utilisation,
+        "padding": _padding(data, settings, target.ranks, packing),
     }
+
+
+def _padding(data: DataForecast, settings: TrainSettings, num_ranks: int, packing: bool) -> float | None:
+    """Share of the tokens computed that are padding: every row is padded to the longest of its micro-batch.
+
+    Before there is a plan, that of packed rows is that of the plan, and of others it is not known.
+    """
+    if data.plan_dir is None or not data.rows:
+        return 1 - data.utilisation if packing else None
+    micro_batch = settings.per_gpu_train_batch_size
+    order = rows_of_step(data.rows, data.rows, settings.seed, 0, 0)
+    lengths = open_plan(data.plan_dir, "train").row_tokens[order].astype(np.int64)
+    widths = np.pad(lengths, (0, -len(lengths) % micro_batch)).reshape(-1, micro_batch).max(axis=1)
+    empty = -len(widths) % num_ranks  # micro-batches of ranks that have none left: one token wide
+    return 1 - float(lengths.sum() / (micro_batch * (widths.sum() + empty)))
 
 
 def _size(settings: PandaSettings, train: TrainSettings, target: Hardware, described: Path | None) -> dict[str, Any]:
@@ -122,7 +139,7 @@ def _size(settings: PandaSettings, train: TrainSettings, target: Hardware, descr
         return {"problems": compatibility.problems(train, {}, settings.packing), **nothing}
     config = config_from(described, settings.architecture)
     known = config.to_dict() if base_checkpoint(settings) else None
-    problems = compatibility.problems(train, known, settings.packing)
+    problems = compatibility.problems(train, known, settings.packing, settings.max_seq_length)
     return {"problems": problems, **_needs(settings, train, target, config, known)}
 
 
@@ -218,12 +235,12 @@ def _training(plan: dict[str, Any]) -> list[tuple[str, str]]:
 
 def _rows_and_steps(data: dict[str, Any], course: dict[str, Any]) -> list[tuple[str, str]]:
     about = "" if data["exact"] else "about "
-    targets = data["target_tokens"]
+    targets, padding = data["target_tokens"], course["padding"]
     return [
         ("rows", f"{about}{data['rows']:,}"),
         ("tokens in them", f"{about}{data['tokens']:,}"),
         ("target tokens", "known once tokens exist" if targets is None else f"{about}{targets:,}"),
-        ("padding", f"{about}{100 * course['padding']:.1f} %"),
+        ("padding", "known once tokens exist" if padding is None else f"{about}{100 * padding:.1f} %"),
         ("rows in a step", f"{course['rows_per_step']:,}"),
         ("optimizer steps", f"{about}{course['steps']:,} ({course['epochs']:.2f} epochs)"),
         ("tokens trained on", f"{about}{course['tokens']:,}"),
@@ -245,7 +262,7 @@ def _memory(plan: dict[str, Any], settings: PandaSettings) -> list[tuple[str, st
     notes = {
         "activations": f"{_gigabytes(memory['activations_other'])} {other} gradient_checkpointing",
         "logits": "one chunk of targets at a time, and the gradient of the head",
-        "update": "float32 gradients, when there are no activations",
+        "update": "a copy of the gradients, when there are no activations",
         "engine": "buckets, gathered weights, the process itself",
     }
     rows = [(part, _gigabytes(memory[part]), notes.get(part, "")) for part in PARTS]

@@ -49,7 +49,8 @@ def _training_problems(settings: PandaSettings) -> list[str]:
     folder = find_checkpoint(checkpoint) if checkpoint else None
     config = folder / "config.json" if folder else None
     known = json.loads(config.read_text(encoding="utf-8")) if config and config.is_file() else {}
-    problems = compatibility.problems(TrainSettings.of(settings), known if checkpoint else None, settings.packing)
+    model_config, rows = known if checkpoint else None, (settings.packing, settings.max_seq_length)
+    problems = compatibility.problems(TrainSettings.of(settings), model_config, *rows)
     if checkpoint and (wrong := known_problem(checkpoint, needs_tokenizer=not named_delta(checkpoint))):
         problems.append(wrong)
     if (

@@ -22,6 +22,7 @@ class RunConfig:
 
     settings: TrainSettings
     packing: bool  # several segments in a row
+    max_seq_length: int | None  # None = the file does not say
     template: str | dict[str, Any]  # prompt template the data was made with
     plan_dir: Path
     tokenizer_dir: str
@@ -37,6 +38,7 @@ def read_config(path: Path) -> RunConfig:
         return RunConfig(
             settings=TrainSettings(**{name: content[name] for name in TrainSettings.model_fields if name in content}),
             packing=content.get("packing", PackSettings.model_fields["packing"].default),
+            max_seq_length=content.get("max_seq_length"),
             template=content.get("template", TokenizeSettings.model_fields["template"].default),
             plan_dir=Path(paths["plan_dir"]),
             tokenizer_dir=str(paths["tokenizer_dir"]),

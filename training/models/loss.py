@@ -52,23 +52,30 @@ class _SummedLoss(torch.autograd.Function):
     def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden)
-        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(len(targets), len(weight)):
             logits = _logits(hidden[chunk], weight)
             total += _loss_and_gradient(logits, targets[chunk])
             gradient = logits.to(weight.dtype)
             grad_hidden[chunk] = (gradient @ weight).to(hidden.dtype)
             if grad_weight is not None:
-                grad_weight.addmm_(gradient.t(), hidden[chunk].to(weight.dtype))
-        ctx.save_for_backward(grad_hidden, grad_weight)
+                _add_product(grad_weight, gradient.t(), hidden[chunk].to(weight.dtype))
+        ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
         return total
 
     @staticmethod
     def backward(ctx, grad_total: Tensor) -> tuple[Tensor, Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
-        if grad_weight is not None:
-            grad_weight = grad_weight * grad_total.to(grad_weight.dtype)
-        return grad_hidden * grad_total.to(grad_hidden.dtype), grad_weight, None
+        # a float32 scalar times bfloat16 is bfloat16, rounded once
+        return grad_hidden * grad_total, None if grad_weight is None else grad_weight * grad_total, None
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """``total += left @ right`` in float32, whatever the factors are in: their product is rounded, the sum is not."""
+    if left.dtype == total.dtype:
+        total.addmm_(left, right)
+    else:
+        total += left @ right
 
 
 def _chunks(num_targets: int, vocabulary: int) -> Iterator[slice]:

@@ -22,6 +22,26 @@ class Case:
     settings: TrainSettings
     model_config: dict[str, Any] | None  # config.json of the checkpoint; None = from scratch
     packing: bool
+    max_seq_length: int | None = None  # None = not asked
+
+    @property
+    def architecture(self) -> dict[str, Any]:
+        """The configuration of the language model: of the checkpoint, or of one from scratch."""
+        whole = self.model_config or self.settings.architecture or {}
+        return whole.get("text_config") or whole
+
+    @property
+    def max_positions(self) -> float | None:
+        """Tokens that the model can tell the places of, as stated or by the scaling of its rotary embedding."""
+        stated = self.architecture.get("max_position_embeddings") or self.architecture.get("n_positions")
+        rope = self.architecture.get("rope_scaling") or self.architecture.get("rope_parameters") or {}
+        scaled = int((rope.get("factor") or 1) * (rope.get("original_max_position_embeddings") or 0))
+        return max(stated, scaled) if stated else None
+
+    @property
+    def num_experts(self) -> int:
+        names = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
+        return max(int(self.architecture.get(name) or 0) for name in names)
 
     @property
     def zero(self) -> int:
@@ -39,7 +59,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Rule:
-    """A combination that does not work."""
+    """A combination that does not work. `why` and `instead` may name what is wrong: ``{case.max_seq_length}``."""
 
     what: str
     applies: Callable[[Case], bool]
@@ -121,6 +141,18 @@ RULES: tuple[Rule, ...] = (
         "--attention auto, which takes it where it can be used, or --precision bf16",
     ),
     Rule(
+        "max_seq_length above the positions of the model",
+        lambda case: bool(case.max_seq_length and case.max_positions and case.max_seq_length > case.max_positions),
+        "max_seq_length={case.max_seq_length}, but its config states {case.max_positions} positions: it knows no more",
+        "--max_seq_length {case.max_positions}, or a checkpoint whose config.json scales its rotary embedding further",
+    ),
+    Rule(
+        "a mixture of experts without use_lora",
+        lambda case: case.num_experts > 1 and not case.settings.use_lora,
+        "what keeps its {case.num_experts} experts equally busy is a loss of the router, which is not computed here",
+        "--use_lora --lora_target_modules [q_proj,k_proj,v_proj,o_proj], which leaves router and experts as they are",
+    ),
+    Rule(
         "packing with a recurrent or hybrid model",
         lambda case: case.packing and bool(recurrent_parts(case.model_config or case.settings.architecture or {})),
         "its state runs through the whole row, so the segments of a row would see each other",
@@ -164,15 +196,18 @@ def implied(settings: TrainSettings) -> dict[str, tuple[Any, str]]:
     return values
 
 
-def problems(settings: TrainSettings, model_config: dict[str, Any] | None, packing: bool) -> list[str]:
+def problems(
+    settings: TrainSettings, model_config: dict[str, Any] | None, packing: bool, max_seq_length: int | None = None
+) -> list[str]:
     """One line for every rule that forbids these settings; empty when they work together."""
-    case = Case(settings, model_config, packing)
-    return [f"{rule.what}: {rule.why}. Instead: {rule.instead}" for rule in RULES if rule.applies(case)]
+    case = Case(settings, model_config, packing, max_seq_length)
+    broken = [rule for rule in RULES if rule.applies(case)]
+    return [f"{rule.what}: {rule.why}. Instead: {rule.instead}".format(case=case) for rule in broken]
 
 
-def check(settings: TrainSettings, model_dir: str | None, packing: bool) -> None:
+def check(settings: TrainSettings, model_dir: str | None, packing: bool, max_seq_length: int | None = None) -> None:
     """Raise a CompatibilityError that lists every problem."""
     config = json.loads(Path(model_dir, "config.json").read_text()) if model_dir else None
-    found = problems(settings, config, packing)
+    found = problems(settings, config, packing, max_seq_length)
     if found:
         raise CompatibilityError("; ".join(found))

@@ -5,7 +5,7 @@ Pure arithmetic, microseconds: the engine's rules (ZeRO: arXiv 1910.02054, QLoRA
 `benchmarks/memory.py` compares it with measured peaks, DeepSpeed's estimators and published footprints.
 
 A step has two moments that can be the peak: the backward pass of the last layer (all activations are alive), and the
-update (its temporary float32 gradients are). The larger one is the estimate.
+update (a copy of the gradients is). The larger one is the estimate.
 """
 
 import itertools
@@ -24,6 +24,7 @@ FLOAT32 = 4
 NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a nibble; a byte for each 64 weights; a float32 for each 256 of those
 STATE_BYTES = {"AdamW": 8.0, "LAMB": 8.0, "Adafactor": 0.02}
 EIGHT_BIT_STATE_BYTES = 2.06
+SUB_GROUP_ELEMENTS = 1_000_000_000  # updated at a time (ZeRO 3)
 LIVE_ELEMENTS = 1_000_000_000  # of gathered weights, at most (ZeRO 3)
 CHUNK_COPIES = 3  # logits, the exponentials of their normaliser, their gradient
 GPU_CONTEXT_BYTES = 1.0e9  # CUDA, cuBLAS and NCCL, outside of torch's allocator
@@ -42,7 +43,7 @@ class Memory:
     optimizer: float
     activations: float
     logits: float
-    update: float  # float32 gradients while the update is made, when there are no activations
+    update: float  # a copy of the gradients while the update is made, when there are no activations
     engine: float  # buckets, gathered weights, the process itself
     host: float = 0.0
 
@@ -152,11 +153,12 @@ def _plain(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> di
 
 
 def _zero12(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> dict[str, float]:
-    """ZeRO 1 and 2: weights whole; float32 copy and states sharded; gradients whole (1) or sharded (2)."""
+    """ZeRO 1 and 2: weights whole; float32 copy and states sharded; gradients float32, whole (1) or sharded (2)."""
     element, trainable = hardware.element_bytes, shape.trainable
     share = trainable / hardware.ranks
     on_rank = 0 if settings.offload_optimizer else 1
-    gradients = trainable * element if settings.zero_stage == 1 else share * element * on_rank
+    whole = settings.zero_stage == 1 and not hardware.bf16  # in bfloat16 it is run as stage 2
+    gradients = trainable * FLOAT32 if whole else share * FLOAT32 * on_rank
     bucket = (
         min(trainable, REDUCE_BUCKET_ELEMENTS) if hardware.is_gpu else 0
     )  # on a CPU its pages replace freed gradients
@@ -164,7 +166,7 @@ def _zero12(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> d
         "weights": _frozen_bytes(shape, hardware) + trainable * element,
         "gradients": gradients,
         "optimizer": share * (FLOAT32 + _state_bytes(settings)) * on_rank,
-        "engine": bucket * element,
+        "engine": bucket * FLOAT32,
     }
 
 
@@ -178,9 +180,9 @@ def _zero3(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> di
     copies = 1 if hardware.is_gpu else 2  # gloo scatters from copies
     return {
         "weights": 0 if settings.offload_parameters else weights,
-        "gradients": share * element * on_rank,
+        "gradients": share * FLOAT32 * on_rank,
         "optimizer": share * (FLOAT32 + _state_bytes(settings)) * on_rank,
-        "engine": min(shape.parameters, LIVE_ELEMENTS) * element + copies * bucket * element,
+        "engine": min(shape.parameters, LIVE_ELEMENTS) * element + copies * bucket * FLOAT32,
     }
 
 
@@ -206,19 +208,21 @@ def activations(shape: ModelShape, settings: TrainSettings) -> float:
 
 
 def _logits(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
-    """A chunk of logits, or all of them; the gradient of the head's weight while it is made, twice."""
+    """A chunk of logits, or all of them; the gradient of the head's weight while it is made."""
     targets = settings.per_gpu_train_batch_size * shape.num_tokens
     whole = targets * shape.vocabulary
     elements = min(whole, max(CHUNK_ELEMENTS, shape.vocabulary)) if shape.plain_head else whole
-    head = 2 * shape.vocabulary * shape.hidden_size * hardware.element_bytes if shape.trains_head else 0
-    return elements * (CHUNK_COPIES * FLOAT32) + (head if shape.plain_head else head / 2)
+    head = shape.vocabulary * shape.hidden_size if shape.trains_head else 0
+    made = FLOAT32 + hardware.element_bytes if shape.plain_head else hardware.element_bytes
+    return elements * (CHUNK_COPIES * FLOAT32) + head * made
 
 
 def _update_gradients(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
-    """Gradients in float32 for the update, where the engine makes them (ZeRO 1 to 3)."""
-    if _stage(settings) < 1 or settings.offload_optimizer:
+    """Gradients laid end to end for the update, where the engine copies them: ZeRO 1 and 2 in float32, and ZeRO 3."""
+    stage, share = _stage(settings), shape.trainable / hardware.ranks
+    if stage < 1 or settings.offload_optimizer or (stage < 3 and hardware.bf16):
         return 0.0
-    return shape.trainable / hardware.ranks * FLOAT32
+    return (min(share, SUB_GROUP_ELEMENTS) if stage == 3 else share) * FLOAT32
 
 
 def _host(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:

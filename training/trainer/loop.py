@@ -30,7 +30,7 @@ from training.settings import TrainSettings
 from training.trainer import checkpoint, evaluation
 from training.trainer.batches import BatchSchedule, prefetch
 from training.trainer.checkpoint import Progress
-from training.trainer.metrics import Clock, JsonLines, duration, memory_peak_bytes
+from training.trainer.metrics import Clock, Flops, JsonLines, duration, memory_peak_bytes
 from training.trainer.schedule import Factor
 from training.trainer.step import NotFinite, StepWork, train_step
 
@@ -71,7 +71,7 @@ class Run:
     factor: Factor
     stop: StopSignal
     directory: Path
-    flops_per_token: float
+    flops: Flops
     peak_flops: float | None
     callbacks: list[Callable[[dict[str, Any]], Any]] = field(default_factory=list)
 
@@ -148,16 +148,16 @@ def one_step(run: Run, progress: Progress, batches: Iterator[MicroBatch]) -> dic
         "tokens_per_second": tokens / seconds,
         "target_tokens_per_second": work.target_tokens / seconds,
         **clock.take(),
-        **_utilisation(run, tokens / seconds),
+        **_utilisation(run, tokens / seconds, work.target_tokens / seconds),
         "memory_peak_bytes": memory_peak_bytes(run.ranks.device),
     }
 
 
-def _utilisation(run: Run, tokens_per_second: float) -> dict[str, float]:
+def _utilisation(run: Run, tokens_per_second: float, targets_per_second: float) -> dict[str, float]:
     """Model FLOPs utilisation, where the peak of the device is known."""
     if run.peak_flops is None:
         return {}
-    return {"mfu": run.flops_per_token * tokens_per_second / (run.peak_flops * run.ranks.world_size)}
+    return {"mfu": run.flops.of(tokens_per_second, targets_per_second) / (run.peak_flops * run.ranks.world_size)}
 
 
 def _watch(run: Run, progress: Progress, num_micro_steps: int) -> Callable[[int], None]:

@@ -6,6 +6,7 @@ has ended anyway.
 """
 
 import json
+import re
 import resource
 import time
 from collections.abc import Iterator
@@ -20,9 +21,14 @@ from transformers import PreTrainedModel
 
 SPANS = ("data", "forward", "backward", "step")
 
-PEAK_FLOPS: dict[str, float] = {  # dense bfloat16, per second; part of the device's name -> peak
-    "H200": 989e12, "H100": 989e12, "A100": 312e12, "A800": 312e12, "H800": 989e12, "L40S": 362e12, "L4": 121e12,
-    "A10": 125e12, "4090": 165e12, "3090": 71e12,
+PEAK_FLOPS: dict[str, float] = {  # words of the device's name -> dense bfloat16 operations per second
+    # NVIDIA's data sheets, which print twice as much, with sparsity, from Hopper on. Boards before families.
+    "GB200": 2500e12, "B200": 2250e12,
+    "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H800 PCIe": 756e12, "H800": 989e12,
+    "H200 NVL": 835e12, "H200": 989e12, "H20": 148e12,
+    "A100": 312e12, "A800": 312e12, "A40": 149.7e12, "A30": 165e12, "A10G": 70e12, "A10": 125e12,
+    "L40S": 362e12, "L40": 181e12, "L4": 121e12,
+    "5090": 209.5e12, "4090": 165.2e12, "3090": 71e12,  # architecture papers, adding up in float32
 }  # fmt: skip
 
 
@@ -66,17 +72,27 @@ def memory_peak_bytes(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-def flops_per_token(model: PreTrainedModel) -> float:
-    """Floating point operations of a token, forward and backward, without attention scores (arXiv 2001.08361).
+@dataclass(frozen=True)
+class Flops:
+    """Floating point operations, forward and backward, without attention scores (arXiv 2001.08361)."""
 
-    2 a weight forward, 2 for the gradient that flows through, 2 more where the weight itself is trained. Embeddings are
-    looked up, not multiplied.
+    per_token: float
+    per_target: float  # the output layer, which sees only what predicts a target
+
+    def of(self, tokens: float, targets: float) -> float:
+        return self.per_token * tokens + self.per_target * targets
+
+
+def flops_of(model: PreTrainedModel) -> Flops:
+    """2 a weight forward, 2 for the gradient that flows through, 2 more where the weight itself is trained.
+
+    Embeddings are looked up, not multiplied.
     """
-    embedding = model.get_input_embeddings().weight
-    head = model.get_output_embeddings()
-    shared = head is not None and head.weight is embedding
-    counted = [p for p in model.parameters() if shared or p is not embedding]
-    return float(sum(num_elements(p) * (6 if p.requires_grad else 4) for p in counted))
+    lookup: Any = model.get_input_embeddings()
+    output: Any = model.get_output_embeddings()
+    head = set() if output is None else set(output.parameters())
+    body = [parameter for parameter in model.parameters() if parameter not in head and parameter is not lookup.weight]
+    return Flops(*(float(sum(num_elements(p) * (6 if p.requires_grad else 4) for p in part)) for part in (body, head)))
 
 
 def num_elements(parameter: nn.Parameter) -> int:
@@ -90,8 +106,13 @@ def peak_flops(device: torch.device) -> float | None:
     """Peak of the device, None where it is not known (no CPU's is)."""
     if device.type != "cuda":
         return None
-    name = torch.cuda.get_device_name(device)
-    return next((peak for part, peak in PEAK_FLOPS.items() if part in name), None)
+    return peak_of(torch.cuda.get_device_name(device))
+
+
+def peak_of(name: str) -> float | None:
+    """Of a device by its name: "NVIDIA H100 80GB HBM3"."""
+    words = set(re.split(r"[\s-]+", name))
+    return next((peak for board, peak in PEAK_FLOPS.items() if words.issuperset(board.split())), None)
 
 
 class JsonLines:

@@ -82,7 +82,7 @@ def build_run(config: RunConfig, ranks: Ranks, progress: Progress) -> Run:
     stop.listen()
     model = build.load_model(settings, config.model_dir, config.tokenizer_dir, load_dtype(settings, ranks.device))
     causal = causal_model(model)
-    vocabulary, flops = build.num_embeddings(causal), metrics.flops_per_token(causal)
+    vocabulary, flops = build.num_embeddings(causal), metrics.flops_of(causal)
     if ranks.is_first:
         _check_disk(config, model)
     engine = build_engine(CausalLMLoss(model), settings, ranks)
@@ -101,7 +101,7 @@ def build_run(config: RunConfig, ranks: Ranks, progress: Progress) -> Run:
         factor=schedule(settings, batches.total_steps),
         stop=stop,
         directory=config.run_dir,
-        flops_per_token=flops,
+        flops=flops,
         peak_flops=metrics.peak_flops(ranks.device),
         callbacks=[load_target(node, "callbacks") for node in settings.callbacks or ()],
     )

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 
 from configs.load import load
+from configs.settings import PandaSettings
 from data_prep.pipeline import prepare
+from data_prep.plan.reader import open_plan
 from data_prep.records.shard import shard_records
 from data_prep.sample import write_sample
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
@@ -15,6 +17,7 @@ from flows.cli.main import main, train_main
 from flows.cli.plan import make_plan, target_of
 from flows.parts.run_dir import RunDir, write_config
 from training.settings import TrainSettings
+from training.trainer.batches import batch_schedule
 
 
 @pytest.fixture
@@ -83,6 +86,29 @@ def test_gpus_are_asked_what_they_can(tmp_path, monkeypatch, answer, precision, 
     assert target_of(TrainSettings(precision=precision), None).words == words
 
 
+def padding(plan_dir: str, chosen: PandaSettings) -> float:
+    """Measured on the arrays that an epoch on two ranks trains on, as metrics.jsonl says it."""
+    plan, train = open_plan(Path(plan_dir), "train"), TrainSettings.of(chosen)
+    batches = batch_schedule(plan, train, world_size=2)
+    computed = sum(
+        plan.batch(rows).input_ids.size
+        for step in range(batches.steps_per_epoch)
+        for rank in (0, 1)
+        for rows in batches.micro_batches(step, rank, 2, train.per_gpu_train_batch_size)
+    )
+    return 1 - float(plan.row_tokens.sum()) / computed
+
+
+def test_padding_of_rows_that_are_not_packed(workplace):
+    """Each is as long as its micro-batch, not as max_seq_length."""
+    chosen = settings(packing=False)
+    assert make_plan(chosen, None, None)["course"]["padding"] is None, "nothing is known of the lengths yet"
+    planned = prepare_as(chosen)
+    found = make_plan(chosen, None, None)["course"]["padding"]
+    assert found == pytest.approx(padding(planned.path, chosen), abs=1e-12)
+    assert found < 1 - planned.report["utilisation"]
+
+
 def test_estimates_come_near_and_numbers_are_exact_afterwards(workplace):
     chosen = settings()
     estimated = make_plan(chosen, None, None)
@@ -94,7 +120,7 @@ def test_estimates_come_near_and_numbers_are_exact_afterwards(workplace):
     assert exact["course"]["target_tokens"] == planned.report["target_tokens"]
     rows_per_step = 4 * 2 * 2  # micro-batch, accumulation, ranks
     assert exact["course"]["steps"] == -(-planned.report["rows"] // rows_per_step)
-    assert exact["course"]["padding"] == pytest.approx(1 - planned.report["utilisation"])
+    assert exact["course"]["padding"] == pytest.approx(padding(planned.path, chosen), abs=1e-12)
     assert exact["hours"] == pytest.approx(planned.report["tokens"] / 1000 / 3600)
     assert estimated["data"]["tokens"] == pytest.approx(planned.report["tokens"], rel=1), "the right size"
 

@@ -67,6 +67,20 @@ def test_logits_of_all_targets_never_exist_at_once():
     assert 0 < largest <= 2 * CHUNK_ELEMENTS
 
 
+def test_chunks_are_added_up_in_float32(monkeypatch):
+    """64 chunks of the same bfloat16 numbers: exactly 64 times one of them."""
+    monkeypatch.setattr("training.models.loss.CHUNK_ELEMENTS", VOCABULARY * 4)
+    hidden, weight, targets = (value.detach() for value in make(4))
+    weight = weight.bfloat16().requires_grad_()
+    gradients = [
+        torch.autograd.grad(
+            linear_cross_entropy(hidden.bfloat16().repeat(times, 1), weight, targets.repeat(times), "sum"), weight
+        )[0]
+        for times in (1, 64)
+    ]
+    assert torch.equal(gradients[1], gradients[0] * 64)
+
+
 def test_bfloat16_loss_is_computed_in_float32():
     hidden, weight, targets = make(6)
     loss = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets, "sum")

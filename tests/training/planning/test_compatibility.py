@@ -31,11 +31,13 @@ LLAMA = {"model_type": "llama"}
         ({"use_nvlamb": True}, LLAMA, "--optimizer LAMB without --bit_training"),
         ({"attention": "flash_attention_2", "precision": "float32"}, LLAMA, "--attention auto"),
         ({}, {"model_type": "mamba2"}, "--packing false"),
+        ({}, {**LLAMA, "max_position_embeddings": 32}, "--max_seq_length 32"),
+        ({}, {"model_type": "mixtral", "num_local_experts": 8}, "--use_lora --lora_target_modules"),
         ({}, {"model_type": "new", "layer_types": ["full_attention", "linear_attention"]}, "--packing false"),
     ],
 )
 def test_refused_with_the_way_out(settings, config, reason):
-    found = problems(TrainSettings(**settings), config, packing=True)
+    found = problems(TrainSettings(**settings), config, packing=True, max_seq_length=64)
     assert any(reason in line for line in found), found
 
 
@@ -44,7 +46,7 @@ def test_every_rule_has_a_case_above():
     hit = {
         line.split(":")[0]
         for settings, config, _ in cases
-        for line in problems(TrainSettings(**settings), config, True)
+        for line in problems(TrainSettings(**settings), config, True, 64)
     }
     assert hit == {rule.what for rule in RULES}
 
@@ -56,6 +58,40 @@ def test_all_engines_and_modes_that_are_tested_to_work_are_let_through():
             assert problems(settings, LLAMA, True) == []
     assert problems(TrainSettings(strategy="fsdp", optimizer="LAMB", use_nvlamb=True), LLAMA, True) == []
     assert problems(TrainSettings(), {"model_type": "mamba"}, packing=False) == []
+
+
+@pytest.mark.parametrize(
+    ("config", "limit"),
+    [
+        ({"max_position_embeddings": 2048}, 2048),
+        ({"n_positions": 1024}, 1024),
+        ({"text_config": {"max_position_embeddings": 512}}, 512),
+        (  # Qwen2.5 with YaRN: the scaled length stands nowhere
+            {
+                "max_position_embeddings": 32768,
+                "rope_scaling": {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768},
+            },
+            131072,
+        ),
+        (  # Llama 3.1: it is stated
+            {
+                "max_position_embeddings": 131072,
+                "rope_parameters": {"factor": 8.0, "original_max_position_embeddings": 8192, "rope_type": "llama3"},
+            },
+            131072,
+        ),
+    ],
+)
+def test_rows_longer_than_the_positions_a_model_knows(config, limit):
+    assert problems(TrainSettings(), config, True, max_seq_length=limit) == []
+    said = problems(TrainSettings(), config, True, max_seq_length=limit + 1)
+    assert len(said) == 1 and f"max_seq_length={limit + 1}" in said[0] and f"--max_seq_length {limit}," in said[0]
+
+
+def test_adapters_on_a_mixture_of_experts_are_trained():
+    mixture = {"model_type": "mixtral", "num_local_experts": 8}
+    assert problems(TrainSettings(use_lora=True), mixture, True) == []
+    assert problems(TrainSettings(), {"model_type": "llama", "num_local_experts": 1}, True) == []
 
 
 def test_all_problems_are_listed_at_once(tmp_path):

@@ -42,6 +42,7 @@ def test_model_states_agree_with_deepspeeds_estimators(ranks, offload):
                 shape.parameters, shape.largest_layer, ranks, 1, offload, False, False, 1
             )[1]
             ours += 4 * shape.largest_layer  # gathered weights are elsewhere in ours
+            theirs += 0 if offload else 2 * shape.parameters / ranks  # gradients of 16 bits, float32 here
         assert ours == pytest.approx(theirs, rel=0.15)
 
 
@@ -119,11 +120,11 @@ def test_the_smallest_change():
             assert found[1].total <= FITS * gigabytes * 1e9
         return found and found[0]
 
-    assert change(46, ranks=8, per_gpu_train_batch_size=2) == {
+    assert change(50, ranks=8, per_gpu_train_batch_size=2) == {
         "per_gpu_train_batch_size": 1,
         "gradient_accumulation_steps": 128,
     }
-    assert change(34, ranks=8) == {"gradient_checkpointing": True}
+    assert change(37, ranks=8) == {"gradient_checkpointing": True}
     everything = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
     assert change(13) == {"gradient_checkpointing": True, **everything}
     assert change(2) is None
