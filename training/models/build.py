@@ -132,7 +132,8 @@ def add_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
 def _with_attention(settings: TrainSettings, build: Callable[[str | None], PreTrainedModel]) -> PreTrainedModel:
     """Build with the attention asked for; `auto`: FlashAttention if it fits, else by segment, else the model's own.
 
-    FlashAttention computes in 16 bits only; in float32 it would fail in the first forward pass.
+    FlashAttention computes in 16 bits only; in float32 it would fail in the first forward pass. By segment without a
+    kernel for it (float32 on a GPU), thousands of short calls would be slower than a mask.
     """
     from transformers.utils import is_flash_attn_2_available
 
@@ -145,7 +146,7 @@ def _with_attention(settings: TrainSettings, build: Callable[[str | None], PreTr
         except ValueError as error:  # some models have no such implementation
             log.info("no FlashAttention: %s", error)
     model = build(None)
-    if device.type == "cpu" and attention.fits(model.config):
+    if (device.type == "cpu" or uses_bf16(settings, device)) and attention.fits(model.config):
         attention.use(model)
     return model
 
