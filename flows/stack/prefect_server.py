@@ -11,7 +11,6 @@ import base64
 import contextlib
 import logging
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,6 +25,7 @@ from data_prep.errors import PandaError
 from flows.stack import guard, listeners, old_database
 from flows.stack.prefect_home import SERVER_AUTH_STRING, Address, address, own_address, server_auth_string, set_by_user
 from training.launch.commands import python_path
+from training.launch.processes import LOOPBACK, die_with_parent, free_port
 
 CORS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")
 OTHER_LOGINS = ("PREFECT_API_KEY", "PREFECT_CLIENT_CUSTOM_HEADERS")  # of Prefect Cloud, of a proxy
@@ -58,7 +58,7 @@ def connected() -> Iterator[Callable[[], None]]:
     if there.by_user and answers(there.url):
         raise ServerError(reason)
     logger.info("%s: starting a temporary one", reason)
-    temporary = own_address(_free_port())
+    temporary = own_address(free_port())
     old_database.adopt()
     seen_at = {"PREFECT_UI_URL": there.url.removesuffix("/api")}  # where a server started later shows the run
     with environment(seen_at | temporary.variables()), tempfile.TemporaryFile("w+") as log:
@@ -137,23 +137,15 @@ def http_status(url: str, auth_string: str) -> int:
         return 0
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _serve(port: int) -> None:
     """The child: end with the parent, whatever ends it."""
-    from training.launch.exits import die_with_parent
-
     die_with_parent()
     own = guard.origins(port, [set_by_user("PREFECT_UI_API_URL") or "", *_allowed_by_user()])
     os.environ.update({SERVER_AUTH_STRING: server_auth_string(), CORS[0]: ",".join(own)})
     import uvicorn
     from prefect.server.api.server import create_app
 
-    uvicorn.run(guard.Guard(create_app(), own), host=listeners.LOOPBACK[0], port=port, log_level="error")
+    uvicorn.run(guard.Guard(create_app(), own), host=LOOPBACK[0], port=port, log_level="error")
 
 
 def _allowed_by_user() -> list[str]:
