@@ -8,7 +8,6 @@ How a rank tells its parent: a `PANDA {"event": "exit", ...}` line on stdout, th
 print no line (killed, crashed in C) is judged by the code alone.
 """
 
-import ctypes
 import errno
 import faulthandler
 import json
@@ -24,10 +23,10 @@ from typing import NoReturn
 
 from data_prep.errors import CorpusError, PandaError, StoreError
 from training.errors import MlflowAway
+from training.launch.processes import die_with_parent
 
 PREFIX = "PANDA "
 OWNED = "PANDA_OWNED"  # set by the launcher: this process may not outlive its parent
-PR_SET_PDEATHSIG = 1
 
 
 class ExitReason(StrEnum):
@@ -124,12 +123,6 @@ def _is_lost_peer(error: BaseException) -> bool:
     return bool(names & {"DistBackendError", "DistNetworkError", "DistStoreError"}) or (
         isinstance(error, RuntimeError | OSError) and any(text in str(error) for text in peer_texts)
     )
-
-
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
 
 
 def emit(event: dict) -> None:

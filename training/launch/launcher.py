@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import psutil
 import yaml
 
 from training import run_files
@@ -37,7 +36,7 @@ from training.launch.commands import (
 )
 from training.launch.exits import OWNED, ExitReason, reason_of_code
 from training.launch.logs import LogTail, RateLimit, StallWatch, event_of, traceback_of
-from training.launch.supervisor import kill_all
+from training.launch.processes import kill_all, marked
 from training.settings import TrainSettings
 
 POLL_SECONDS = 0.2
@@ -129,9 +128,7 @@ def shrink_micro_batch(run_dir: Path, settings: TrainSettings) -> dict[str, int]
     if smaller is None:
         return None
     changed = dict(zip(("per_gpu_train_batch_size", "gradient_accumulation_steps"), smaller, strict=True))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(config | changed, allow_unicode=True, sort_keys=False))
-    os.replace(temporary, path)
+    run_files.write_atomically(path, yaml.safe_dump(config | changed, allow_unicode=True, sort_keys=False))
     return changed
 
 
@@ -188,17 +185,7 @@ def supervised(commands: list[Command], grace_seconds: float) -> Iterator[subpro
         process.stdin.close()
         process.wait()
         process.stdout.close()
-        kill_all(lambda: owned(token))  # only a supervisor that was itself killed leaves anything
-
-
-def owned(token: str) -> list[int]:
-    """Pids of the processes that carry our token in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(OWNED) == token:
-                found.append(process.pid)
-    return found
+        kill_all(lambda: marked(OWNED, token))  # only a supervisor that was itself killed leaves anything
 
 
 def say(supervisor: subprocess.Popen, line: str) -> None:

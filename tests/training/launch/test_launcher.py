@@ -13,10 +13,11 @@ import psutil
 import pytest
 import yaml
 
-from training.launch.commands import Machine, free_port, rank_commands
+from training.launch.commands import Machine, rank_commands
 from training.launch.exits import ExitReason, reason_of_code, reason_of_error
 from training.launch.launcher import Listener, launch_worker, smaller_micro_batch
 from training.launch.logs import StallWatch
+from training.launch.processes import free_port
 from training.settings import TrainSettings
 
 WORKER = "tests.support.ranks"
@@ -181,7 +182,7 @@ def test_nothing_survives_the_parent(tmp_path, behaviour, how):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"behaviour": {0: behaviour, 1: behaviour}}))
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), WORKER], stdout=subprocess.DEVNULL)
     wait_until(lambda: len(ranks_alive()) >= (8 if behaviour == "spawn_daemons" else 4), 20)
-    time.sleep(0.5)
+    wait_until(lambda: all('"step"' in log.read_text() for log in (tmp_path / "logs").glob("*.log")), 20)
     parent.send_signal(how)
     parent.wait()
     wait_until(lambda: not ranks_alive(), 10)
