@@ -23,6 +23,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from training.launch.events import Exited, Started
 from training.launch.exits import ExitReason
 from training.launch.processes import adopt_orphans, descendants, die_with_parent, kill_all, signal_all
 
@@ -92,11 +93,11 @@ def supervise(commands: list[dict], grace_seconds: float, control: Control) -> N
         for command in commands:
             process = start(command)
             running[process.pid] = command["name"]
-            report(event="started", name=command["name"], pid=process.pid)
+            report({"event": "started", "name": command["name"], "pid": process.pid})
         while running:
             ended = [(running.pop(pid), code) for pid, code in reap() if pid in running]
             for name, code in ended:
-                report(event="exited", name=name, code=code, ended_by_us=ending)
+                report({"event": "exited", "name": name, "code": code, "ended_by_us": ending})
             control.stop |= any(code == ExitReason.cancelled.code for _, code in ended)
             if any(code for _, code in ended) and not control.stop:
                 only_echo = {code for _, code in ended if code} == {ExitReason.lost_rank.code}
@@ -157,7 +158,7 @@ def handles(pid: int, number: int) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
-def report(**fact: object) -> None:
+def report(fact: Started | Exited) -> None:
     """One JSON line to the launcher; a launcher that is gone is no reason to fail."""
     with contextlib.suppress(BrokenPipeError):
         os.write(1, (json.dumps({**fact, "time": time.time()}) + "\n").encode())
