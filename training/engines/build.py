@@ -4,13 +4,16 @@ Cost: the import of the one engine that is asked for.
 """
 
 from training.distributed import Ranks
-from training.engines.engine import Engine
+from training.engines.engine import Engine, decoder_layers
 from training.models.loss import CausalLMLoss
 from training.settings import TrainSettings
 
 
 def build_engine(model: CausalLMLoss, settings: TrainSettings, ranks: Ranks) -> Engine:
     """The engine that the settings ask for, around a `CausalLMLoss`."""
+    if settings.compile:
+        for layer in decoder_layers(model):
+            layer.compile()
     if settings.strategy == "fsdp":
         from training.engines.fsdp import FsdpEngine
 

@@ -21,9 +21,9 @@ from torch.distributed.tensor import distribute_tensor
 
 from training.devices import uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, set_learning_rate, trainable
+from training.engines.engine import WEIGHT, decoder_layers, set_learning_rate, trainable
 from training.engines.optimizers import build_optimizer, restored_states, whole
-from training.models.loss import CausalLMLoss, causal_model
+from training.models.loss import CausalLMLoss
 from training.settings import TrainSettings
 
 
@@ -97,12 +97,6 @@ class FsdpEngine:
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self.module.model.state_dict().items():
             yield name, whole(value.detach()).cpu().clone()
-
-
-def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
-    """The layers that transformers says must not be split."""
-    names = set(causal_model(module.model)._no_split_modules or ())
-    return [part for part in module.modules() if type(part).__name__ in names]
 
 
 def _like(value: Tensor, parameter: Any) -> Tensor:
