@@ -121,7 +121,8 @@ class MicroBatch:
 
     def _with(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         names = ("input_ids", "position_ids", "predictors", "targets", "sources")
-        return replace(self, **{name: change(getattr(self, name)) for name in names})
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
 
 def micro_batch(batch: Batch, rows: Iterable[int]) -> MicroBatch:
