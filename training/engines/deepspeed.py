@@ -28,7 +28,7 @@ from training.devices import any_device, compute_dtype, uses_bf16
 from training.distributed import Ranks
 from training.engines.engine import WEIGHT, set_learning_rate, trainable
 from training.engines.optimizers import build_optimizer, restored_states
-from training.launch.heartbeat import SignsOfLife
+from training.launch.heartbeat import Heartbeat
 from training.lean_imports import UNUSED, without
 from training.models.deferred import Values, check_filled, make_shardable
 from training.models.loss import CausalLMLoss
@@ -99,7 +99,7 @@ def partition(
     zero = Init(config_dict_or_path=config, dtype=dtype)
     make_shardable(values, device)
     parameters: list[Any] = list(module.parameters())
-    alive = SignsOfLife("loading the model", len(parameters), "tensors")
+    alive = Heartbeat("loading the model", len(parameters), "tensors")
     for done, parameter in enumerate(parameters):
         alive(done)
         if parameter in values:
@@ -137,7 +137,7 @@ class DeepSpeedEngine:
         config = zero_config(settings, ranks, num_trained)
         if settings.zero_stage == 3:
             partition(module, config, compute_dtype(settings, ranks.device), ranks.device, values)
-        values.fill(ranks.device, SignsOfLife("loading the model", len(values), "tensors"))
+        values.fill(ranks.device, Heartbeat("loading the model", len(values), "tensors"))
         check_filled(module)
         base = build_optimizer(module.named_parameters(), settings)
         engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=config)

@@ -22,11 +22,11 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.devices import uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, set_learning_rate, trainable
+from training.engines.engine import WEIGHT, decoder_layers, set_learning_rate, trainable
 from training.engines.optimizers import build_optimizer, restored_states, whole
-from training.launch.heartbeat import SignsOfLife
+from training.launch.heartbeat import Heartbeat
 from training.models.deferred import Value, Values, check_filled, make_shardable, replace
-from training.models.loss import CausalLMLoss, causal_model
+from training.models.loss import CausalLMLoss
 from training.settings import TrainSettings
 
 
@@ -109,7 +109,7 @@ def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPr
     for layer in decoder_layers(module):
         fully_shard(layer, mesh=mesh, mp_policy=precision)
     fully_shard(module, mesh=mesh, mp_policy=precision)
-    alive = SignsOfLife("loading the model", len(missing), "tensors")
+    alive = Heartbeat("loading the model", len(missing), "tensors")
     for done, (name, parameter) in enumerate(list(module.named_parameters())):
         alive(done)
         if name in missing:
@@ -130,12 +130,6 @@ def _fill_shard(parameter: Any, value: Value, ranks: Ranks) -> None:
         stride=parameter.stride(),
     )  # fmt: skip
     replace(parameter, shard)
-
-
-def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
-    """The layers that transformers says must not be split."""
-    names = set(causal_model(module.model)._no_split_modules or ())
-    return [part for part in module.modules() if type(part).__name__ in names]
 
 
 def _like(value: Tensor, parameter: Any) -> Tensor:

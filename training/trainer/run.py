@@ -23,7 +23,8 @@ from training.devices import compute_dtype, load_dtype
 from training.distributed import Ranks
 from training.engines.build import build_engine
 from training.errors import CheckpointError
-from training.launch.exits import DataError, emit
+from training.launch.events import emit, training_done
+from training.launch.exits import DataError
 from training.launch.run_config import RunConfig
 from training.lean_imports import UNUSED, without
 from training.models import build
@@ -134,7 +135,7 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
             "finished": time.time(),
         }
         run_files.write_json(config.run_dir / run_files.TRAINED, summary)
-        emit({"event": "done", **summary})
+        emit(training_done(summary))
 
 
 def save_model(config: RunConfig, run: Run) -> None:
