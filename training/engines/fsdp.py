@@ -109,6 +109,8 @@ def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPr
     missing = values.by_name(module)
     for unit in (*decoder_layers(module), *_untied_ends(module)):
         fully_shard(unit, mesh=mesh, mp_policy=precision)
+        if ranks.device.type == "cpu":  # nothing overlaps there, so that gathering the next one early is memory only
+            unit.set_modules_to_backward_prefetch([unit])  # type: ignore[operator]  # an FSDPModule now
     fully_shard(module, mesh=mesh, mp_policy=precision)
     alive = Heartbeat("loading the model", len(missing), "tensors")
     for done, (name, parameter) in enumerate(list(module.named_parameters())):
