@@ -30,7 +30,7 @@ def panda_evaluate(**parameters: Any) -> State[Any]:
     try:
         settings = read(parameters).settings
         run = run_dir.create(settings.model_copy(update={"resume": True}))
-        losses = evaluate(run.path, TrainSettings.of(settings), _trained(run.path))
+        losses = evaluate(run.path, TrainSettings.of(settings), _trained(run.path), everything=True)
     except PandaError as error:
         return flow_states.failed(error)
     message = ", ".join(f"{source} {loss:.4f}" for source, loss in losses["after"].items())

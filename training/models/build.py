@@ -219,14 +219,40 @@ def check_saved(directory: Path) -> None:
             raise ModelError(f"{file}: {len(empty)} tensors are empty, first {empty[0]}; the model was not gathered")
 
 
-def load_deployed(directory: Path, dtype: torch.dtype | str = torch.float32, base_dir: Path | None = None) -> nn.Module:
+def load_deployed(
+    directory: Path,
+    dtype: torch.dtype | str = torch.float32,
+    base_dir: Path | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """What `save_model` wrote, in evaluation mode: the whole model, or base (`base_dir` where it moved) and adapter."""
     adapter = directory / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else str(directory)
-    base = str(base_dir or base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True, use_safetensors=True)
+    model = load_complete(base_dir or Path(base), trust_remote_code, dtype=dtype)
     if adapter.is_file():
         from peft import PeftModel
 
         model = PeftModel.from_pretrained(model, directory)
     return model.eval()
+
+
+def load_complete(directory: Path, trust_remote_code: bool, **options: Any) -> Any:
+    """The model of a directory, all of whose tensors are in its files: transformers would draw random ones instead.
+
+    :raises ModelError: one is not there, or code would run that nobody trusts.
+    """
+    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, **options}
+    try:
+        model, found = AutoModelForCausalLM.from_pretrained(
+            str(directory), trust_remote_code=trust_remote_code, **options
+        )
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ModelError(
+            f"{directory}: the code of this model comes with its files, and runs only with --trust_remote_code"
+        ) from error
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(f"{directory}: {len(missing)} tensors of the model are not in its files, first {missing[0]}")
+    return model

@@ -240,6 +240,17 @@ def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> dic
     return result
 
 
+def evaluate_sample(run: Run) -> dict[str, Any]:
+    """Held-out loss of a sample of rows, for whoever reads the weights back; {} when nothing is held out."""
+    if not run.validation.num_rows:
+        return {}
+    run.engine.module.eval()
+    rows, batch_size = evaluation.sample_rows(run.validation.num_rows), run.settings.per_gpu_eval_batch_size
+    return evaluation.held_out_losses(
+        lambda batch: run.engine.forward(batch, "each"), run.validation, batch_size, run.ranks, rows
+    )
+
+
 def save(run: Run, progress: Progress) -> Path:
     """Write a checkpoint and delete those that are no longer wanted."""
     began = time.monotonic()
