@@ -41,8 +41,8 @@ class ModelSettings(Settings):
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
-        description="auto = FlashAttention when installed and on GPU, one segment at a time on CPU, "
-        "the model's own choice elsewhere.",
+        description="auto = FlashAttention where it is installed, else torch's own kernel for packed segments on GPUs "
+        "in 16 bits and one segment at a time on CPU, else the model's own choice.",
     )
     trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint. Off is safe.")
 

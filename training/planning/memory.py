@@ -132,6 +132,14 @@ def _frozen_bytes(shape: ModelShape, hardware: Hardware) -> float:
     return frozen * hardware.element_bytes + shape.quantised * NF4_BYTES + dequantised
 
 
+def _sharded_bytes(shape: ModelShape, hardware: Hardware, element: int) -> float:
+    """Frozen weights of a rank that shards them; the constants of 4-bit ones and an unpacked matrix are whole."""
+    frozen = (shape.parameters - shape.trainable - shape.quantised) * element + shape.quantised * 0.5
+    constants = shape.quantised * (NF4_BYTES - 0.5)
+    dequantised = shape.largest_matrix * hardware.element_bytes if shape.quantised else 0
+    return frozen / hardware.ranks + constants + dequantised
+
+
 def _state_bytes(settings: TrainSettings) -> float:
     """Bytes of optimizer state for each trained parameter."""
     if settings.bit_training:
@@ -174,7 +182,7 @@ def _zero3(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> di
     """ZeRO 3: everything sharded; some gathered weights alive at any moment."""
     element = hardware.element_bytes
     share = shape.trainable / hardware.ranks
-    weights = (_frozen_bytes(shape, hardware) + shape.trainable * element) / hardware.ranks
+    weights = _sharded_bytes(shape, hardware, element) + share * element
     on_rank = 0 if settings.offload_optimizer else 1
     bucket = min(shape.trainable, REDUCE_BUCKET_ELEMENTS)
     copies = 1 if hardware.is_gpu else 2  # gloo scatters from copies
@@ -188,10 +196,9 @@ def _zero3(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> di
 
 def _fsdp(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> dict[str, float]:
     """FSDP2: float32 shards; two layers gathered in the type that is computed in, and one layer's whole gradient."""
-    share = shape.parameters / hardware.ranks
     trained = shape.trainable / hardware.ranks
     return {
-        "weights": share * FLOAT32,
+        "weights": _sharded_bytes(shape, hardware, FLOAT32) + trained * FLOAT32,
         "gradients": trained * FLOAT32,
         "optimizer": trained * _state_bytes(settings),
         "engine": 3 * max(shape.largest_layer, shape.vocabulary * shape.hidden_size) * hardware.element_bytes,
@@ -226,18 +233,11 @@ def _update_gradients(shape: ModelShape, settings: TrainSettings, hardware: Hard
 
 
 def _host(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
-    """CPU memory of a rank on a GPU: for what is offloaded, before that for the whole weights while they are loaded."""
+    """CPU memory of a rank on a GPU, for what is offloaded; weights are read from their files tensor by tensor."""
     share = shape.trainable / hardware.ranks
     states = share * (2 * FLOAT32 + _state_bytes(settings)) if settings.offload_optimizer else 0
     weights = shape.parameters / hardware.ranks * hardware.element_bytes if settings.offload_parameters else 0
-    return max(states + weights, _loaded(shape, settings, hardware))
-
-
-def _loaded(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
-    """Every rank reads the whole model; 4-bit weights go to the GPU one by one."""
-    if settings.use_quant or not hardware.is_gpu:
-        return 0.0
-    return shape.parameters * (hardware.element_bytes if settings.loads_what_it_computes_in else FLOAT32)
+    return states + weights
 
 
 def disk_bytes(num_trained: int, num_saved: int, settings: CheckpointSettings) -> int:

@@ -80,12 +80,13 @@ def build_run(config: RunConfig, ranks: Ranks, progress: Progress) -> Run:
     progress.rows_per_step = batches.rows_per_step
     stop = StopSignal(ranks)
     stop.listen()
-    model = build.load_model(settings, config.model_dir, config.tokenizer_dir, load_dtype(settings, ranks.device))
+    dtype = load_dtype(settings, ranks.device)
+    model, values = build.empty_model(settings, config.model_dir, config.tokenizer_dir, dtype)
     causal = causal_model(model)
     vocabulary, flops = build.num_embeddings(causal), metrics.flops_of(causal)
     if ranks.is_first:
         _check_disk(config, model)
-    engine = build_engine(CausalLMLoss(model), settings, ranks)
+    engine = build_engine(CausalLMLoss(model), settings, ranks, values)
     engine.module.eval()
     checked = packing_check.Checked(
         vocabulary, config.packing, settings.per_gpu_train_batch_size, compute_dtype(settings, ranks.device)
