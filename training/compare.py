@@ -26,7 +26,7 @@ from training.comparison.job import GateResult, Job, ModelUnderTest, read_job
 from training.comparison.scores import Asking, score
 from training.comparison.statistics import Scores
 from training.distributed import Ranks, join, leave, this_rank
-from training.engines.deployed import UsedModel, in_use, whole_weights, with_adapter
+from training.engines.deployed import Empty, UsedModel, add_adapter, empty_weights, in_use
 from training.launch.exits import run_rank
 from training.launch.run_config import RunConfig, read_config
 from training.models.hub import base_of
@@ -113,23 +113,24 @@ def models_of(
             yield from ((role, None) for role in roles)
             continue
         settings = config.settings.model_copy(update={"use_quant": weights.quantised})
-        model: Any = None
+        empty: Empty | None = None
         first = next(iter(roles))
         with asked_about(first, job.models[first], problems):
-            model = whole_weights(weights.directory, settings, ranks)
-        if model is None:
+            empty = empty_weights(weights.directory, settings, ranks)
+        if empty is None:
             problems |= {role: problems[first] for role in roles}
             continue
         usable = []
         for role, adapter in roles.items():
             with asked_about(role, job.models[role], problems):
-                model = model if adapter is None else with_adapter(model, role, adapter)
+                if adapter is not None:
+                    add_adapter(empty, role, adapter)
                 usable.append(role)
-        used = in_use(model, settings, ranks)
+        used = in_use(empty, ranks)
         for role in usable:
             with used.speaking_as(role if roles[role] else None):
                 yield role, used
-        del model, used
+        del empty, used
         gc.collect()
 
 

@@ -8,15 +8,20 @@ runs only where the settings trust it. Cost: the weights, on each rank its share
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
+from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
 from training.devices import compute_dtype
 from training.distributed import Ranks
+from training.engines.fsdp import shard
 from training.errors import ModelError
+from training.launch.heartbeat import SignsOfLife
 from training.models.build import four_bits, keep_differentiable, load_complete
+from training.models.deferred import Values, check_filled, deferring
 from training.models.hub import base_of
 from training.models.loss import CausalLMLoss
 from training.settings import TrainSettings
@@ -39,7 +44,7 @@ class UsedModel(CausalLMLoss):
         yield
 
     def generate(self, **options: Any) -> Tensor:
-        """The ids that transformers' own generation gives."""
+        """The ids that transformers' own generation gives. All ranks together, with the same prompts."""
         return self.model.generate(**options)
 
 
@@ -53,33 +58,51 @@ def load_run(model_dir: Path, settings: TrainSettings, ranks: Ranks) -> UsedMode
 
 def load(directory: Path, adapters: dict[str, Path], settings: TrainSettings, ranks: Ranks) -> UsedModel:
     """Weights, and adapters on them, of which the first is in use."""
-    model = whole_weights(directory, settings, ranks)
+    empty = empty_weights(directory, settings, ranks)
     for name, adapter in adapters.items():
-        model = with_adapter(model, name, adapter)
-    return in_use(model, settings, ranks)
+        add_adapter(empty, name, adapter)
+    return in_use(empty, ranks)
 
 
-def in_use(model: Any, settings: TrainSettings, ranks: Ranks) -> UsedModel:
-    """Loaded weights and adapters, ready to be asked."""
-    return UsedModel(model.eval())
+@dataclass
+class Empty:
+    """A model, the values of what is still empty of it."""
+
+    model: Any
+    values: Values
 
 
-def whole_weights(directory: Path, settings: TrainSettings, ranks: Ranks) -> Any:
+def empty_weights(directory: Path, settings: TrainSettings, ranks: Ranks) -> Empty:
     """The model of a directory, without adapters."""
-    dtype = compute_dtype(settings, ranks.device)
+    dtype, values = compute_dtype(settings, ranks.device), Values()
     options: dict[str, Any] = {"quantization_config": four_bits(dtype)} if settings.use_quant else {}
-    model = load_complete(directory, settings.trust_remote_code, dtype=dtype, **options)
-    return keep_differentiable(model.to(ranks.device))
+    with deferring(values):
+        model = load_complete(directory, settings.trust_remote_code, dtype=dtype, **options)
+    return Empty(keep_differentiable(model), values)
 
 
-def with_adapter(model: Any, name: str, directory: Path) -> Any:
-    """The model with one adapter more."""
+def add_adapter(empty: Empty, name: str, directory: Path) -> None:
+    """Give the model one adapter more."""
     from peft import PeftModel
 
     try:
-        if hasattr(model, "peft_config"):
-            model.load_adapter(directory, adapter_name=name)
-            return model
-        return PeftModel.from_pretrained(model, directory, adapter_name=name)
+        with empty.values.standing_in():
+            if hasattr(empty.model, "peft_config"):
+                empty.model.load_adapter(directory, adapter_name=name)
+            else:
+                empty.model = PeftModel.from_pretrained(empty.model, directory, adapter_name=name)
     except (OSError, ValueError, RuntimeError) as error:
         raise ModelError(f"{directory}: no adapter of this model ({error})") from error
+
+
+def in_use(empty: Empty, ranks: Ranks) -> UsedModel:
+    """Weights and adapters, ready to be asked: whole on one rank, shared out by FSDP2 over several."""
+    module: Any = UsedModel(empty.model.requires_grad_(False)).eval()
+    if ranks.world_size == 1:
+        empty.values.fill(ranks.device, SignsOfLife("loading the model", len(empty.values), "tensors"))
+        check_filled(module)
+        return module.to(ranks.device)
+    shard(module, ranks, empty.values, MixedPrecisionPolicy())  # computed in what it is loaded in
+    register_fsdp_forward_method(module, "generate")
+    module.register_forward_hook(lambda *_: module.reshard())  # it waits for a backward pass, gathered
+    return module

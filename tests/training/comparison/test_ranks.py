@@ -1,6 +1,7 @@
 """The gate on several ranks, and adapters switched on one base: what it finds is what one process found before."""
 
 import json
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from training.comparison.job import Job, ModelUnderTest, write_job
 from training.engines import deployed
 from training.launch.run_config import read_config
 from training.models.build import load_deployed
+from training.models.deferred import Values
 from training.settings import GateSettings
 
 RECORDS = 24
@@ -75,10 +77,10 @@ def expected(run_dir) -> tuple[list[dict], dict]:
     for role, one in job.models.items():
         alone_in_the_gate = replace(job, candidate=one, champion=None, base=None)
         with pytest.MonkeyPatch.context() as patch, alone() as ranks:
-            whole = load_deployed(one.files)
-            patch.setattr(compare, "whole_weights", lambda *_, whole=whole: whole)
-            patch.setattr(compare, "with_adapter", lambda model, *_: model)
-            patch.setattr(deployed.UsedModel, "speaking_as", lambda self, _: __import__("contextlib").nullcontext())
+            whole = deployed.Empty(load_deployed(one.files), Values())
+            patch.setattr(compare, "empty_weights", lambda *_, whole=whole: whole)
+            patch.setattr(compare, "add_adapter", lambda *_: None)
+            patch.setattr(deployed.UsedModel, "speaking_as", lambda *_: nullcontext())
             result = run_job(config, alone_in_the_gate, ranks)
         answers[role] = result["answers"]["candidate"]
         losses = losses or [{**line, "loss": {}} for line in lines_of(run_dir)]
@@ -97,8 +99,8 @@ def same_losses(found: list[dict], expected: list[dict]) -> None:
 
 def test_the_base_is_loaded_once_for_its_adapters(run_dir, expected, monkeypatch):
     loaded = []
-    original = compare.whole_weights
-    monkeypatch.setattr(compare, "whole_weights", lambda *args: loaded.append(args[0]) or original(*args))
+    original = compare.empty_weights
+    monkeypatch.setattr(compare, "empty_weights", lambda *args: loaded.append(args[0]) or original(*args))
     with alone() as ranks:
         result = run_job(read_config(run_dir / "config.yaml"), job_of(run_dir), ranks)
     assert loaded == [run_dir / "model"]
