@@ -25,10 +25,12 @@ from training.comparison.heldout import HeldOut
 from training.comparison.job import GateResult, Job, ModelUnderTest, read_job
 from training.comparison.scores import Asking, score
 from training.comparison.statistics import Scores
+from training.devices import compute_dtype
 from training.distributed import Ranks, join, leave, this_rank
-from training.engines.deployed import Empty, UsedModel, add_adapter, empty_weights, in_use
+from training.engines.inference import UsedModel, in_use
 from training.launch.exits import run_rank
 from training.launch.run_config import RunConfig, read_config
+from training.models.build import Empty, empty_weights, put_adapter
 from training.models.hub import base_of
 from training.settings import GateSettings
 
@@ -116,7 +118,7 @@ def models_of(
         empty: Empty | None = None
         first = next(iter(roles))
         with asked_about(first, job.models[first], problems):
-            empty = empty_weights(weights.directory, settings, ranks)
+            empty = empty_weights(weights.directory, compute_dtype(settings, ranks.device), settings)
         if empty is None:
             problems |= {role: problems[first] for role in roles}
             continue
@@ -124,7 +126,7 @@ def models_of(
         for role, adapter in roles.items():
             with asked_about(role, job.models[role], problems):
                 if adapter is not None:
-                    add_adapter(empty, role, adapter)
+                    put_adapter(empty, role, adapter)
                 usable.append(role)
         used = in_use(empty, ranks)
         for role in usable:

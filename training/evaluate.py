@@ -19,7 +19,7 @@ from data_prep.plan.reader import Plan, open_plan
 from training import run_files
 from training.devices import compute_dtype
 from training.distributed import Ranks, join, leave, this_rank
-from training.engines.deployed import load_run
+from training.engines.inference import load_for_inference
 from training.errors import ModelError
 from training.launch.exits import run_rank
 from training.launch.run_config import RunConfig, read_config
@@ -46,7 +46,7 @@ def evaluate_run(config: RunConfig, ranks: Ranks, everything: bool) -> dict[str,
 
 
 def _losses(config: RunConfig, ranks: Ranks, plan: Plan, rows: Any) -> dict[str, Any]:
-    model = load_run(config.run_dir / run_files.MODEL, config.settings, ranks)
+    model = load_for_inference(config.run_dir / run_files.MODEL, config.settings, ranks)
     batch_size = config.settings.per_gpu_eval_batch_size
     return held_out_losses(lambda batch: model(batch, "each"), plan, batch_size, ranks, rows)
 

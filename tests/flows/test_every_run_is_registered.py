@@ -220,7 +220,7 @@ def test_what_fails_in_the_evaluation_goes_on_from_there(folder, monkeypatch):
     """No step is trained again, nothing loaded by a trainer, no model written anew."""
     where = {"output_dir": str(folder / "outputs"), "run_name": "evaluated"}
     with monkeypatch.context() as patch:
-        patch.setattr(evaluate, "load_run", broken)
+        patch.setattr(evaluate, "load_for_inference", broken)
         with pytest.raises(RuntimeError, match="broken"):
             run(folder, "both", True, registered_model_name="evaluated", run_name="evaluated")
     run_dir = folder / "outputs" / "evaluated"

@@ -28,7 +28,7 @@ from training.comparison.heldout import HeldOut
 from training.comparison.job import ModelUnderTest
 from training.comparison.statistics import Scores
 from training.distributed import Ranks
-from training.engines.deployed import UsedModel
+from training.engines.inference import UsedModel
 from training.launch.heartbeat import SignsOfLife
 from training.models.loss import causal_model, micro_batch
 

@@ -8,10 +8,10 @@ copy of the weights in CPU memory of rank 0 while saving; a model from scratch o
 peft and bitsandbytes are imported only when asked for: they take up to 20 s on a cold disk.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from training.errors import ModelError
 from training.lean_imports import silence_vain_warnings
 from training.models import attention
 from training.models.deferred import Values, deferring
+from training.models.hub import base_of
 from training.models.loss import causal_model
 from training.models.transformers4 import write_for_transformers4
 from training.settings import TrainSettings
@@ -248,34 +249,73 @@ def load_deployed(
     base_dir: Path | None = None,
     trust_remote_code: bool = False,
 ) -> nn.Module:
+    """What `save_model` wrote, whole, in CPU memory, in evaluation mode."""
+    empty = empty_deployed(directory, dtype, base_dir, TrainSettings(trust_remote_code=trust_remote_code))
+    empty.values.fill(torch.device("cpu"))
+    return empty.model
+
+
+@dataclass
+class Empty:
+    """A model, and the values of what is still empty of it."""
+
+    model: Any
+    values: Values
+
+
+def empty_deployed(
+    directory: Path, dtype: torch.dtype | str, base_dir: Path | None = None, settings: TrainSettings | None = None
+) -> Empty:
     """What `save_model` wrote, in evaluation mode: the whole model, or base (`base_dir` where it moved) and adapter."""
-    adapter = directory / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else str(directory)
-    model = load_complete(base_dir or Path(base), trust_remote_code, dtype=dtype)
-    if adapter.is_file():
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, directory)
-    return model.eval()
+    base = base_of(directory)
+    empty = empty_weights(base_dir or Path(base or directory), dtype, settings or TrainSettings())
+    if base:
+        put_adapter(empty, "default", directory)
+    empty.model.eval()
+    return empty
 
 
-def load_complete(directory: Path, trust_remote_code: bool, **options: Any) -> Any:
-    """The model of a directory, all of whose tensors are in its files: transformers would draw random ones instead.
+def empty_weights(directory: Path, dtype: torch.dtype | str, settings: TrainSettings) -> Empty:
+    """The model of a directory, without adapters; by the settings of a training in 4 bits, and its code trusted.
 
-    :raises ModelError: one is not there, or code would run that nobody trusts.
+    :raises ModelError: a tensor is not in the files (transformers would draw random numbers), or code would run that
+        nobody trusts.
     """
-    options = {"local_files_only": True, "use_safetensors": True, "output_loading_info": True, **options}
+    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "output_loading_info": True}
+    if settings.use_quant:
+        assert isinstance(dtype, torch.dtype), "4-bit weights compute in a type that is known"
+        options["quantization_config"] = four_bits(dtype)
+    values = Values()
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
-            str(directory), trust_remote_code=trust_remote_code, **options
-        )
+        with deferring(values):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(directory), dtype=dtype, local_files_only=True, use_safetensors=True, **options
+            )
     except ValueError as error:
-        if trust_remote_code or "trust_remote_code" not in str(error):
+        if settings.trust_remote_code or "trust_remote_code" not in str(error):
             raise
         raise ModelError(
             f"{directory}: the code of this model comes with its files, and runs only with --trust_remote_code"
         ) from error
+    model, found = loaded
     missing = sorted(found["missing_keys"])
     if missing:
         raise ModelError(f"{directory}: {len(missing)} tensors of the model are not in its files, first {missing[0]}")
-    return model
+    return Empty(keep_differentiable(model), values)
+
+
+def put_adapter(empty: Empty, name: str, directory: Path) -> None:
+    """Give the model one adapter more, under a name.
+
+    :raises ModelError: it cannot be read, or belongs to another model.
+    """
+    from peft import PeftModel
+
+    try:
+        with empty.values.standing_in():
+            if hasattr(empty.model, "peft_config"):
+                empty.model.load_adapter(directory, adapter_name=name)
+            else:
+                empty.model = PeftModel.from_pretrained(empty.model, directory, adapter_name=name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{directory}: no adapter of this model ({error})") from error

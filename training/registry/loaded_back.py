@@ -97,12 +97,12 @@ def sharded(config: RunConfig, job: Job, stored: Path) -> Found:
     """Loaded as it was trained, over the ranks: its forward passes write the text."""
     from training.comparison.scores import generate as write
     from training.distributed import join, leave, this_rank
-    from training.engines.deployed import load_run
+    from training.engines.inference import load_for_inference
 
     ranks = this_rank()
     join(ranks)
     try:
-        model = load_run(stored, config.settings, ranks)
+        model = load_for_inference(stored, config.settings, ranks)
         tokenizer = load_tokenizer(stored)
         (written,) = write(model, tokenizer, [tokenizer.core.encode(job.prompt).ids], [[]], SAMPLE_TOKENS, ranks)
         return Found(written.text)

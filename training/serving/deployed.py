@@ -92,13 +92,12 @@ class Deployed:
         return Written(ending.num_tokens, "stop" if text.end() else ending.reason or "length")
 
 
-def load(model_dir: Path, cache_dir: Path, base: Path | None = None) -> Deployed:
+def load(model_dir: Path, cache_dir: Path, base: Path | None = None, trust_remote_code: bool = False) -> Deployed:
     """A deployed model on a GPU if there is one. `base`: where the base of an adapter is, if it has moved."""
     device = any_device()
     tokenizer = load_tokenizer(model_dir, cache_dir)
-    model: Any = load_deployed(
-        model_dir, "auto" if device.type == "cuda" else torch.float32, _base_dir(model_dir, base)
-    ).to(device)
+    dtype = "auto" if device.type == "cuda" else torch.float32
+    model: Any = load_deployed(model_dir, dtype, _base_dir(model_dir, base), trust_remote_code).to(device)
     model.generation_config.cache_implementation = None  # a static cache would be one for all answers at once
     config = model.config.get_text_config()
     return Deployed(

@@ -13,7 +13,7 @@ from training.comparison.heldout import HeldOut
 from training.comparison.job import ModelUnderTest
 from training.comparison.scores import generate
 from training.comparison.statistics import unusable
-from training.engines.deployed import UsedModel, load
+from training.engines.inference import UsedModel, load_for_inference
 from training.settings import TrainSettings
 
 EMPTY, FULL = [], [40, 41, 42]
@@ -56,7 +56,7 @@ def test_a_model_with_fewer_positions_than_an_answer_is_asked_within_them(tmp_pa
         num_excluded=0,
     )
     with alone() as ranks:
-        model = load(tmp_path, {}, TrainSettings(), ranks)
+        model = load_for_inference(tmp_path, TrainSettings(), ranks)
         asking = scoring.Asking(2, ranks, tmp_path / "cache")
         scores, answers = scoring.score(model, ModelUnderTest("gpt", "plain", str(tmp_path)), held_out, asking)
     assert len(answers) == 2 and np.isfinite(scores.losses).all() and not unusable(scores)

@@ -14,9 +14,9 @@ from tests.support.ranks_here import alone
 from training import compare
 from training.compare import run_job
 from training.comparison.job import Job, ModelUnderTest, write_job
-from training.engines import deployed
+from training.engines.inference import UsedModel
 from training.launch.run_config import read_config
-from training.models.build import load_deployed
+from training.models.build import Empty, load_deployed
 from training.models.deferred import Values
 from training.settings import GateSettings
 
@@ -77,10 +77,10 @@ def expected(run_dir) -> tuple[list[dict], dict]:
     for role, one in job.models.items():
         alone_in_the_gate = replace(job, candidate=one, champion=None, base=None)
         with pytest.MonkeyPatch.context() as patch, alone() as ranks:
-            whole = deployed.Empty(load_deployed(one.files), Values())
+            whole = Empty(load_deployed(one.files), Values())
             patch.setattr(compare, "empty_weights", lambda *_, whole=whole: whole)
-            patch.setattr(compare, "add_adapter", lambda *_: None)
-            patch.setattr(deployed.UsedModel, "speaking_as", lambda *_: nullcontext())
+            patch.setattr(compare, "put_adapter", lambda *_: None)
+            patch.setattr(UsedModel, "speaking_as", lambda *_: nullcontext())
             result = run_job(config, alone_in_the_gate, ranks)
         answers[role] = result["answers"]["candidate"]
         losses = losses or [{**line, "loss": {}} for line in lines_of(run_dir)]
