@@ -108,8 +108,8 @@ def check_memory(adapter_dir: Path, base_dir: Path, available_bytes: int) -> Non
         raise ModelError(
             f"{adapter_dir}: an adapter of this kind is merged by peft, with the whole model in memory as float32: "
             f"{needed / 1e9:.1f} GB, and {available_bytes / 1e9:.1f} GB are available. Use it unmerged "
-            "(panda serve, panda chat), export on a machine with more memory, or train a LoRA adapter without use_dora and bias, which is "
-            "merged one tensor after the other"
+            "(panda serve, panda chat), export on a machine with more memory, or train a LoRA adapter without "
+            "use_dora and bias, which is merged one tensor after the other"
         )
 
 
