@@ -177,14 +177,14 @@ def _with_attention(settings: TrainSettings, build: Callable[[str | None], PreTr
 def vocabulary_size(tokenizer_dir: str) -> int:
     from transformers import AutoTokenizer
 
-    return len(AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True))
+    return len(AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True, trust_remote_code=False))
 
 
 def special_tokens(tokenizer_dir: str) -> dict[str, int | None]:
     """Ids of bos, eos and pad, for the model's configuration."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True, trust_remote_code=False)
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 

@@ -83,7 +83,7 @@ def sentence_prompts(model_dir: Path) -> list[list[int]]:
     """A few sentences as the model's tokenizer sees them."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     return [tokenizer(text).input_ids for text in SENTENCES]
 
 

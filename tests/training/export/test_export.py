@@ -6,6 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.own_code import save_own_model
 from tests.support.tiny_models import save_adapter, save_full_model
 from tests.training.registry.test_register import greedy, tracked_run
 from training.errors import CheckpointError, ModelError
@@ -67,6 +68,19 @@ def test_patterns_scales_and_whole_layers(base, tmp_path):
     save_full_model(tmp_path / "tokenizer")  # for the tokenizer's files
     done = export(Source(tmp_path / "adapter", PROMPTS), tmp_path / "out", write_card)
     assert done.kind == "streamed" and done.difference.max_kl < 1e-6
+
+
+def test_code_of_the_base_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
+    save_own_model(tmp_path / "base")
+    save_adapter(tmp_path / "base", tmp_path / "adapter")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers would ask is not asked
+    with pytest.raises(ModelError, match=r"base: the code of this model .* only with --trust_remote_code"):
+        export(Source(tmp_path / "adapter", PROMPTS, tmp_path / "base"), tmp_path / "out", write_card)
+    with pytest.raises(ModelError, match="--trust_remote_code"):
+        load_deployed(tmp_path / "base")
+    source = Source(tmp_path / "adapter", PROMPTS, tmp_path / "base", trust_remote_code=True)
+    done = export(source, tmp_path / "out", write_card)
+    assert done.difference.top1_agreement == 1 and (tmp_path / "out" / "own.py").is_file()
 
 
 def test_what_cannot_be_streamed_is_merged_in_memory(base, tmp_path):

@@ -21,6 +21,7 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from tests.support.mlflow_fixtures import guarded, load_and_generate, server
+from tests.support.own_code import save_own_model
 from tests.support.tiny_models import save_adapter, save_full_model
 from training.errors import MlflowAway, ModelError
 from training.launch.commands import free_port
@@ -261,6 +262,18 @@ def test_a_large_model_is_loaded_back_by_the_ranks_that_trained_it(run_dir, tmp_
     (tmp_path / "base" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="it cannot be loaded back from MLflow"):
         register_run(tracked_run(run_dir), "panda-tiny", TAGS, "hello")
+
+
+def test_code_that_training_trusted_is_trusted_in_the_registry_and_no_other(run_dir, capsys):
+    save_own_model(run_dir / "model")
+    tracked = tracked_run(run_dir)
+    with pytest.raises(ModelError, match=r"cannot be loaded back from MLflow: .*trust_remote_code"):
+        register_run(tracked, "panda-tiny", TAGS, "hello")
+    (run_dir / "config.yaml").unlink()
+    trained(run_dir, steps=3, trust_remote_code=True)
+    version, text = register_run(tracked, "panda-tiny", TAGS, "hello")
+    assert text and load_and_generate(version.uri, "hello", 3, tracked.uri)
+    assert "Do you wish to run" not in capsys.readouterr().out
 
 
 def test_from_an_empty_prompt_a_model_begins_by_itself(run_dir):
