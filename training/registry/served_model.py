@@ -27,7 +27,7 @@ class ServedModel(PythonModel):
     def load_context(self, context: Any) -> None:
         """Load what `context.artifacts["model"]` holds: whole weights, or an adapter and the base it refers to."""
         directory = context.artifacts["model"]
-        trusted = bool(context.model_config.get("trust_remote_code", False))  # as training did
+        trusted = bool((context.model_config or {}).get("trust_remote_code"))  # as training did
         self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
         if Path(directory, "adapter_config.json").exists():
             from peft import PeftModel

@@ -74,7 +74,7 @@ def test_code_of_the_base_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
     save_own_model(tmp_path / "base")
     save_adapter(tmp_path / "base", tmp_path / "adapter")
     monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers would ask is not asked
-    with pytest.raises(ModelError, match=r"base: the code of this model .* only with --trust_remote_code"):
+    with pytest.raises(ModelError, match=r": the code of this model .* only with --trust_remote_code"):
         export(Source(tmp_path / "adapter", PROMPTS, tmp_path / "base"), tmp_path / "out", write_card)
     with pytest.raises(ModelError, match="--trust_remote_code"):
         load_deployed(tmp_path / "base")
