@@ -23,7 +23,7 @@ from training import run_files
 from training.comparison import heldout, statistics
 from training.comparison.heldout import HeldOut
 from training.comparison.job import GateResult, Job, ModelUnderTest, read_job
-from training.comparison.scores import Asking, score
+from training.comparison.scores import Asking, Generation, score
 from training.comparison.statistics import Scores
 from training.devices import compute_dtype
 from training.distributed import Ranks, join, leave, this_rank
@@ -85,10 +85,8 @@ def score_all(
         one = job.models[role]
         with asked_about(role, one, problems):
             log.info("scoring %s (%s)", one.name, one.files)
-            if model is None:
-                scores[role], said = statistics.nothing_asked(), []
-            else:
-                scores[role], said = score(model, one, held_out, asking)
+            nothing: tuple[Scores, list[Generation]] = (statistics.nothing_asked(), [])
+            scores[role], said = score(model, one, held_out, asking) if model else nothing
             answers[role] = [asdict(generation) for generation in said]
     order = [role for role in job.models if role in scores]
     return {role: scores[role] for role in order}, {role: answers[role] for role in order}, problems
@@ -114,11 +112,11 @@ def models_of(
         if not num_records:
             yield from ((role, None) for role in roles)
             continue
-        settings = config.settings.model_copy(update={"use_quant": weights.quantised})
+        dtype, trusted = compute_dtype(config.settings, ranks.device), config.settings.trust_remote_code
         empty: Empty | None = None
         first = next(iter(roles))
         with asked_about(first, job.models[first], problems):
-            empty = empty_weights(weights.directory, compute_dtype(settings, ranks.device), settings)
+            empty = empty_weights(weights.directory, dtype, weights.quantised, trusted)
         if empty is None:
             problems |= {role: problems[first] for role in roles}
             continue

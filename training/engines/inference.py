@@ -49,7 +49,8 @@ def load_for_inference(
     directory: Path, settings: TrainSettings, ranks: Ranks, base_dir: Path | None = None
 ) -> UsedModel:
     """The model of `directory`, in evaluation mode, on the ranks. `base_dir`: where an adapter's base is now."""
-    return in_use(empty_deployed(directory, compute_dtype(settings, ranks.device), base_dir, settings), ranks)
+    dtype, trusted = compute_dtype(settings, ranks.device), settings.trust_remote_code
+    return in_use(empty_deployed(directory, dtype, base_dir, settings.use_quant, trusted), ranks)
 
 
 def in_use(empty: Empty, ranks: Ranks) -> UsedModel:

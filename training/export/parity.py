@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from training.devices import any_device
 from training.models.build import empty_deployed
 from training.models.streamed import streamed
-from training.settings import TrainSettings
 
 TIE_NATS = 0.01  # two tokens this close in log-probability are equally likely: rounding may swap them
 POSITIONS = 32  # last positions of each prompt that are compared: 8 prompts x 32 x 128k words = 130 MB
@@ -58,8 +57,8 @@ def agrees(p: Tensor, q: Tensor) -> Tensor:
 
 def load(model_dir: Path, base: Path | None = None, trust_remote_code: bool = False) -> nn.Module:
     """A model in float32, or an adapter on its base, whose layers are read when they are called."""
-    settings = TrainSettings(trust_remote_code=trust_remote_code)
-    return streamed(empty_deployed(model_dir, torch.float32, base, settings), any_device())
+    empty = empty_deployed(model_dir, torch.float32, base, trust_remote_code=trust_remote_code)
+    return streamed(empty, any_device())
 
 
 @torch.no_grad()

@@ -250,7 +250,7 @@ def load_deployed(
     trust_remote_code: bool = False,
 ) -> nn.Module:
     """What `save_model` wrote, whole, in CPU memory, in evaluation mode."""
-    empty = empty_deployed(directory, dtype, base_dir, TrainSettings(trust_remote_code=trust_remote_code))
+    empty = empty_deployed(directory, dtype, base_dir, trust_remote_code=trust_remote_code)
     empty.values.fill(torch.device("cpu"))
     return empty.model
 
@@ -264,25 +264,29 @@ class Empty:
 
 
 def empty_deployed(
-    directory: Path, dtype: torch.dtype | str, base_dir: Path | None = None, settings: TrainSettings | None = None
+    directory: Path,
+    dtype: torch.dtype | str,
+    base_dir: Path | None = None,
+    quantised: bool = False,
+    trust_remote_code: bool = False,
 ) -> Empty:
     """What `save_model` wrote, in evaluation mode: the whole model, or base (`base_dir` where it moved) and adapter."""
     base = base_of(directory)
-    empty = empty_weights(base_dir or Path(base or directory), dtype, settings or TrainSettings())
+    empty = empty_weights(base_dir or Path(base or directory), dtype, quantised and bool(base), trust_remote_code)
     if base:
         put_adapter(empty, "default", directory)
     empty.model.eval()
     return empty
 
 
-def empty_weights(directory: Path, dtype: torch.dtype | str, settings: TrainSettings) -> Empty:
-    """The model of a directory, without adapters; by the settings of a training in 4 bits, and its code trusted.
+def empty_weights(directory: Path, dtype: torch.dtype | str, quantised: bool, trust_remote_code: bool) -> Empty:
+    """The model of a directory, without adapters, to be filled with its weights or with 4 bits of each.
 
     :raises ModelError: a tensor is not in the files (transformers would draw random numbers), or code would run that
         nobody trusts.
     """
-    options: dict[str, Any] = {"trust_remote_code": settings.trust_remote_code, "output_loading_info": True}
-    if settings.use_quant:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    if quantised:
         assert isinstance(dtype, torch.dtype), "4-bit weights compute in a type that is known"
         options["quantization_config"] = four_bits(dtype)
     values = Values()
@@ -292,7 +296,7 @@ def empty_weights(directory: Path, dtype: torch.dtype | str, settings: TrainSett
                 str(directory), dtype=dtype, local_files_only=True, use_safetensors=True, **options
             )
     except ValueError as error:
-        if settings.trust_remote_code or "trust_remote_code" not in str(error):
+        if trust_remote_code or "trust_remote_code" not in str(error):
             raise
         raise ModelError(
             f"{directory}: the code of this model comes with its files, and runs only with --trust_remote_code"
