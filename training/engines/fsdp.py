@@ -46,7 +46,12 @@ class FsdpEngine:
         cls, module: CausalLMLoss, settings: TrainSettings, ranks: Ranks, values: Values | None = None
     ) -> "FsdpEngine":
         """Shard the model in place; each rank reads its shards of `values`, of what is still empty."""
-        shard(module, settings, ranks, Values() if values is None else values)
+        precision = (
+            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            if uses_bf16(settings, ranks.device)
+            else MixedPrecisionPolicy()
+        )
+        shard(module, ranks, Values() if values is None else values, precision)
         optimizer = build_optimizer(module.named_parameters(), settings)
         return cls(
             module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)), holds_gradients=settings.use_lora
@@ -96,14 +101,9 @@ class FsdpEngine:
             yield name, whole(value.detach()).cpu().clone()
 
 
-def shard(module: CausalLMLoss, settings: TrainSettings, ranks: Ranks, values: Values) -> None:
-    """`fully_shard` the model in place, and fill its shards."""
+def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPrecisionPolicy) -> None:
+    """`fully_shard` the model in place, and fill its shards with the values of what is still empty in it."""
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    precision = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        if uses_bf16(settings, ranks.device)
-        else MixedPrecisionPolicy()
-    )
     make_shardable(values, ranks.device)
     missing = values.by_name(module)
     for layer in decoder_layers(module):

@@ -243,13 +243,35 @@ def check_saved(directory: Path) -> None:
 
 
 def load_deployed(directory: Path, dtype: torch.dtype | str = torch.float32, base_dir: Path | None = None) -> nn.Module:
-    """What `save_model` wrote, in evaluation mode: the whole model, or base (`base_dir` where it moved) and adapter."""
+    """What `save_model` wrote, whole, in CPU memory, in evaluation mode."""
+    model, values = empty_deployed(directory, dtype, base_dir)
+    values.fill(torch.device("cpu"))
+    return model
+
+
+def empty_deployed(
+    directory: Path, dtype: torch.dtype | str, base_dir: Path | None = None, settings: TrainSettings | None = None
+) -> tuple[nn.Module, Values]:
+    """What `save_model` wrote, in evaluation mode, and the values of what is still empty of it.
+
+    The whole model, or base (`base_dir` where it moved) and adapter. By the settings of its training the base is in
+    4 bits again, and code that comes with it is trusted.
+    """
     adapter = directory / "adapter_config.json"
     base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else str(directory)
-    base = str(base_dir or base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, local_files_only=True, use_safetensors=True)
+    options: dict[str, Any] = {"trust_remote_code": True} if settings and settings.trust_remote_code else {}
+    if settings and settings.use_quant and adapter.is_file():
+        assert isinstance(dtype, torch.dtype), "4-bit weights compute in a type that is known"
+        options["quantization_config"] = four_bits(dtype)
+    values = Values()
+    with deferring(values):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            str(base_dir or base), dtype=dtype, local_files_only=True, use_safetensors=True, **options
+        )
+    keep_differentiable(model)
     if adapter.is_file():
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, directory)
-    return model.eval()
+        with values.standing_in():
+            model = PeftModel.from_pretrained(model, directory)
+    return model.eval(), values
