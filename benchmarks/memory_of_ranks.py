@@ -2,9 +2,10 @@
 
 ``python -m benchmarks.memory_of_ranks [--layers 22] [--ranks 4] [--only WAY ...]``. In: nothing. Out: a table, the peak
 of anonymous memory of each rank (`smaps_rollup`, looked at every 20 ms; pages mapped from files do not count) until it
-has loaded and until it has made two steps; the exit code is 1 when a sharded way takes more than its share of the float32
-weights and 1 GB. The model is a random Llama in shards in a temporary directory: 1.1 billion float32 parameters, 4.4 GB;
-``--layers 3`` for a quick look. ZeRO 2 holds the weights whole, for comparison. Needs 12 GB of memory, 2 minutes a way.
+has loaded and until it has made two steps; the exit code is 1 when a sharded way takes more than its share of the
+float32 weights and 1 GB. The model is a random Llama in shards in a temporary directory: 1.1 billion float32
+parameters, 4.4 GB; ``--layers 3`` for a quick look. ZeRO 2 holds the weights whole, for comparison. Needs 12 GB of
+memory, 2 minutes a way.
 """
 
 import argparse
