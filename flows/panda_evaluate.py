@@ -36,7 +36,7 @@ def panda_evaluate(**parameters: Any) -> State[Any]:
     message = ", ".join(f"{source} {loss:.4f}" for source, loss in losses["after"].items())
     said = f"held-out loss: {message}" if message else "no record is held out (validation_fraction)"
     summary = {"run_dir": str(run.path), "losses": losses}
-    return flow_states.completed(flow_states.told(summary, "Evaluated", said))
+    return flow_states.completed(flow_states.with_outcome(summary, "Evaluated", said))
 
 
 def _trained(run: Path) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from configs.settings import PandaSettings
 from data_prep.errors import PandaError
 from flows.parts import approval, flow_states, overview, policy, run_dir
 from flows.parts.champion import with_replay
-from flows.parts.flow_states import Ended, Stopwatch
+from flows.parts.flow_states import EarlyExit, Stopwatch
 from flows.parts.form import add_result, configure, flow_of_settings, run_title
 from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end, on_early_end, tell, tell_of_lost
@@ -46,17 +46,17 @@ def panda_train(**parameters: Any) -> State[Any]:
             return Cancelled(name="SkippedStillRunning", message=late)
         settings = configure(parameters).settings
         tell_of_lost(settings.notify)
-        return ended(run_stages(settings))
-    except Ended as end:
-        if "gate" not in end.summary:
-            overview.show(end.summary)
-        on_early_end(parameters, end.name, str(end))
-        return ended(end.summary)
+        return finished(run_stages(settings))
+    except EarlyExit as early:
+        if "gate" not in early.summary:
+            overview.show(early.summary)
+        on_early_end(parameters, early.name, str(early))
+        return finished(early.summary)
     except PandaError as error:
         return flow_states.failed(error)
 
 
-def ended(summary: dict[str, Any]) -> State[Any]:
+def finished(summary: dict[str, Any]) -> State[Any]:
     """The final state; the run's name says what came of it."""
     add_result(summary)
     return flow_states.completed(summary)
@@ -75,13 +75,13 @@ def run_stages(settings: PandaSettings) -> dict[str, Any]:
         interrupted = interrupted_run(settings, prepared)
         skip = None if interrupted else policy.nothing_new(settings, prepared)
         if skip:
-            raise Ended("SkippedNoNewData", skip, {"data": prepared.plan.report, "seconds": watch.seconds})
+            raise EarlyExit("SkippedNoNewData", skip, {"data": prepared.plan.report, "seconds": watch.seconds})
         run, resume = open_run(settings, prepared, interrupted)
     try:
-        summary = flow_states.told(train_and_register(settings, run, prepared, resume, watch))
-    except Ended as end:
-        if end.name == "NotApproved":  # decided: no other run is to go on with it
-            run_dir.write_summary(run, end.summary)
+        summary = flow_states.with_outcome(train_and_register(settings, run, prepared, resume, watch))
+    except EarlyExit as early:
+        if early.name == "NotApproved":  # decided: no other run is to go on with it
+            run_dir.write_summary(run, early.summary)
         raise
     except PandaError as error:
         run_dir.write_outcome(run, flow_states.reason_of(error), str(error))
@@ -141,7 +141,7 @@ def train_and_register(
     become = "is the champion now" if verdict["promoted"] else "stays challenger"
     subject, reasons = f"{version['name']} version {version['version']} {become}", "\n".join(verdict["reasons"])
     if "approval" in verdict and verdict["approval"]["answer"] in (REFUSED, NO_ANSWER):
-        raise Ended("NotApproved", f"{subject}: {verdict['reasons'][0]}; {run.path}", summary)
+        raise EarlyExit("NotApproved", f"{subject}: {verdict['reasons'][0]}; {run.path}", summary)
     if settings.notify:
         tell(settings.notify, subject, f"{reasons}\n\n{flow_run.ui_url}")
     return summary

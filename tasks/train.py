@@ -19,6 +19,7 @@ from tasks.stage import retry_helps, stage
 from training import run_files
 from training.launch import launcher
 from training.launch.commands import EVALUATE
+from training.launch.events import Event
 from training.launch.exits import ExitReason
 from training.launch.launcher import ExitReport
 from training.launch.run_config import read_config
@@ -73,10 +74,10 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any
         logger.info("%s was trained to its end before", run_dir.name)
         return trained_before(run_dir)
 
-    def on_event(event: dict[str, Any]) -> None:
-        if event.get("event") == "step":
+    def on_event(event: Event) -> None:
+        if event["event"] == "step":
             progress("train", event["step"], event["steps"], "steps", f"loss {event['loss']:.4f}")
-        if event.get("event") == "alive":
+        if event["event"] == "alive":
             logger.info("%s: %s of %s %s", event["doing"], event["done"], event["total"], event["unit"])
 
     _require_completed("training", launcher.launch(run_dir, settings, on_event, logger.info, resume), run_dir)

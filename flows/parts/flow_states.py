@@ -30,13 +30,13 @@ NAMES = {
 }
 
 
-class Ended(Exception):
+class EarlyExit(Exception):
     """The run is over before its last stage, and that is no failure: tracking is told so by `report`."""
 
     report = ExitReport(ExitReason.completed)
 
     def __init__(self, name: str, message: str, summary: dict[str, Any]):
-        self.name, self.summary = name, told(summary, name, message)
+        self.name, self.summary = name, with_outcome(summary, name, message)
         super().__init__(message)
 
 
@@ -54,13 +54,13 @@ def failed(error: PandaError) -> State[Any]:
     return Failed(name=NAMES[reason], message=str(error), data=error)
 
 
-def told(summary: dict[str, Any], name: str = "Completed", message: str | None = None) -> dict[str, Any]:
+def with_outcome(summary: dict[str, Any], name: str = "Completed", message: str | None = None) -> dict[str, Any]:
     """The summary, which says itself how the run ended."""
     return {**summary, "outcome": {"name": name, "message": message or _message(summary)}}
 
 
 def completed(summary: dict[str, Any]) -> State[Any]:
-    """A summary that has been told its outcome is the result of the run."""
+    """A summary with its outcome is the result of the run."""
     return Completed(**summary["outcome"], data=summary)
 
 

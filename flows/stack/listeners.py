@@ -6,13 +6,14 @@ whoever listens in its place.
 
 import contextlib
 import os
-import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from training.launch import processes
+from training.launch.processes import LOOPBACK
+
 OWNER = "PANDA_STACK"  # in the environment of everything a service starts: state directory and service
 
 
@@ -44,20 +45,11 @@ def project_of(url: str) -> Path | None:
 
 
 def is_orphan(url: str) -> bool:
-    """Whether it is a server whose keeper is gone: about to end, not one to rely on."""
+    """Whether it is a server whose process manager is gone: about to end, not one to rely on."""
     with contextlib.suppress(psutil.Error):
         process = listener(url)
-        return bool(process and OWNER in process.environ() and process.ppid() == 1)
+        return bool(process and OWNER in process.environ() and processes.is_orphan(process))
     return False
-
-
-def free_port(port: int) -> int:
-    """The first one from `port` on that nobody listens on."""
-    for candidate in range(port, port + 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((LOOPBACK[0], candidate))
-            return candidate
-    return port
 
 
 def port_of(url: str) -> int:

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.support import tiny
 from tests.support.plans import example, write_plan
+from training.launch.processes import free_port
 
 GOLDEN = Path(__file__).parents[1] / "assets" / "golden-losses.json"
 
@@ -41,7 +42,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_records(tmp
     assert "is not finite; no update was made" in said or "no update was made. Look at these records" in said
     assert "memory.json:" in said
     assert "step 2:" in said
-    weights = load_file(run / "checkpoints" / "step-000001" / "state-00000.safetensors")
+    weights = load_file(run / "checkpoints" / "step-000001" / "state-00000-00000.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
@@ -94,7 +95,7 @@ def test_a_plan_without_rows_is_an_error_of_data(tmp_path):
 def test_torchrun_by_hand(tmp_path):
     run = tiny.write_run(tmp_path, max_steps=2)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(tiny.free_port()),
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
         "-m", "training.worker", "--config", str(run / "config.yaml"),
     ]  # fmt: skip
     done = subprocess.run(

@@ -29,7 +29,7 @@ from training.comparison.job import ModelUnderTest
 from training.comparison.statistics import Scores
 from training.distributed import Ranks
 from training.engines.inference import UsedModel
-from training.launch.heartbeat import SignsOfLife
+from training.launch.heartbeat import Heartbeat
 from training.models.loss import causal_model, micro_batch
 
 MAX_NEW_TOKENS = 96
@@ -93,7 +93,7 @@ def record_losses(model: UsedModel, shard: TokenShard, asking: Asking, longest: 
     rows = sorted(parts_of(shard, longest), key=lambda part: part.length)
     batches = [rows[first : first + size] for first in range(0, len(rows), size)]
     num_passes = -(-len(batches) // ranks.world_size)  # of every rank: sharded weights need all of them
-    alive = SignsOfLife("held-out records", num_passes, "micro-batches")
+    alive = Heartbeat("held-out records", num_passes, "micro-batches")
     with torch.no_grad():
         for done in range(num_passes):
             alive(done)
@@ -158,7 +158,7 @@ def generate(  # noqa: PLR0913, PLR0917
     if not prompts:
         return []
     ids, mask = left_padded([prompt or [tokenizer.eos_id] for prompt in prompts], tokenizer.pad_id)
-    alive = SignsOfLife("answers", num_new, "tokens")
+    alive = Heartbeat("answers", num_new, "tokens")
     output = model.generate(
         input_ids=ids.to(ranks.device),
         attention_mask=mask.to(ranks.device),
@@ -176,7 +176,7 @@ def generate(  # noqa: PLR0913, PLR0917
 class _Alive(StoppingCriteria):
     """Stops nothing; says that a token more is there."""
 
-    def __init__(self, alive: SignsOfLife, num_prompt: int):
+    def __init__(self, alive: Heartbeat, num_prompt: int):
         self.alive = alive
         self.num_prompt = num_prompt
 

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_m
 from training.devices import compute_dtype
 from training.distributed import Ranks
 from training.engines.fsdp import shard
-from training.launch.heartbeat import SignsOfLife
+from training.launch.heartbeat import Heartbeat
 from training.models.build import Empty, empty_deployed
 from training.models.deferred import check_filled
 from training.models.loss import CausalLMLoss
@@ -61,7 +61,7 @@ def in_use(empty: Empty, ranks: Ranks) -> UsedModel:
         register_fsdp_forward_method(module, "generate")
         module.register_forward_hook(lambda *_: module.reshard())  # it waits for a backward pass, gathered
     else:
-        empty.values.fill(ranks.device, SignsOfLife("loading the model", len(empty.values), "tensors"))
+        empty.values.fill(ranks.device, Heartbeat("loading the model", len(empty.values), "tensors"))
         module.to(ranks.device)
     check_filled(module)
     return module

@@ -14,12 +14,12 @@ Facts about this machine that the launcher needs, found without torch. In: /proc
 """
 
 import os
-import socket
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from training import run_files
+from training.launch.processes import LOOPBACK, free_port
 from training.settings import EngineSettings
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,6 @@ EVALUATE = "training.evaluate"
 COMPARE = "training.compare"
 LOAD_BACK = "training.registry.loaded_back"
 DEFAULT_PORT = 29500
-LOOPBACK = "127.0.0.1"
 
 
 @dataclass(frozen=True)
@@ -123,7 +122,7 @@ def hostfile_command(run_dir: Path, settings: EngineSettings, machine: Machine, 
         *["--hostfile", str(settings.hostfile), "--no_local_rank"],
         *["--master_port", str(settings.master_port or DEFAULT_PORT)],
     ]
-    if settings.master_addr != LOOPBACK:  # otherwise the first host of the file
+    if settings.master_addr != LOOPBACK[0]:  # otherwise the first host of the file
         argv += ["--master_addr", settings.master_addr]
     if settings.num_processes:
         argv += ["--num_gpus", str(settings.num_processes)]
@@ -137,7 +136,7 @@ def using_commands(
     module: str, run_dir: Path, settings: EngineSettings, machine: Machine, arguments: tuple[str, ...] = ()
 ) -> list[Command]:
     """The ranks that use what lies in RUN: as many as have trained on this machine, called after the module."""
-    here = settings.model_copy(update={"nodes": 1, "hostfile": None, "master_addr": LOOPBACK, "master_port": 0})
+    here = settings.model_copy(update={"nodes": 1, "hostfile": None, "master_addr": LOOPBACK[0], "master_port": 0})
     words = [module, *worker_args(run_dir, resume=False), *arguments]
     return local_ranks(module.rpartition(".")[2], words, run_dir, here, machine)
 
@@ -173,7 +172,7 @@ MEMORY_EVENTS = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memo
 
 
 def this_machine() -> Machine:
-    """GPUs, usable cores and a port that is free now."""
+    """GPUs, usable cores and a port that is free now; where somebody else then takes it, the run is retried."""
     return Machine(num_gpus=num_gpus(), num_cores=len(os.sched_getaffinity(0)), free_port=free_port())
 
 
@@ -183,13 +182,6 @@ def num_gpus() -> int:
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def free_port() -> int:
-    """A free TCP port of the loopback device. Another process may take it before rank 0 does: that run is retried."""
-    with socket.socket() as listener:
-        listener.bind((LOOPBACK, 0))
-        return listener.getsockname()[1]
 
 
 def num_oom_kills() -> int:

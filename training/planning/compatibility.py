@@ -81,6 +81,12 @@ RULES: tuple[Rule, ...] = (
         "give --ckpt_path, or train the whole model",
     ),
     Rule(
+        "compile with zero_stage 3",
+        lambda case: case.settings.compile and case.zero == 3,
+        "ZeRO 3 gathers weights between the operations that would be compiled into one",
+        "--strategy fsdp, or --zero_stage 2",
+    ),
+    Rule(
         "offload_parameters without zero_stage 3",
         lambda case: case.settings.offload_parameters and case.zero != 3,
         "only ZeRO 3 gathers weights when they are needed",

@@ -27,9 +27,6 @@ EIGHT_BIT_STATE_BYTES = 2.06
 SUB_GROUP_ELEMENTS = 1_000_000_000  # updated at a time (ZeRO 3)
 LIVE_ELEMENTS = 1_000_000_000  # of gathered weights, at most (ZeRO 3)
 CHUNK_COPIES = 3  # logits, the exponentials of their normaliser, their gradient
-GPU_CONTEXT_BYTES = 1.0e9  # CUDA, cuBLAS and NCCL, outside of torch's allocator
-GPU_FRAGMENTATION = 0.04
-CPU_PROCESS_BYTES = 0.22e9  # Python with torch, transformers and deepspeed, as far as a step needs it: fitted
 LAYER_TRANSIENT = 0.5  # gradients inside a layer, as a part of what the layer saves
 CHECKPOINT_BYTES = 12  # float32 weight and two states of each trained parameter
 
@@ -87,10 +84,8 @@ def estimate(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> 
     parts["activations"] = activations(shape, settings)
     parts["logits"] = _logits(shape, settings, hardware)
     parts["update"] = _update_gradients(shape, settings, hardware)
-    if hardware.is_gpu:
-        parts["engine"] += GPU_CONTEXT_BYTES + GPU_FRAGMENTATION * Memory(**parts).total
-    else:
-        parts["engine"] += CPU_PROCESS_BYTES
+    tensors = Memory(**parts).total
+    parts["engine"] += hardware.with_overhead(tensors) - tensors
     return Memory(**parts, host=_host(shape, settings, hardware))
 
 

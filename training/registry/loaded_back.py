@@ -21,7 +21,7 @@ from data_prep.tokenizer import load_tokenizer
 from training import run_files
 from training.errors import CheckpointError, ModelError
 from training.launch.exits import run_rank
-from training.launch.heartbeat import SignsOfLife
+from training.launch.heartbeat import Heartbeat
 from training.launch.run_config import RunConfig, read_config
 from training.lean_imports import silence_vain_warnings
 from training.models import shards
@@ -67,7 +67,7 @@ def other_tensors(stored: Path, model_dir: Path) -> str | None:
         theirs, mine = shards.tensors_of(stored), shards.tensors_of(model_dir)
     except CheckpointError as error:
         raise ModelError(f"it cannot be loaded back from MLflow: {error}") from error
-    alive = SignsOfLife("comparing tensors", len(mine), "tensors")
+    alive = Heartbeat("comparing tensors", len(mine), "tensors")
     for done, (name, tensor) in enumerate(mine.items()):
         alive(done)
         other = theirs.pop(name, None)

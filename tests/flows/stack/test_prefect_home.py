@@ -16,7 +16,8 @@ from flows.cli import run
 from flows.stack import old_database, prefect_home, services, up
 from flows.stack.prefect_home import AUTH_STRING, SERVER_AUTH_STRING, URL
 from flows.stack.prefect_server import ServerError, connected, unusable, wait_for_server
-from tests.support.stack import ROOT, free_port
+from tests.support.stack import ROOT
+from training.launch.processes import free_port
 
 REMOTE = "https://prefect.team.example/api"
 
@@ -147,6 +148,12 @@ class TestHint:
     def hint(self, project) -> str:
         summary = {"prefect_flow_run_id": "ID", "run_dir": str(project / "outputs" / "run")}
         return run.ui_commands(PandaSettings(model="panda-tiny"), summary)[0]
+
+    def test_of_up_in_a_folder_without_deployments(self, project):
+        there, hint = prefect_home.Address("http://127.0.0.1:9/api"), "deployment run panda-train/default"
+        assert hint not in up._welcome(project / "state", there, there.url), "there is nothing to run"
+        (project / "prefect.yaml").touch()
+        assert hint in up._welcome(project / "state", there, there.url)
 
     def test_of_a_temporary_server(self, project):
         port = free_port()

@@ -18,6 +18,7 @@ LLAMA = {"model_type": "llama"}
     [
         ({"use_quant": True}, LLAMA, "add --use_lora"),
         ({"use_lora": True}, None, "give --ckpt_path"),
+        ({"compile": True, "zero_stage": 3}, LLAMA, "--strategy fsdp, or --zero_stage 2"),
         ({"offload_parameters": True, "zero_stage": 2}, LLAMA, "--zero_stage 3"),
         ({"offload_optimizer": True, "zero_stage": 0}, LLAMA, "--zero_stage 2"),
         ({"offload_optimizer": True, "strategy": "fsdp"}, LLAMA, "--strategy deepspeed"),

@@ -17,7 +17,7 @@ from tests.support.ranks_here import alone
 from training.compare import run_job
 from training.comparison import approval
 from training.comparison.job import read_job
-from training.launch.commands import free_port
+from training.launch.processes import free_port
 from training.launch.run_config import read_config
 from training.registry import lineage, promotion
 from training.registry.promotion import settle

@@ -24,8 +24,8 @@ from tests.support.mlflow_fixtures import guarded, load_and_generate, server
 from tests.support.own_code import save_own_model
 from tests.support.tiny_models import save_adapter, save_full_model
 from training.errors import MlflowAway, ModelError
-from training.launch.commands import free_port
 from training.launch.exits import ExitReason, reason_of_error
+from training.launch.processes import free_port
 from training.registry import loaded_back, proof
 from training.registry import register as registry
 from training.registry.loaded_back import load_served
