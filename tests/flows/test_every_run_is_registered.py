@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from configs.settings import PandaSettings
-from data_prep.errors import CorpusError
+from data_prep.errors import CorpusError, PandaError
 from flows.cli import run as report
 from flows.cli.run import call_flow
 from flows.panda_evaluate import panda_evaluate
@@ -221,7 +221,7 @@ def test_what_fails_in_the_evaluation_goes_on_from_there(folder, monkeypatch):
     where = {"output_dir": str(folder / "outputs"), "run_name": "evaluated"}
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "load_for_inference", broken)
-        with pytest.raises(RuntimeError, match="broken"):
+        with pytest.raises(PandaError, match="broken"):
             run(folder, "both", True, registered_model_name="evaluated", run_name="evaluated")
     run_dir = folder / "outputs" / "evaluated"
     files = (run_dir / "train.json", run_dir / "metrics.jsonl", run_dir / "model" / "model.safetensors")
