@@ -1,6 +1,8 @@
 """The gate on several ranks, and adapters switched on one base: what it finds is what one process found before."""
 
 import json
+import shutil
+import weakref
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -116,6 +118,29 @@ def test_an_adapter_that_cannot_be_loaded_costs_its_role_only(run_dir, expected,
         result = run_job(read_config(run_dir / "config.yaml"), job, ranks)
     assert list(result["problems"]) == ["champion"] and not result["promoted"]
     assert result["answers"]["base"] == expected[1]["base"]
+
+
+def test_weights_are_gone_before_others_are_loaded(run_dir, tmp_path, monkeypatch):
+    shutil.copytree(run_dir / "model", tmp_path / "other")
+    job = job_of(run_dir)
+    job = replace(job, champion=replace(job.champion, model_dir=str(tmp_path / "other")), base=None)
+    used, alive = [], []
+    make, load = compare.in_use, compare.empty_weights
+
+    def remembered(*arguments):
+        model = make(*arguments)
+        used.append(weakref.ref(model))
+        return model
+
+    def looked_at(*arguments):
+        alive.append(sum(one() is not None for one in used))
+        return load(*arguments)
+
+    monkeypatch.setattr(compare, "in_use", remembered)
+    monkeypatch.setattr(compare, "empty_weights", looked_at)
+    with alone() as ranks:
+        assert not run_job(read_config(run_dir / "config.yaml"), job, ranks)["problems"]
+    assert alive == [0, 0] and len(used) == 2
 
 
 @pytest.mark.distributed
