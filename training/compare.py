@@ -88,7 +88,7 @@ def score_all(
             nothing: tuple[Scores, list[Generation]] = (statistics.nothing_asked(), [])
             scores[role], said = score(model, one, held_out, asking) if model else nothing
             answers[role] = [asdict(generation) for generation in said]
-        model = None  # the next weights need its room
+        del model  # the next weights need its room
     order = [role for role in job.models if role in scores]
     return {role: scores[role] for role in order}, {role: answers[role] for role in order}, problems
 
