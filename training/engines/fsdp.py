@@ -10,7 +10,7 @@ the files; a 4-bit weight is quantised whole by every rank, which keeps its part
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -125,13 +125,18 @@ class FsdpEngine:
             yield name, whole(value.detach()).cpu().clone()
 
 
-def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPrecisionPolicy) -> None:
-    """`fully_shard` the model in place, and fill its shards with the values of what is still empty in it."""
+def shard(
+    module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPrecisionPolicy, units: Sequence[nn.Module] = ()
+) -> None:
+    """`fully_shard` the model in place, and fill its shards with the values of what is still empty in it.
+
+    :param units: what is gathered by itself when it is called, beside the decoder layers
+    """
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     make_shardable(values, ranks.device)
     missing = values.by_name(module)
-    for layer in decoder_layers(module):
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    for unit in (*decoder_layers(module), *units):
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
     fully_shard(module, mesh=mesh, mp_policy=precision)
     alive = Heartbeat("loading the model", len(missing), "tensors")
     for done, (name, parameter) in enumerate(list(module.named_parameters())):

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAMPLE_TOKENS = 48
+SHARED_TOKENS = 16  # of a large model: for each token every rank gathers all weights
 
 
 def load_served(model_uri: str, uri: str | None = None) -> Any:
@@ -104,7 +105,7 @@ def sharded(config: RunConfig, job: Job, stored: Path) -> Found:
     try:
         model = load_for_inference(stored, config.settings, ranks)
         tokenizer = load_tokenizer(stored)
-        (written,) = write(model, tokenizer, [tokenizer.core.encode(job.prompt).ids], [[]], SAMPLE_TOKENS, ranks)
+        (written,) = write(model, tokenizer, [tokenizer.core.encode(job.prompt).ids], [[]], SHARED_TOKENS, ranks)
         return Found(written.text)
     except (PandaError, OSError, ValueError, KeyError) as error:
         raise ModelError(f"it cannot be loaded back from MLflow: {type(error).__name__}: {error}") from error

@@ -257,7 +257,7 @@ def test_a_large_model_is_loaded_back_by_the_ranks_that_trained_it(run_dir, tmp_
     model = save_adapter(tmp_path / "base", run_dir / "model")
     trained(run_dir, steps=3, num_processes=2)
     _, text = register_run(tracked_run(run_dir), "panda-tiny", TAGS, "hello")
-    assert text == greedy(model, run_dir / "model", "hello", loaded_back.SAMPLE_TOKENS)
+    assert text == greedy(model, run_dir / "model", "hello", loaded_back.SHARED_TOKENS)
     assert {path.name for path in (run_dir / "logs").iterdir()} == {"loaded_back-0.log", "loaded_back-1.log"}
     (tmp_path / "base" / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="it cannot be loaded back from MLflow"):
