@@ -24,7 +24,6 @@ from pathlib import Path
 import psutil
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = 40
 EVERY_SECONDS = 0.05
 
 
@@ -71,6 +70,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--width", type=int, default=1024)
     parser.add_argument("--quant", action="store_true", help="the adapters were trained on 4 bits")
+    parser.add_argument("--only", nargs="+", choices=STAGES, default=list(STAGES), help="export needs register")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="memory-of-use-") as directory:
         root = Path(directory)
@@ -81,8 +81,8 @@ def main() -> None:
         size = int(made.stdout.split()[-1])
         print(f"{size / 4e9:.2f} billion weights, {size / 1e9:.2f} GB; {arguments.ranks} ranks; {os.cpu_count()} cores")
         print(f"{'stage':12} {'seconds':>8}  peaks in GB (a quarter of the model and 1 GB: {size / 4e9 + 1:.2f})")
-        for stage, action in STAGES.items():
-            peaks: dict[str, int] = {}
+        for stage in arguments.only:
+            action, peaks = STAGES[stage], dict[str, int]()
             began = time.monotonic()
             with watched(peaks):
                 action(root / "outputs" / "run-1")
