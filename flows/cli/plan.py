@@ -23,6 +23,7 @@ from data_prep.plan.reader import open_plan
 from flows.cli.console import plain_table, stdout_console
 from flows.cli.estimate import DataEstimate, estimate_data
 from flows.cli.run import print_json
+from flows.parts.preflight import nothing_to_start_from
 from training.launch import commands
 from training.models.hub import base_checkpoint, description
 from training.planning import compatibility
@@ -52,9 +53,9 @@ def run(line: CommandLine, loaded: Loaded) -> int:
 
 def make_plan(settings: PandaSettings, gpu_memory_gb: float | None, tokens_per_second: float | None) -> dict[str, Any]:
     """The whole plan as plain values; its keys are documented in docs/guide.md."""
+    if nothing := nothing_to_start_from(settings):
+        raise ConfigError(nothing)
     checkpoint = base_checkpoint(settings)
-    if checkpoint is None and settings.architecture is None:
-        raise ConfigError([f"model={settings.model!r}: neither ckpt_path nor architecture says what to start from"])
     described = description(settings)
     last = newest_config(Path(settings.output_dir))
     train = TrainSettings.of(settings)
