@@ -42,7 +42,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_records(tmp
     assert "is not finite; no update was made" in said or "no update was made. Look at these records" in said
     assert "memory.json:" in said
     assert "step 2:" in said
-    weights = load_file(run / "checkpoints" / "step-000001" / "state-00000.safetensors")
+    weights = load_file(run / "checkpoints" / "step-000001" / "state-00000-00000.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 

@@ -5,11 +5,12 @@ weights are gathered for a layer at a time, gradients and optimizer states exist
 gradients over the ranks (undone through `averaging`). bfloat16: shards are float32, layers compute in bfloat16,
 gradients are summed in float32. Those of an adapter are kept whole until the last micro-batch of a step and reduced
 once; those of a whole model would not fit beside it, so every micro-batch reduces them. Optimizers see `DTensor`s,
-whose norms are global, so LAMB works. Cost: each rank loads the whole model before it is sharded.
+whose norms are global, so LAMB works. Frozen 4-bit weights are sharded as bytes. Cost: each rank reads its shards from
+the files; a 4-bit weight is quantised whole by every rank, which keeps its part.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,13 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.devices import uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, set_learning_rate, trainable
+from training.engines.engine import WEIGHT, Piece, Stored, decoder_layers, set_learning_rate, share, trainable
 from training.engines.optimizers import build_optimizer, restored_states, whole
-from training.models.loss import CausalLMLoss, causal_model
+from training.launch.heartbeat import Heartbeat
+from training.models.deferred import Value, Values, check_filled, make_shardable, replace
+from training.models.loss import CausalLMLoss
 from training.settings import TrainSettings
 
 
@@ -39,17 +42,16 @@ class FsdpEngine:
     holds_gradients: bool  # whole ones, between the micro-batches of a step
 
     @classmethod
-    def build(cls, module: CausalLMLoss, settings: TrainSettings, ranks: Ranks) -> "FsdpEngine":
-        """Shard the model in place."""
-        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    def build(
+        cls, module: CausalLMLoss, settings: TrainSettings, ranks: Ranks, values: Values | None = None
+    ) -> "FsdpEngine":
+        """Shard the model in place; each rank reads its shards of `values`, of what is still empty."""
         precision = (
             MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
             if uses_bf16(settings, ranks.device)
             else MixedPrecisionPolicy()
         )
-        for layer in decoder_layers(module):
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+        shard(module, ranks, Values() if values is None else values, precision)
         optimizer = build_optimizer(module.named_parameters(), settings)
         return cls(
             module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)), holds_gradients=settings.use_lora
@@ -81,31 +83,74 @@ class FsdpEngine:
     def trained(self) -> list[str]:
         return list(self.parameters)
 
-    def read(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def read(self) -> Iterator[tuple[str, dict[str, Piece]]]:
         for name, parameter in self.parameters.items():
-            states = {WEIGHT: parameter.detach(), **self.optimizer.state[parameter]}
-            yield name, {key: whole(torch.as_tensor(value)).cpu() for key, value in states.items()}
+            states = {WEIGHT: parameter.detach(), **self.optimizer.state.get(parameter, {})}
+            yield name, {key: self._piece(torch.as_tensor(value), parameter) for key, value in states.items()}
 
-    def write(self, name: str, state: dict[str, Tensor]) -> None:
+    def _piece(self, value: Any, parameter: Any) -> Piece:
+        """This rank's rows of what is cut as the parameter is; its share of anything else."""
+        if getattr(value, "placements", None) != parameter.placements or value.shape != parameter.shape:
+            return share(whole(value), self.ranks)
+        return Piece(value.to_local().reshape(-1), self._first_number(parameter), tuple(value.shape))
+
+    def _first_number(self, parameter: Any) -> int:
+        """Where this rank's rows begin in the flattened parameter; every rank has as many, but for the last ones."""
+        rows = parameter.shape[0]
+        first = min(self.ranks.rank * math.ceil(rows / self.ranks.world_size), rows)
+        return first * (parameter.numel() // max(rows, 1))
+
+    def write(self, name: str, states: Mapping[str, Stored]) -> None:
         parameter = self.parameters[name]
         with torch.no_grad():
-            parameter.copy_(_like(state[WEIGHT], parameter))
+            parameter.copy_(self._placed(states[WEIGHT], parameter))
         self.optimizer.state[parameter] = restored_states(
-            state, self.optimizer, parameter.device, lambda value: _like(value, parameter)
+            states, self.optimizer, parameter.device, lambda stored: self._placed(stored, parameter)
         )
+
+    def _placed(self, stored: Stored, parameter: Any) -> Tensor:
+        """A state on the device, cut as the parameter is; nothing is sent, every rank reads what it keeps."""
+        if stored.shape != tuple(parameter.shape):
+            moved = stored.whole().to(parameter.device)
+            return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        local = parameter.to_local()
+        mine = stored.part(self._first_number(parameter), local.numel()).to(parameter.device).view(local.shape)
+        return DTensor.from_local(
+            mine, parameter.device_mesh, parameter.placements,
+            run_check=False, shape=parameter.shape, stride=parameter.stride(),
+        )  # fmt: skip
 
     def weights(self) -> Iterator[tuple[str, Tensor]]:
         for name, value in self.module.model.state_dict().items():
             yield name, whole(value.detach()).cpu().clone()
 
 
-def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
-    """The layers that transformers says must not be split."""
-    names = set(causal_model(module.model)._no_split_modules or ())
-    return [part for part in module.modules() if type(part).__name__ in names]
+def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPrecisionPolicy) -> None:
+    """`fully_shard` the model in place, and fill its shards with the values of what is still empty in it."""
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    make_shardable(values, ranks.device)
+    missing = values.by_name(module)
+    for layer in decoder_layers(module):
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(module, mesh=mesh, mp_policy=precision)
+    alive = Heartbeat("loading the model", len(missing), "tensors")
+    for done, (name, parameter) in enumerate(list(module.named_parameters())):
+        alive(done)
+        if name in missing:
+            _fill_shard(parameter, missing.pop(name), ranks)
+    values.clear()
+    check_filled(module)
 
 
-def _like(value: Tensor, parameter: Any) -> Tensor:
-    """This rank's shard of a whole tensor, cut as the parameter is; every rank has the whole, nothing is sent."""
-    moved = value.to(parameter.device)
-    return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+def _fill_shard(parameter: Any, value: Value, ranks: Ranks) -> None:
+    """Put this rank's rows of a value into its shard of an empty parameter."""
+    rows = value.read().chunk(ranks.world_size)  # as `fully_shard` cuts
+    empty = parameter.to_local()
+    local = torch.empty(empty.shape, dtype=empty.dtype, device=ranks.device)
+    if ranks.rank < len(rows):
+        local.copy_(rows[ranks.rank])
+    shard = DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+        stride=parameter.stride(),
+    )  # fmt: skip
+    replace(parameter, shard)

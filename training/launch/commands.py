@@ -7,6 +7,9 @@ Three ways, chosen by the settings:
 - `nodes > 1`: this machine's torchrun agent; every machine runs the same with its own `node_rank`;
 - `hostfile`: one `deepspeed` command on this machine that reaches the others through pdsh.
 
+What uses the trained weights (evaluation, loading back, comparison) runs on the ranks of this machine alone, started
+directly: weights without gradients and optimizer states need no second machine.
+
 Facts about this machine that the launcher needs, found without torch. In: /proc, /dev, cgroups. Out: numbers.
 """
 
@@ -22,6 +25,8 @@ from training.settings import EngineSettings
 PROJECT = Path(__file__).resolve().parents[2]
 WORKER = "training.worker"
 EVALUATE = "training.evaluate"
+COMPARE = "training.compare"
+LOAD_BACK = "training.registry.loaded_back"
 DEFAULT_PORT = 29500
 
 
@@ -68,6 +73,13 @@ def direct_commands(
     run_dir: Path, settings: EngineSettings, machine: Machine, resume: bool, worker: str
 ) -> list[Command]:
     """One command per rank, all on this machine, meeting at a local port."""
+    return local_ranks("rank", [worker, *worker_args(run_dir, resume)], run_dir, settings, machine)
+
+
+def local_ranks(
+    kind: str, module: list[str], run_dir: Path, settings: EngineSettings, machine: Machine
+) -> list[Command]:
+    """The ranks of this machine, each running `module` (with its arguments), called `kind` and their number."""
     size = num_local_ranks(settings, machine)
     common = common_env(machine, size) | {
         "WORLD_SIZE": str(size),
@@ -77,10 +89,10 @@ def direct_commands(
     }
     return [
         Command(
-            name=f"rank-{rank}",
-            argv=[sys.executable, "-m", worker, *worker_args(run_dir, resume)],
+            name=f"{kind}-{rank}",
+            argv=[sys.executable, "-m", *module],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            log=str(run_dir / run_files.LOGS / f"rank-{rank}.log"),
+            log=str(run_dir / run_files.LOGS / f"{kind}-{rank}.log"),
         )
         for rank in range(size)
     ]
@@ -120,12 +132,13 @@ def hostfile_command(run_dir: Path, settings: EngineSettings, machine: Machine, 
     )
 
 
-def evaluation_command(run_dir: Path, machine: Machine, module: str = EVALUATE) -> Command:
-    """One process that evaluates RUN/model as it lies on disk."""
-    argv = [sys.executable, "-m", module, "--config", str(run_dir.resolve() / run_files.CONFIG)]
-    name = module.rpartition(".")[2]
-    env = common_env(machine, 1) | {"MASTER_PORT": str(machine.free_port)}
-    return Command(name, argv, env, str(run_dir / run_files.LOGS / f"{name}.log"))
+def using_commands(
+    module: str, run_dir: Path, settings: EngineSettings, machine: Machine, arguments: tuple[str, ...] = ()
+) -> list[Command]:
+    """The ranks that use what lies in RUN: as many as have trained on this machine, called after the module."""
+    here = settings.model_copy(update={"nodes": 1, "hostfile": None, "master_addr": LOOPBACK[0], "master_port": 0})
+    words = [module, *worker_args(run_dir, resume=False), *arguments]
+    return local_ranks(module.rpartition(".")[2], words, run_dir, here, machine)
 
 
 def worker_args(run_dir: Path, resume: bool) -> list[str]:

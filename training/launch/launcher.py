@@ -25,14 +25,13 @@ import yaml
 
 from training import run_files
 from training.launch.commands import (
-    EVALUATE,
     WORKER,
     Command,
-    evaluation_command,
     num_oom_kills,
     python_path,
     rank_commands,
     this_machine,
+    using_commands,
 )
 from training.launch.events import Event, Exit, Exited, MicroBatch, Started, event_of
 from training.launch.exits import OWNED, ExitReason, reason_of_code
@@ -101,12 +100,12 @@ def launch_worker(worker: str, run_dir: Path, settings: TrainSettings, listener:
         listener.on_log(f"{report.source} is out of memory ({report.message}); going on with {smaller}")
 
 
-def evaluate(
-    run_dir: Path, settings: TrainSettings, on_log: Callable[[str], None], module: str = EVALUATE
+def use(
+    module: str, run_dir: Path, settings: TrainSettings, on_log: Callable[[str], None], *arguments: str
 ) -> ExitReport:
-    """Evaluate RUN/model in a process of its own, owned like the ranks; the module writes its result into RUN."""
-    command = evaluation_command(run_dir, this_machine(), module)
-    return run_commands([command], settings, Listener(lambda event: None, on_log))
+    """Use RUN/model in as many processes as the ranks, and owned like them; `module` writes what it finds."""
+    commands = using_commands(module, run_dir, settings, this_machine(), arguments)
+    return run_commands(commands, settings, Listener(lambda event: None, on_log))
 
 
 def smaller_micro_batch(micro_batch: int, accumulation: int) -> tuple[int, int] | None:

@@ -24,6 +24,8 @@ from training.registry.versions import CHALLENGER, CHAMPION, Registry, RegistryE
 from training.run_files import GATE_RECORDS
 from training.tracking.tags import APPROVAL_TAG, COMMENT_TAG, GATE_TAG, PARENT_TAG, REASONS_TAG
 
+pytestmark = pytest.mark.usefixtures("load_back_here")
+
 
 @pytest.fixture
 def project(tmp_path, output_dir) -> Project:
