@@ -36,7 +36,7 @@ from data_prep.errors import PandaError
 from flows.parts import permission, preflight
 from flows.parts.overview import verdict_of
 from flows.parts.policy import is_scheduled
-from flows.parts.run_dir import as_in_the_run
+from flows.parts.run_dir import Summary, as_in_the_run
 
 INTRODUCTION = "Corpora in, registered model out: validate and shard, tokenize, pack, train, evaluate, register."
 CHANGED_FIRST = (
@@ -154,7 +154,7 @@ def run_title() -> str:
     return f"{_today()} {model} on {_data(settings)}: {', '.join(_purpose(settings))}"
 
 
-def add_result(summary: dict[str, Any]) -> None:
+def add_result(summary: Summary) -> None:
     """`... → version 3, champion`; a name that cannot be changed is a warning, never a failure."""
     run_id = flow_run.id
     if "model" not in summary or run_id is None:
