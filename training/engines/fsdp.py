@@ -1,7 +1,8 @@
 """PyTorch FSDP2 (`fully_shard`) behind the `Engine` interface.
 
-In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, the rest is the root unit:
-weights are gathered for a layer at a time, gradients and optimizer states exist only as shards. FSDP2 averages
+In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, so are embedding and output
+layer unless they are tied, and the rest is the root unit: weights are gathered for a unit at a time, gradients and
+optimizer states exist only as shards. FSDP2 averages
 gradients over the ranks (undone through `averaging`). bfloat16: shards are float32, layers compute in bfloat16,
 gradients are summed in float32. Those of an adapter are kept whole until the last micro-batch of a step and reduced
 once; those of a whole model would not fit beside it, so every micro-batch reduces them. Optimizers see `DTensor`s,
@@ -26,7 +27,7 @@ from training.engines.engine import WEIGHT, Piece, Stored, decoder_layers, set_l
 from training.engines.optimizers import build_optimizer, restored_states, whole
 from training.launch.heartbeat import Heartbeat
 from training.models.deferred import Value, Values, check_filled, make_shardable, replace
-from training.models.loss import CausalLMLoss
+from training.models.loss import CausalLMLoss, causal_model
 from training.settings import TrainSettings
 
 
@@ -130,8 +131,8 @@ def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPr
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     make_shardable(values, ranks.device)
     missing = values.by_name(module)
-    for layer in decoder_layers(module):
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    for unit in (*decoder_layers(module), *_untied_ends(module)):
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
     fully_shard(module, mesh=mesh, mp_policy=precision)
     alive = Heartbeat("loading the model", len(missing), "tensors")
     for done, (name, parameter) in enumerate(list(module.named_parameters())):
@@ -140,6 +141,13 @@ def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPr
             _fill_shard(parameter, missing.pop(name), ranks)
     values.clear()
     check_filled(module)
+
+
+def _untied_ends(module: CausalLMLoss) -> list[nn.Module]:
+    """Embedding and output layer, as units of their own: whole only while they are needed. Tied ones are the root's."""
+    causal = causal_model(module.model)
+    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
+    return [embedding, head] if module.head is head and head.weight is not embedding.weight else []
 
 
 def _fill_shard(parameter: Any, value: Value, ranks: Ranks) -> None:
