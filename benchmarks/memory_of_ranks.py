@@ -61,8 +61,8 @@ def write_model(root: Path, layers: int, vocabulary: int) -> int:
     from tests.support.tiny_models import save_tokenizer
 
     config = LlamaConfig(
-        vocab_size=vocabulary, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=4, max_position_embeddings=2048, eos_token_id=0, bos_token_id=None,
+        vocab_size=vocabulary, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048, eos_token_id=0, bos_token_id=None,
     )  # fmt: skip
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in AutoModelForCausalLM.from_config(config).state_dict().items()}

@@ -126,8 +126,7 @@ def without_answers(result: GateResult) -> GateResult:
 
 
 def _compare(run_dir: Path, settings: TrainSettings) -> GateResult:
-    alone = settings.model_copy(update={"num_processes": 1})
-    report = launcher.use(COMPARE, run_dir, alone, logger.info)
+    report = launcher.use(COMPARE, run_dir, settings, logger.info)
     if report.reason is ExitReason.completed:
         return run_files.read_json(run_dir / run_files.GATE)
     if report.reason is ExitReason.cancelled:

@@ -145,7 +145,7 @@ def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPr
 
 def _untied_ends(module: CausalLMLoss) -> list[nn.Module]:
     """Embedding and output layer, as units of their own: whole only while they are needed. Tied ones are the root's."""
-    causal = causal_model(module.model)
+    causal: Any = causal_model(module.model)
     embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
     return [embedding, head] if module.head is head and head.weight is not embedding.weight else []
 

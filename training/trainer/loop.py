@@ -247,6 +247,17 @@ def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> dic
     return result
 
 
+def evaluate_sample(run: Run) -> dict[str, Any]:
+    """Held-out loss of a sample of rows, for whoever reads the weights back; {} when nothing is held out."""
+    if not run.validation.num_rows:
+        return {}
+    run.engine.module.eval()
+    rows, batch_size = evaluation.sample_rows(run.validation.num_rows), run.settings.per_gpu_eval_batch_size
+    return evaluation.held_out_losses(
+        lambda batch: run.engine.forward(batch, "each"), run.validation, batch_size, run.ranks, rows
+    )
+
+
 def save(run: Run, progress: Progress) -> None:
     """Begin a checkpoint; when it is complete, those that are no longer wanted are deleted."""
     best = progress.best_step if run.settings.keep_best else None
