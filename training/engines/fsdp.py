@@ -145,9 +145,9 @@ def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPr
 
 def _untied_ends(module: CausalLMLoss) -> list[nn.Module]:
     """Embedding and output layer, as units of their own: whole only while they are needed. Tied ones are the root's."""
-    causal: Any = causal_model(module.model)
-    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
-    return [embedding, head] if module.head is head and head.weight is not embedding.weight else []
+    embedding: Any = causal_model(module.model).get_input_embeddings()
+    head = module.head  # None where the model's own forward pass computes it
+    return [] if head is None or head.weight is embedding.weight else [embedding, head]
 
 
 def _fill_shard(parameter: Any, value: Value, ranks: Ranks) -> None:
