@@ -64,6 +64,7 @@ PLAN_SWITCHES = [
            {"metavar": "GB", "type": float}),
     Switch("tokens_per_second", "Speed of all ranks together, for the hours of a plan; not given = as earlier runs.",
            {"metavar": "N", "type": float}),
+    Switch("exact", "Also play a step of all ranks (FSDP2) with tensors without memory: memory and traffic by phase."),
 ]  # fmt: skip
 
 

@@ -41,8 +41,8 @@ class ModelSettings(Settings):
     )
     attention: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
         "auto",
-        description="auto = FlashAttention when installed and on GPU, one segment at a time on CPU, "
-        "the model's own choice elsewhere.",
+        description="auto = FlashAttention where it is installed, else torch's own kernel for packed segments on GPUs "
+        "in 16 bits and one segment at a time on CPU, else the model's own choice.",
     )
     trust_remote_code: bool = Field(False, description="Run model code that comes with the checkpoint. Off is safe.")
 
@@ -131,6 +131,11 @@ class EngineSettings(Settings):
     offload_parameters: bool = Field(False, description="Keep weights in CPU memory (ZeRO 3).")
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations: half the memory, ~0.75 x the speed."
+    )
+    compile: bool = Field(
+        False,
+        description="torch.compile every decoder layer: minutes at the start, for GPUs to be faster afterwards (not "
+        "measured by us). Not with ZeRO 3.",
     )
     nodes: int = Field(1, ge=1, description="Machines that train together; above 1 torchrun's rendezvous joins them.")
     node_rank: int = Field(0, ge=0, description="Number of this machine, 0 to nodes - 1 (when nodes > 1).")

@@ -22,6 +22,8 @@ from data_prep.plan.order import rows_of_step, steps_per_epoch
 from data_prep.plan.reader import open_plan
 from flows.cli.console import plain_table, stdout_console
 from flows.cli.estimate import DataForecast, forecast_data
+from flows.cli.exact import rehearse
+from flows.cli.exact import table as exact_table
 from flows.cli.run import print_json
 from training.launch import commands
 from training.models.hub import base_checkpoint, description
@@ -42,7 +44,8 @@ def main(argv: list[str]) -> int:
 
 def run(line: CommandLine, loaded: Loaded) -> int:
     """Make the plan of a configuration and show it."""
-    plan = make_plan(loaded.settings, line.switches.gpu_memory_gb, line.switches.tokens_per_second)
+    switches = line.switches
+    plan = make_plan(loaded.settings, switches.gpu_memory_gb, switches.tokens_per_second, switches.exact)
     if line.switches.json:
         print_json(plan)
     else:
@@ -50,7 +53,9 @@ def run(line: CommandLine, loaded: Loaded) -> int:
     return 2 if plan["problems"] else 0
 
 
-def make_plan(settings: PandaSettings, gpu_memory_gb: float | None, tokens_per_second: float | None) -> dict[str, Any]:
+def make_plan(
+    settings: PandaSettings, gpu_memory_gb: float | None, tokens_per_second: float | None, exact: bool = False
+) -> dict[str, Any]:
     """The whole plan as plain values; its keys are documented in docs/guide.md."""
     checkpoint = base_checkpoint(settings)
     if checkpoint is None and settings.architecture is None:
@@ -70,6 +75,7 @@ def make_plan(settings: PandaSettings, gpu_memory_gb: float | None, tokens_per_s
         "data": _data(data),
         "course": course,
         **_size(settings, train, target, described),
+        "exact": rehearse(settings, target, described) if exact and (described or settings.architecture) else None,
         "speed": asdict(speed) if speed else None,
         "hours": course["tokens"] / speed.tokens_per_second / 3600 if speed else None,
     }
@@ -207,6 +213,8 @@ def show(plan: dict[str, Any], settings: PandaSettings) -> None:
     console.print(_table("Training", _training(plan)))
     if plan["memory"]:
         console.print(_table(f"Memory of a rank ({plan['target']['words']})", _memory(plan, settings)))
+    if plan["exact"]:
+        console.print(exact_table(plan["exact"], plan["target"]))
     for line in _verdict(plan):
         console.print(line, markup=False)
 

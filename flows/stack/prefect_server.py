@@ -26,6 +26,7 @@ from data_prep.errors import PandaError
 from flows.stack import guard, listeners, old_database
 from flows.stack.prefect_home import SERVER_AUTH_STRING, Address, address, own_address, server_auth_string, set_by_user
 from training.launch.commands import python_path
+from training.launch.processes import LOOPBACK, die_with_parent
 
 CORS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")
 OTHER_LOGINS = ("PREFECT_API_KEY", "PREFECT_CLIENT_CUSTOM_HEADERS")  # of Prefect Cloud, of a proxy
@@ -58,17 +59,20 @@ def connected() -> Iterator[Callable[[], None]]:
     if there.by_user and answers(there.url):
         raise ServerError(reason)
     logger.info("%s: starting a temporary one", reason)
-    temporary = own_address(_free_port())
     old_database.adopt()
+    listening = socket.create_server((LOOPBACK[0], 0))  # handed on: a port that is let go may be another's
+    temporary = own_address(listening.getsockname()[1])
     seen_at = {"PREFECT_UI_URL": there.url.removesuffix("/api")}  # where a server started later shows the run
     with environment(seen_at | temporary.variables()), tempfile.TemporaryFile("w+") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "flows.stack.prefect_server", str(listeners.port_of(temporary.url))],
-            env={**os.environ, **TEMPORARY, "PYTHONPATH": python_path()},
-            stdout=log,
-            stderr=log,
-            start_new_session=True,  # Ctrl-C is for us: the server has to see the run end
-        )
+        with listening:
+            process = subprocess.Popen(
+                [sys.executable, "-m", "flows.stack.prefect_server", *_words(listening)],
+                env={**os.environ, **TEMPORARY, "PYTHONPATH": python_path()},
+                pass_fds=[listening.fileno()],
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for us: the server has to see the run end
+            )
         try:
             yield lambda: wait_for_server(process, temporary.url, log)
         finally:
@@ -137,23 +141,25 @@ def http_status(url: str, auth_string: str) -> int:
         return 0
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
+def _words(listening: socket.socket) -> list[str]:
+    """Arguments of the child: the port, and the socket that has it already."""
+    return [str(listening.getsockname()[1]), str(listening.fileno())]
 
 
-def _serve(port: int) -> None:
-    """The child: end with the parent, whatever ends it."""
-    from training.launch.exits import die_with_parent
+def _serve(port: int, listening: int | None = None) -> None:
+    """The child: end with the parent, whatever ends it.
 
+    :param listening: file descriptor of a socket that listens at the port
+    """
     die_with_parent()
     own = guard.origins(port, [set_by_user("PREFECT_UI_API_URL") or "", *_allowed_by_user()])
     os.environ.update({SERVER_AUTH_STRING: server_auth_string(), CORS[0]: ",".join(own)})
     import uvicorn
     from prefect.server.api.server import create_app
 
-    uvicorn.run(guard.Guard(create_app(), own), host=listeners.LOOPBACK[0], port=port, log_level="error")
+    app = guard.Guard(create_app(), own)
+    server = uvicorn.Server(uvicorn.Config(app, host=LOOPBACK[0], port=port, log_level="error"))
+    server.run(sockets=[socket.socket(fileno=listening)] if listening is not None else None)
 
 
 def _allowed_by_user() -> list[str]:
@@ -162,4 +168,4 @@ def _allowed_by_user() -> list[str]:
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]))
+    _serve(*map(int, sys.argv[1:]))

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from training.distributed import Ranks
-from training.models.loss import CausalLMLoss
+from training.models.loss import CausalLMLoss, causal_model
 
 WEIGHT = "weight"  # key of the parameter itself, float32, beside its optimizer state
 
@@ -90,6 +90,12 @@ def share(value: Tensor, ranks: Ranks) -> Piece:
     flat = value.detach().reshape(-1)
     start, end = (flat.numel() * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
     return Piece(flat[start:end], start, tuple(value.shape))
+
+
+def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
+    """The layers that transformers says must not be split."""
+    names = set(causal_model(module.model)._no_split_modules or ())
+    return [part for part in module.modules() if type(part).__name__ in names]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

@@ -11,6 +11,9 @@ FITS = 0.95  # of a GPU's memory: the rest is for what no one foresees
 FITS_CPU = 0.6  # glibc keeps up to half as much again (2.5 GB allocated, 3.8 GB resident)
 FIRST_WITH_BF16 = 8.0  # compute capability: Ampere
 GB = 1e9
+GPU_CONTEXT_BYTES = 1.0e9  # CUDA, cuBLAS and NCCL, outside of torch's allocator
+GPU_FRAGMENTATION = 0.04
+CPU_PROCESS_BYTES = 0.22e9  # Python with torch, transformers and deepspeed, as far as a step needs it: fitted
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,12 @@ class Hardware:
         kind = "GPU" if self.is_gpu else "CPU rank"
         memory = f", {self.memory_bytes / GB:.1f} GB each" if self.memory_bytes else ""
         return f"{self.ranks} {kind}{'s' if self.ranks > 1 else ''}, {'bfloat16' if self.bf16 else 'float32'}{memory}"
+
+    def with_overhead(self, num_bytes: float) -> float:
+        """What a rank takes that has tensors of that size at its peak."""
+        if self.is_gpu:
+            return num_bytes * (1 + GPU_FRAGMENTATION) + GPU_CONTEXT_BYTES
+        return num_bytes + CPU_PROCESS_BYTES
 
     def fits(self, num_bytes: float) -> bool:
         """Whether a rank has room for that much; a memory that is not known has."""

@@ -27,9 +27,6 @@ EIGHT_BIT_STATE_BYTES = 2.06
 SUB_GROUP_ELEMENTS = 1_000_000_000  # updated at a time (ZeRO 3)
 LIVE_ELEMENTS = 1_000_000_000  # of gathered weights, at most (ZeRO 3)
 CHUNK_COPIES = 3  # logits, the exponentials of their normaliser, their gradient
-GPU_CONTEXT_BYTES = 1.0e9  # CUDA, cuBLAS and NCCL, outside of torch's allocator
-GPU_FRAGMENTATION = 0.04
-CPU_PROCESS_BYTES = 0.22e9  # Python with torch, transformers and deepspeed, as far as a step needs it: fitted
 LAYER_TRANSIENT = 0.5  # gradients inside a layer, as a part of what the layer saves
 CHECKPOINT_BYTES = 12  # float32 weight and two states of each trained parameter
 
@@ -87,10 +84,8 @@ def estimate(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> 
     parts["activations"] = activations(shape, settings)
     parts["logits"] = _logits(shape, settings, hardware)
     parts["update"] = _update_gradients(shape, settings, hardware)
-    if hardware.is_gpu:
-        parts["engine"] += GPU_CONTEXT_BYTES + GPU_FRAGMENTATION * Memory(**parts).total
-    else:
-        parts["engine"] += CPU_PROCESS_BYTES
+    tensors = Memory(**parts).total
+    parts["engine"] += hardware.with_overhead(tensors) - tensors
     return Memory(**parts, host=_host(shape, settings, hardware))
 
 
@@ -130,6 +125,14 @@ def _frozen_bytes(shape: ModelShape, hardware: Hardware) -> float:
     frozen = shape.parameters - shape.trainable - shape.quantised
     dequantised = shape.largest_matrix * hardware.element_bytes if shape.quantised else 0
     return frozen * hardware.element_bytes + shape.quantised * NF4_BYTES + dequantised
+
+
+def _sharded_bytes(shape: ModelShape, hardware: Hardware, element: int) -> float:
+    """Frozen weights of a rank that shards them; the constants of 4-bit ones and an unpacked matrix are whole."""
+    frozen = (shape.parameters - shape.trainable - shape.quantised) * element + shape.quantised * 0.5
+    constants = shape.quantised * (NF4_BYTES - 0.5)
+    dequantised = shape.largest_matrix * hardware.element_bytes if shape.quantised else 0
+    return frozen / hardware.ranks + constants + dequantised
 
 
 def _state_bytes(settings: TrainSettings) -> float:
@@ -174,7 +177,7 @@ def _zero3(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> di
     """ZeRO 3: everything sharded; some gathered weights alive at any moment."""
     element = hardware.element_bytes
     share = shape.trainable / hardware.ranks
-    weights = (_frozen_bytes(shape, hardware) + shape.trainable * element) / hardware.ranks
+    weights = _sharded_bytes(shape, hardware, element) + share * element
     on_rank = 0 if settings.offload_optimizer else 1
     bucket = min(shape.trainable, REDUCE_BUCKET_ELEMENTS)
     copies = 1 if hardware.is_gpu else 2  # gloo scatters from copies
@@ -188,10 +191,9 @@ def _zero3(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> di
 
 def _fsdp(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> dict[str, float]:
     """FSDP2: float32 shards; two layers gathered in the type that is computed in, and one layer's whole gradient."""
-    share = shape.parameters / hardware.ranks
     trained = shape.trainable / hardware.ranks
     return {
-        "weights": share * FLOAT32,
+        "weights": _sharded_bytes(shape, hardware, FLOAT32) + trained * FLOAT32,
         "gradients": trained * FLOAT32,
         "optimizer": trained * _state_bytes(settings),
         "engine": 3 * max(shape.largest_layer, shape.vocabulary * shape.hidden_size) * hardware.element_bytes,
@@ -226,18 +228,11 @@ def _update_gradients(shape: ModelShape, settings: TrainSettings, hardware: Hard
 
 
 def _host(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
-    """CPU memory of a rank on a GPU: for what is offloaded, before that for the whole weights while they are loaded."""
+    """CPU memory of a rank on a GPU, for what is offloaded; weights are read from their files tensor by tensor."""
     share = shape.trainable / hardware.ranks
     states = share * (2 * FLOAT32 + _state_bytes(settings)) if settings.offload_optimizer else 0
     weights = shape.parameters / hardware.ranks * hardware.element_bytes if settings.offload_parameters else 0
-    return max(states + weights, _loaded(shape, settings, hardware))
-
-
-def _loaded(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
-    """Every rank reads the whole model; 4-bit weights go to the GPU one by one."""
-    if settings.use_quant or not hardware.is_gpu:
-        return 0.0
-    return shape.parameters * (hardware.element_bytes if settings.loads_what_it_computes_in else FLOAT32)
+    return states + weights
 
 
 def disk_bytes(num_trained: int, num_saved: int, settings: CheckpointSettings) -> int:

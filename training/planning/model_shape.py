@@ -60,7 +60,7 @@ def measure(
     config: PreTrainedConfig, settings: TrainSettings, num_tokens: int, dtype: torch.dtype, packed: bool
 ) -> ModelShape:
     """Build the model on the meta device and run a row of `num_tokens` tokens through it."""
-    with torch.device("meta"), _stand_in(_kernel(settings, config), packed):
+    with torch.device("meta"), stand_in(kernel_of(settings, config), packed):
         model: Any = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=STAND_IN)
         model.config.use_cache = False
         quantised = _linear_parameters(model) if settings.use_quant else 0
@@ -89,7 +89,8 @@ def measure(
     )
 
 
-def _kernel(settings: TrainSettings, config: PreTrainedConfig) -> str:
+def kernel_of(settings: TrainSettings, config: PreTrainedConfig) -> str:
+    """How attention is computed; `segments` is ours, and saves what FlashAttention saves."""
     if settings.attention != "auto":
         return settings.attention
     return "eager" if getattr(config, "attn_logit_softcapping", None) else "sdpa"
@@ -145,7 +146,7 @@ def _linear_parameters(causal: Any) -> int:
 
 
 @contextmanager
-def _stand_in(kernel: str, packed: bool) -> Iterator[None]:
+def stand_in(kernel: str, packed: bool) -> Iterator[None]:
     """Attention under the name STAND_IN that saves what `kernel` saves."""
 
     def attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
@@ -169,6 +170,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any, query: Tensor, key: Tensor, value: Tensor, kernel: str, packed: bool
     ) -> Tensor:
         batch, heads, length, _ = query.shape
+        ctx.kernel = kernel
         out = query.new_empty(batch, length, heads, value.shape[-1])
         if kernel == "eager":  # probabilities in float32, and again in the type of the model
             scores = query.new_empty(batch, heads, length, length, dtype=torch.float32)
@@ -186,4 +188,8 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        raise AssertionError("only the forward pass is measured")
+        """Gradients of queries, keys and values; eager attention has those of the scores for a moment, twice."""
+        query, key, value, *others = ctx.saved_tensors
+        scores = [torch.empty_like(other) for other in others if ctx.kernel == "eager"]
+        del scores
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None, None

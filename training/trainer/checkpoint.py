@@ -29,7 +29,7 @@ from data_prep.store import hash_file
 from training.distributed import Ranks
 from training.engines.engine import Engine
 from training.errors import CheckpointError
-from training.launch.heartbeat import SignsOfLife
+from training.launch.heartbeat import Heartbeat
 from training.trainer.state_files import read_index
 
 FORMAT_VERSION = 2
@@ -122,7 +122,7 @@ def _is_whole(directory: Path, ranks: Ranks) -> bool:
     """True when the marker is there and every file has its size and hash; says what is wrong otherwise."""
     content = read_marker(directory)
     files = list((content or {"files": {}})["files"].items())[ranks.rank :: ranks.world_size]
-    alive = SignsOfLife("checking a checkpoint", len(files), "files")
+    alive = Heartbeat("checking a checkpoint", len(files), "files")
     damaged = content is None
     for done, (name, expected) in enumerate(files):
         alive(done)
@@ -136,6 +136,11 @@ def read_progress(directory: Path) -> Progress:
     return Progress(**json.loads((directory / COMPLETE).read_text())["progress"])
 
 
+def seconds_of(directory: Path) -> float | None:
+    """How long a checkpoint took to be written; format 1 does not say."""
+    return json.loads((directory / COMPLETE).read_text()).get("seconds")
+
+
 def load(engine: Engine, directory: Path) -> None:
     """Put a checkpoint into the engine; every rank reads the ranges that its shard needs."""
     stored, expected = read_index(directory), engine.trained()
@@ -145,7 +150,7 @@ def load(engine: Engine, directory: Path) -> None:
         )
     if missing := sorted(set(expected) - stored.keys()):
         raise CheckpointError(f"{directory}: lacks {len(missing)} trained parameters, first {missing[0]}")
-    alive = SignsOfLife("reading a checkpoint", len(expected), "tensors")
+    alive = Heartbeat("reading a checkpoint", len(expected), "tensors")
     for done, name in enumerate(expected):
         alive(done)
         engine.write(name, stored[name])

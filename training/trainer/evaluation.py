@@ -16,7 +16,7 @@ from torch import Tensor
 from data_prep.plan.order import split_step
 from data_prep.plan.reader import Plan
 from training.distributed import Ranks
-from training.launch.heartbeat import SignsOfLife
+from training.launch.heartbeat import Heartbeat
 from training.models.loss import MicroBatch
 from training.trainer.batches import prefetch
 
@@ -24,14 +24,22 @@ ALL = "all"
 
 
 def held_out_losses(
-    losses_of: Callable[[MicroBatch], Tensor], plan: Plan, micro_batch: int, ranks: Ranks
+    losses_of: Callable[[MicroBatch], Tensor],
+    plan: Plan,
+    micro_batch: int,
+    ranks: Ranks,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Mean loss per target token of each source over all rows of the plan."""
+    """Mean loss per target token of each source over all rows of the plan.
+
+    `before` runs ahead of every micro-batch, on all ranks together, and may raise to abandon the evaluation.
+    """
     mine = split_step(np.arange(plan.num_rows), ranks.world_size, micro_batch)[ranks.rank]
     totals = torch.zeros(2, len(plan.sources), dtype=torch.float64)  # summed loss, target tokens
-    alive = SignsOfLife("evaluation", len(mine), "micro-batches")
+    alive = Heartbeat("evaluation", len(mine), "micro-batches")
     with torch.no_grad():
         for done, batch in enumerate(prefetch(plan, mine, num_workers=1, prefetch_factor=2)):
+            before()
             alive(done)
             on_device = batch.to(ranks.device)
             losses = losses_of(on_device).double().cpu()

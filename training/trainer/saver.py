@@ -27,7 +27,7 @@ from data_prep.store import fsync, write_atomically
 from training.distributed import Ranks
 from training.engines.engine import Engine
 from training.errors import CheckpointError
-from training.launch.heartbeat import SignsOfLife
+from training.launch.heartbeat import Heartbeat
 from training.trainer import checkpoint, state_files
 from training.trainer.checkpoint import Progress
 from training.trainer.state_files import NamedPiece
@@ -103,7 +103,7 @@ class Saver:
         writing = self.writing
         if writing is None:
             return
-        alive = SignsOfLife("writing a checkpoint", 0, "seconds")
+        alive = Heartbeat("writing a checkpoint", 0, "seconds")
         under_way = True
         while under_way:
             if writing.thread:
@@ -115,6 +115,18 @@ class Saver:
             alive(round(writing.seconds))
         self.seconds = self.ranks.max(self.seconds or 0.0 if self.ranks.is_first else 0.0)[0]
         self.newest_step, self.writing = writing.step, None
+
+    def seconds_until(self, step: int) -> tuple[float, float]:
+        """Until the checkpoint under way is complete, and until one of this step is, at the speed measured last.
+
+        As rank 0 measures it; all ranks together. 0 where nothing is known yet.
+        """
+        whole = self.seconds or 0.0
+        rest = max(whole - self.writing.seconds, 0.0) if self.writing and self.writing.under_way else 0.0
+        newest = self.writing.step if self.writing else self.newest_step
+        needed = rest if step == newest else rest + whole
+        rest, needed = self.ranks.max(rest if self.ranks.is_first else 0.0, needed if self.ranks.is_first else 0.0)
+        return rest, needed
 
     def _fail(self, writing: Writing, error: Exception) -> None:
         writing.given_up.set()

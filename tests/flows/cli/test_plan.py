@@ -179,14 +179,27 @@ def test_what_fits(workplace, monkeypatch):
 
 def test_what_does_not_work_together(workplace, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert (
-        main(["plan", "--model", "llama-7b", "--use_quant", "--use_lora", "false", "--zero_stage", "3", "--json"]) == 2
-    )
+    command = ["plan", "--model", "llama-7b", "--use_quant", "--use_lora", "false", "--offload_parameters", "--json"]
+    assert main(command) == 2
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [problem.split(":")[0] for problem in plan["problems"]] == [
         "use_quant without use_lora",
-        "use_quant with zero_stage 3",
+        "offload_parameters without zero_stage 3",
     ]
+
+
+def test_exact_names_the_phases_that_do_not_fit(workplace, capsys):
+    flags = ["plan", "--model", "panda-tiny", "--exact", "--num_processes", "4"]
+    assert main([*flags, "--gpu_memory_gb", "80", "--json"]) == 0
+    exact = json.loads(capsys.readouterr().out.splitlines()[-1])["exact"]
+    assert [phase["name"] for phase in exact["phases"]] == ["load", "step", "evaluate", "save", "export"]
+    assert exact["fits"] and exact["phases"][1]["sent"] > exact["phases"][4]["sent"] > exact["phases"][3]["sent"] == 0
+    assert main([*flags, "--gpu_memory_gb", "1.1"]) == 0
+    shown = capsys.readouterr().out
+    assert "rank 0 of 4 GPUs, bfloat16, 1.1 GB each" in shown
+    (step,) = (line for line in shown.splitlines() if "forward, backward, update" in line)
+    (save,) = (line for line in shown.splitlines() if "a copy of the shards" in line)
+    assert "does not fit" in step and "does not fit" not in save
 
 
 def test_dry_run_is_the_plan(workplace, capsys):
