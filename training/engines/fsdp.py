@@ -27,6 +27,7 @@ from training.engines.engine import (
     Piece,
     Stored,
     decoder_layers,
+    saved,
     set_learning_rate,
     share,
     trainable,
@@ -123,8 +124,8 @@ class FsdpEngine:
             run_check=False, shape=parameter.shape, stride=parameter.stride(),
         )  # fmt: skip
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.module.model.state_dict().items():
+    def weights(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+        for name, value in saved(self.module, trained_only):
             yield name, whole(value.detach()).cpu().clone()
 
 

@@ -28,7 +28,7 @@ from training.launch.events import emit, step_done
 from training.launch.exits import OWNED, NonFiniteError, TrainingStopped
 from training.launch.heartbeat import Heartbeat
 from training.models.loss import MicroBatch
-from training.settings import TrainSettings
+from training.settings import TIME_TO_SAVE, TrainSettings
 from training.trainer import checkpoint, evaluation
 from training.trainer.batches import BatchSchedule, prefetch
 from training.trainer.checkpoint import Progress
@@ -38,7 +38,6 @@ from training.trainer.schedule import Factor
 from training.trainer.step import NotFinite, StepWork, train_step
 
 NUM_RECORDS_SHOWN = 5
-TIME_TO_SAVE = 0.9  # of the time to stop; the rest is for the end of the processes
 
 log = logging.getLogger(__name__)
 
