@@ -1,6 +1,6 @@
 """What each rank holds in memory while it loads a model and makes steps: its share, and one tensor.
 
-``python -m benchmarks.memory_of_ranks [--layers 22] [--ranks 4] [--only WAY ...]``. In: nothing. Out: a table, the peak
+``python -m benchmarks.memory_of_ranks [--layers 24] [--ranks 4] [--only WAY ...]``. In: nothing. Out: a table, the peak
 of anonymous memory of each rank (`smaps_rollup`, looked at every 20 ms; pages mapped from files do not count) until it
 has loaded and until it has made two steps; the exit code is 1 when a sharded way takes more than its share of the
 float32 weights and 1 GB. The model is a random Llama in shards in a temporary directory: 1.1 billion float32
@@ -31,12 +31,12 @@ WAYS = {
 }
 BEYOND = 1e9
 SHARD_BYTES = 1e9
-LENGTH = 64
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--layers", type=int, default=22)
+    parser.add_argument("--layers", type=int, default=24)
+    parser.add_argument("--vocabulary", type=int, default=8192)
     parser.add_argument("--ranks", type=int, default=4)
     parser.add_argument("--only", nargs="*", choices=WAYS, default=list(WAYS))
     parser.add_argument("--rank", nargs=2, metavar=("WAY", "ROOT"), help="what this program starts itself with")
@@ -46,7 +46,7 @@ def main() -> int:
         return 0
     with tempfile.TemporaryDirectory() as folder:
         root = Path(folder)
-        size = write_model(root, arguments.layers)
+        size = write_model(root, arguments.layers, arguments.vocabulary)
         share = size / arguments.ranks
         print(
             f"weights {size / 1e9:.2f} GB, a share {share / 1e9:.2f}; limit of a rank {(share + BEYOND) / 1e9:.2f} GB"
@@ -56,13 +56,13 @@ def main() -> int:
     return 0 if all(fits) else 1
 
 
-def write_model(root: Path, layers: int) -> int:
+def write_model(root: Path, layers: int, vocabulary: int) -> int:
     """A random Llama and a tokenizer; returns the bytes of its weights. A shard is made and written at a time."""
     from tests.support.tiny_models import save_tokenizer
 
     config = LlamaConfig(
-        vocab_size=32000, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers, num_attention_heads=32,
-        num_key_value_heads=4, max_position_embeddings=2048, eos_token_id=0, bos_token_id=None,
+        vocab_size=vocabulary, hidden_size=2048, intermediate_size=5632, num_hidden_layers=layers,
+        num_attention_heads=32, num_key_value_heads=4, max_position_embeddings=2048, eos_token_id=0, bos_token_id=None,
     )  # fmt: skip
     with torch.device("meta"):
         shapes = {name: value.shape for name, value in AutoModelForCausalLM.from_config(config).state_dict().items()}

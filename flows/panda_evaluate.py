@@ -19,6 +19,7 @@ from flows.parts.notify import on_bad_end
 from tasks.train import evaluate
 from training import run_files
 from training.launch.run_config import read_config
+from training.run_files import Trained
 
 INTRODUCTION = "Held-out loss of the model of a finished run, as it lies on disk."
 SETTINGS = {"output_dir", "run_name", "per_gpu_eval_batch_size", "precision", "attention", "notify"}
@@ -36,11 +37,11 @@ def panda_evaluate(**parameters: Any) -> State[Any]:
         return flow_states.failed(error)
     message = ", ".join(f"{source} {loss:.4f}" for source, loss in losses["after"].items())
     said = f"held-out loss: {message}" if message else "no record is held out (validation_fraction)"
-    summary = {"run_dir": str(run.path), "losses": losses}
+    summary: run_dir.Summary = {"run_dir": str(run.path), "losses": losses}
     return flow_states.completed(flow_states.with_outcome(summary, "Evaluated", said))
 
 
-def _trained(run: Path) -> dict[str, Any]:
+def _trained(run: Path) -> Trained:
     """What training said when it was done."""
     path = run / run_files.TRAINED
     if not path.exists():

@@ -16,6 +16,7 @@ from flows.parts.flow_states import EarlyExit, Stopwatch
 from flows.parts.form import configure, flow_of_settings, run_title
 from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end
+from flows.parts.run_dir import Summary
 from flows.parts.stages import prepare_data
 
 INTRODUCTION = "Corpora in, packed training rows out: validate and shard, tokenize, plan packing."
@@ -40,7 +41,7 @@ def panda_prepare(**parameters: Any) -> State[Any]:
         return flow_states.failed(error)
     report = prepared.plan.report
     message = f"{report['rows']:,} rows, {report['target_tokens']:,} target tokens in {prepared.plan.path}"
-    summary = {"data": report, "seconds": watch.seconds}
+    summary: Summary = {"data": report, "seconds": watch.seconds}
     return flow_states.completed(flow_states.with_outcome(summary, "Prepared", message))
 
 

@@ -4,6 +4,7 @@ In: the flags of `train.py`; the memory of a GPU and the speed, if one wants to 
 exit code 2 when the settings do not work together. Cost: hashing the corpus, 5 s of imports, a second of arithmetic.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -25,12 +26,13 @@ from flows.cli.estimate import DataEstimate, estimate_data
 from flows.cli.exact import rehearse
 from flows.cli.exact import table as exact_table
 from flows.cli.run import print_json
+from flows.parts.preflight import nothing_to_start_from
 from training.launch import commands
 from training.models.hub import base_checkpoint, description
 from training.planning import compatibility
 from training.planning.hardware import GB, Hardware, first_gpu
-from training.settings import TrackingSettings, TrainSettings
-from training.tracking.throughput import Speed, newest_config, past_speed
+from training.settings import TIME_TO_SAVE, TrackingSettings, TrainSettings
+from training.tracking.throughput import Speed, newest_config, past_disk_speed, past_speed
 
 TEXT = "Tell what a run would do, need and take: stages, rows, steps, memory, disk, hours. Nothing is trained."
 DEFAULT_CPU_RANKS = 2
@@ -57,9 +59,9 @@ def make_plan(
     settings: PandaSettings, gpu_memory_gb: float | None, tokens_per_second: float | None, exact: bool = False
 ) -> dict[str, Any]:
     """The whole plan as plain values; its keys are documented in docs/guide.md."""
+    if nothing := nothing_to_start_from(settings):
+        raise ConfigError(nothing)
     checkpoint = base_checkpoint(settings)
-    if checkpoint is None and settings.architecture is None:
-        raise ConfigError([f"model={settings.model!r}: neither ckpt_path nor architecture says what to start from"])
     described = description(settings)
     last = newest_config(Path(settings.output_dir))
     train = TrainSettings.of(settings)
@@ -67,6 +69,7 @@ def make_plan(
     data = estimate_data(settings, described, last)
     batches = batches_of(data, train, target, settings.packing)
     speed = Speed(tokens_per_second, "as given") if tokens_per_second else _past_speed(settings, train)
+    size = _size(settings, train, target, described)
     return {
         "model": settings.model,
         "base": {"checkpoint": checkpoint, "here": described is not None or checkpoint is None},
@@ -74,7 +77,8 @@ def make_plan(
         "stages": [asdict(stage) | {"reused": stage.reused} for stage in data.stages],
         "data": _data(data),
         "course": batches,
-        **_size(settings, train, target, described),
+        **size,
+        "checkpoint": _checkpoint(size["trainable"], settings),
         "exact": rehearse(settings, target, described) if exact and (described or settings.architecture) else None,
         "speed": asdict(speed) if speed else None,
         "hours": batches["tokens"] / speed.tokens_per_second / 3600 if speed else None,
@@ -91,6 +95,22 @@ def target_of(settings: TrainSettings, gpu_memory_gb: float | None) -> Hardware:
         return Hardware(ranks, True, has_bf16 if settings.precision == "auto" else settings.precision == "bf16", memory)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks * settings.nodes
     return Hardware(ranks, False, settings.precision == "bf16", memory)
+
+
+def _checkpoint(num_trained: int | None, settings: PandaSettings) -> dict[str, Any] | None:
+    """Bytes of a checkpoint, seconds to write it at the speed of an earlier one, whether a stop leaves that time."""
+    from training.planning.memory import CHECKPOINT_BYTES
+
+    if num_trained is None:
+        return None
+    size, disk = num_trained * CHECKPOINT_BYTES, past_disk_speed(Path(settings.output_dir))
+    seconds = size / disk.bytes_per_second if disk else None
+    return {
+        "bytes": size,
+        "seconds": seconds,
+        "source": disk.source if disk else None,
+        "in_time": seconds < TIME_TO_SAVE * settings.stop_deadline_seconds if seconds else None,
+    }
 
 
 def _past_speed(settings: PandaSettings, train: TrainSettings) -> Speed | None:
@@ -238,7 +258,19 @@ def _training(plan: dict[str, Any]) -> list[tuple[str, str]]:
     if plan["parameters"]:
         rows.append(("parameters", f"{_count(plan['parameters'])}, {_count(plan['trainable'])} of them trained"))
         rows.append(("disk for checkpoints and model", _gigabytes(plan["disk_bytes"])))
+        rows.append(("a checkpoint", _checkpoint_in_words(plan["checkpoint"])))
     return [*rows, ("duration", _duration(plan))]
+
+
+def _checkpoint_in_words(checkpoint: dict[str, Any]) -> str:
+    """Its size and time, and what a stop makes of it."""
+    size, seconds = _gigabytes(checkpoint["bytes"]), checkpoint["seconds"]
+    if seconds is None:
+        return f"{size}; how fast it is written is known once a run has written one"
+    text = f"{size}, in about {seconds:.1f} s beside training ({checkpoint['source']})"
+    if checkpoint["in_time"]:
+        return f"{text}; a stop leaves the time for it"
+    return f"{text}; a stop leaves no time: --stop_deadline_seconds {math.ceil(seconds / TIME_TO_SAVE)}"
 
 
 def _rows_and_steps(data: dict[str, Any], batches: dict[str, Any]) -> list[tuple[str, str]]:
@@ -276,7 +308,13 @@ def _memory(plan: dict[str, Any], settings: PandaSettings) -> list[tuple[str, st
     rows = [(part, _gigabytes(memory[part]), notes.get(part, "")) for part in PARTS]
     rows.append(("total", _gigabytes(memory["total"]), "at the peak of a step"))
     if memory["host"]:
-        rows.append(("in CPU memory", _gigabytes(memory["host"]), "offloaded, or weights being loaded"))
+        rows.append(
+            (
+                "in CPU memory",
+                _gigabytes(memory["host"]),
+                "offloaded, and a copy of its part of a checkpoint while that is written",
+            )
+        )
     return rows
 
 

@@ -21,11 +21,12 @@ from data_prep.store import fingerprint
 from data_prep.tokens.tokenize import TokensResult
 from flows.parts.champion import champion_directory
 from flows.parts.flow_states import EarlyExit, Stopwatch
-from flows.parts.run_dir import AFTER_DATA, RunDir
+from flows.parts.run_dir import AFTER_DATA, RunDir, Summary
 from tasks.prepare import base_model, plan, shard, tokenize, tokenizer
 from training import run_files
 from training.models.hub import base_checkpoint
 from training.registry.lineage import corpus_files
+from training.run_files import Losses
 from training.tracking import run_record
 from training.tracking.run import RunMetadata
 from training.tracking.run_record import HELD_OUT, HELD_OUT_CONTEXT, Dataset
@@ -123,7 +124,7 @@ def prepared_before(run: RunDir) -> Prepared:
     return Prepared(planned, corpus, model_dir, Path(paths["tokenizer_dir"]))
 
 
-def until(settings: PandaSettings, stage: str, summary: dict[str, Any]) -> None:
+def until(settings: PandaSettings, stage: str, summary: Summary) -> None:
     """End the run after the stage the user named."""
     if settings.until_stage == stage:
         raise EarlyExit("Stopped" if stage in AFTER_DATA else "Prepared", f"until {stage}", summary)
@@ -164,7 +165,7 @@ def config_hash(settings: PandaSettings) -> str:
     return fingerprint(config=settings.model_dump(mode="json", exclude=set(RunSettings.model_fields)))
 
 
-def version_tags(known: RunMetadata, losses: dict[str, dict[str, float]]) -> dict[str, str]:
+def version_tags(known: RunMetadata, losses: Losses) -> dict[str, str]:
     """Tags of the model version: what it was made of, and how good it is."""
     lineage = {name: value for name, value in known.tags.items() if value}
     return lineage | {EVAL_LOSS_TAG + source: f"{loss:.6f}" for source, loss in losses["after"].items()}

@@ -1,7 +1,8 @@
 """PyTorch FSDP2 (`fully_shard`) behind the `Engine` interface.
 
-In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, the rest is the root unit:
-weights are gathered for a layer at a time, gradients and optimizer states exist only as shards. FSDP2 averages
+In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, so are embedding and output
+layer unless they are tied, and the rest is the root unit: weights are gathered for a unit at a time, gradients and
+optimizer states exist only as shards. FSDP2 averages
 gradients over the ranks (undone through `averaging`). bfloat16: shards are float32, layers compute in bfloat16,
 gradients are summed in float32. Those of an adapter are kept whole until the last micro-batch of a step and reduced
 once; those of a whole model would not fit beside it, so every micro-batch reduces them. Optimizers see `DTensor`s,
@@ -10,7 +11,7 @@ the files; a 4-bit weight is quantised whole by every rank, which keeps its part
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,11 +23,20 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.devices import uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, Piece, Stored, decoder_layers, set_learning_rate, share, trainable
+from training.engines.engine import (
+    WEIGHT,
+    Piece,
+    Stored,
+    decoder_layers,
+    saved,
+    set_learning_rate,
+    share,
+    trainable,
+)
 from training.engines.optimizers import build_optimizer, restored_states, whole
 from training.launch.heartbeat import Heartbeat
 from training.models.deferred import Value, Values, check_filled, make_shardable, replace
-from training.models.loss import CausalLMLoss
+from training.models.loss import CausalLMLoss, causal_model
 from training.settings import TrainSettings
 
 
@@ -120,22 +130,17 @@ class FsdpEngine:
             run_check=False, shape=parameter.shape, stride=parameter.stride(),
         )  # fmt: skip
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.module.model.state_dict().items():
+    def weights(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+        for name, value in saved(self.module, trained_only):
             yield name, whole(value.detach()).cpu().clone()
 
 
-def shard(
-    module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPrecisionPolicy, units: Sequence[nn.Module] = ()
-) -> None:
-    """`fully_shard` the model in place, and fill its shards with the values of what is still empty in it.
-
-    :param units: what is gathered by itself when it is called, beside the decoder layers
-    """
+def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPrecisionPolicy) -> None:
+    """`fully_shard` the model in place, and fill its shards with the values of what is still empty in it."""
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     make_shardable(values, ranks.device)
     missing = values.by_name(module)
-    for unit in (*decoder_layers(module), *units):
+    for unit in (*decoder_layers(module), *_untied_ends(module)):
         fully_shard(unit, mesh=mesh, mp_policy=precision)
     fully_shard(module, mesh=mesh, mp_policy=precision)
     alive = Heartbeat("loading the model", len(missing), "tensors")
@@ -145,6 +150,13 @@ def shard(
             _fill_shard(parameter, missing.pop(name), ranks)
     values.clear()
     check_filled(module)
+
+
+def _untied_ends(module: CausalLMLoss) -> list[nn.Module]:
+    """Embedding and output layer, as units of their own: whole only while they are needed. Tied ones are the root's."""
+    embedding: Any = causal_model(module.model).get_input_embeddings()
+    head = module.head  # None where the model's own forward pass computes it
+    return [] if head is None or head.weight is embedding.weight else [embedding, head]
 
 
 def _fill_shard(parameter: Any, value: Value, ranks: Ranks) -> None:

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import MixedPrecisionPolicy, register_fsdp_forward_method
 
 from training.devices import compute_dtype
@@ -22,7 +22,7 @@ from training.engines.fsdp import shard
 from training.launch.heartbeat import Heartbeat
 from training.models.build import Empty, empty_deployed
 from training.models.deferred import check_filled
-from training.models.loss import CausalLMLoss, causal_model
+from training.models.loss import CausalLMLoss
 from training.settings import TrainSettings
 
 
@@ -53,19 +53,11 @@ def load_for_inference(
     return in_use(empty_deployed(directory, dtype, base_dir, settings.use_quant, trusted), ranks)
 
 
-def embedding_of(module: UsedModel) -> list[nn.Module]:
-    """The embedding, unless the output layer is the same weight: nobody needs it while layers and output compute."""
-    causal = causal_model(module.model)
-    embedding, output = causal.get_input_embeddings(), causal.get_output_embeddings()
-    tied = output is None or getattr(embedding, "weight", None) is getattr(output, "weight", None)
-    return [] if tied or embedding is None else [embedding]
-
-
 def in_use(empty: Empty, ranks: Ranks) -> UsedModel:
     """A model with its adapters, filled and ready to be asked."""
     module: Any = UsedModel(empty.model.requires_grad_(False)).eval()
     if ranks.world_size > 1:
-        shard(module, ranks, empty.values, MixedPrecisionPolicy(), embedding_of(module))  # the numbers of one rank
+        shard(module, ranks, empty.values, MixedPrecisionPolicy())  # as it is: the numbers of one rank
         register_fsdp_forward_method(module, "generate")
         module.register_forward_hook(lambda *_: module.reshard())  # it waits for a backward pass, gathered
     else:

@@ -262,7 +262,7 @@ class TestEnds:
         stack.wait_for_log(run, "resum")
 
 
-def test_up_again_after_the_process_manager_was_killed(stack, first):
+def test_up_again_after_the_process_manager_was_killed(stack):
     """Its services end with it, but not at once: their ports still answer when it is asked whether they are in use."""
     before = stack.state()
     os.kill(before["keeper"], signal.SIGKILL)
