@@ -37,6 +37,11 @@ from training.settings import TrainSettings
 REDUCE_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own default
 
 
+def live_elements(num_parameters: int) -> int:
+    """How many gathered weights ZeRO 3 may hold: DeepSpeed's default, a billion, would be all of a small model."""
+    return min(1_000_000_000, max(20_000_000, num_parameters // 32))
+
+
 def import_deepspeed() -> ModuleType:
     """DeepSpeed, without mlflow, torch's compiler and the just-in-time build of its shared-memory operator."""
     os.environ.setdefault("DS_ACCELERATOR", any_device().type)
@@ -48,7 +53,7 @@ def import_deepspeed() -> ModuleType:
     return deepspeed
 
 
-def zero_config(settings: TrainSettings, ranks: Ranks, num_trained: int) -> dict[str, Any]:
+def zero_config(settings: TrainSettings, ranks: Ranks, num_trained: int, num_parameters: int) -> dict[str, Any]:
     """The DeepSpeed configuration: pure, so that it can be looked at and tested."""
     stage = settings.zero_stage
     # The bucket is allocated whole, however little is trained: 1 GB of bfloat16 for the smallest adapter.
@@ -58,6 +63,9 @@ def zero_config(settings: TrainSettings, ranks: Ranks, num_trained: int) -> dict
     if stage == 3 and settings.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
     if stage == 3:
+        live = live_elements(num_parameters)
+        zero |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": live}
+        zero["stage3_prefetch_bucket_size"] = live // 4
         zero["stage3_param_persistence_threshold"] = 10_000  # norms and biases stay whole: gathering them costs more
     return {
         "train_micro_batch_size_per_gpu": settings.per_gpu_train_batch_size,
@@ -134,7 +142,7 @@ class DeepSpeedEngine:
         settings = effective(settings, ranks)
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
         num_trained = sum(parameter.numel() for _, parameter in trainable(module))
-        config = zero_config(settings, ranks, num_trained)
+        config = zero_config(settings, ranks, num_trained, sum(parameter.numel() for parameter in module.parameters()))
         if settings.zero_stage == 3:
             partition(module, config, compute_dtype(settings, ranks.device), ranks.device, values)
         values.fill(ranks.device, Heartbeat("loading the model", len(values), "tensors"))

@@ -85,6 +85,12 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     return [(name, parameter) for name, parameter in named if parameter.requires_grad]
 
 
+def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
+    """The layers that transformers says must not be split."""
+    names = set(causal_model(module.model)._no_split_modules or ())
+    return [part for part in module.modules() if type(part).__name__ in names]
+
+
 def saved(module: CausalLMLoss, trained_only: bool) -> list[tuple[str, Tensor]]:
     """(name inside the model, its tensor as it is) of what is saved with a model, or of what of that is trained."""
     tensors = module.model.state_dict(keep_vars=True).items()
@@ -96,12 +102,6 @@ def share(value: Tensor, ranks: Ranks) -> Piece:
     flat = value.detach().reshape(-1)
     start, end = (flat.numel() * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
     return Piece(flat[start:end], start, tuple(value.shape))
-
-
-def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
-    """The layers that transformers says must not be split."""
-    names = set(causal_model(module.model)._no_split_modules or ())
-    return [part for part in module.modules() if type(part).__name__ in names]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

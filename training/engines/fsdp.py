@@ -1,7 +1,8 @@
 """PyTorch FSDP2 (`fully_shard`) behind the `Engine` interface.
 
-In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, the rest is the root unit:
-weights are gathered for a layer at a time, gradients and optimizer states exist only as shards. FSDP2 averages
+In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, so are embedding and output
+layer unless they are tied, and the rest is the root unit: weights are gathered for a unit at a time, gradients and
+optimizer states exist only as shards. FSDP2 averages
 gradients over the ranks (undone through `averaging`). bfloat16: shards are float32, layers compute in bfloat16,
 gradients are summed in float32. Those of an adapter are kept whole until the last micro-batch of a step and reduced
 once; those of a whole model would not fit beside it, so every micro-batch reduces them. Optimizers see `DTensor`s,
@@ -35,7 +36,7 @@ from training.engines.engine import (
 from training.engines.optimizers import build_optimizer, restored_states, whole
 from training.launch.heartbeat import Heartbeat
 from training.models.deferred import Value, Values, check_filled, make_shardable, replace
-from training.models.loss import CausalLMLoss
+from training.models.loss import CausalLMLoss, causal_model
 from training.settings import TrainSettings
 
 
@@ -55,7 +56,12 @@ class FsdpEngine:
         cls, module: CausalLMLoss, settings: TrainSettings, ranks: Ranks, values: Values | None = None
     ) -> "FsdpEngine":
         """Shard the model in place; each rank reads its shards of `values`, of what is still empty."""
-        shard(module, settings, ranks, Values() if values is None else values)
+        precision = (
+            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+            if uses_bf16(settings, ranks.device)
+            else MixedPrecisionPolicy()
+        )
+        shard(module, ranks, Values() if values is None else values, precision)
         optimizer = build_optimizer(module.named_parameters(), settings)
         return cls(
             module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)), holds_gradients=settings.use_lora
@@ -129,18 +135,13 @@ class FsdpEngine:
             yield name, whole(value.detach()).cpu().clone()
 
 
-def shard(module: CausalLMLoss, settings: TrainSettings, ranks: Ranks, values: Values) -> None:
-    """`fully_shard` the model in place, and fill its shards."""
+def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPrecisionPolicy) -> None:
+    """`fully_shard` the model in place, and fill its shards with the values of what is still empty in it."""
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-    precision = (
-        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        if uses_bf16(settings, ranks.device)
-        else MixedPrecisionPolicy()
-    )
     make_shardable(values, ranks.device)
     missing = values.by_name(module)
-    for layer in decoder_layers(module):
-        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    for unit in (*decoder_layers(module), *_untied_ends(module)):
+        fully_shard(unit, mesh=mesh, mp_policy=precision)
     fully_shard(module, mesh=mesh, mp_policy=precision)
     alive = Heartbeat("loading the model", len(missing), "tensors")
     for done, (name, parameter) in enumerate(list(module.named_parameters())):
@@ -149,6 +150,13 @@ def shard(module: CausalLMLoss, settings: TrainSettings, ranks: Ranks, values: V
             _fill_shard(parameter, missing.pop(name), ranks)
     values.clear()
     check_filled(module)
+
+
+def _untied_ends(module: CausalLMLoss) -> list[nn.Module]:
+    """Embedding and output layer, as units of their own: whole only while they are needed. Tied ones are the root's."""
+    embedding: Any = causal_model(module.model).get_input_embeddings()
+    head = module.head  # None where the model's own forward pass computes it
+    return [] if head is None or head.weight is embedding.weight else [embedding, head]
 
 
 def _fill_shard(parameter: Any, value: Value, ranks: Ranks) -> None:

@@ -20,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch import Tensor
+
 from data_prep.plan.reader import Plan
 from training import run_files
 from training.distributed import Ranks
@@ -263,15 +265,15 @@ def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> dic
     """Held-out loss per source now; {} when nothing is held out."""
     if not run.validation.num_rows:
         return {}
+
+    def losses(batch: MicroBatch) -> Tensor:
+        obey(run, progress)
+        return run.engine.forward(batch, "each")
+
     module = run.engine.module
     module.eval()
-    result = evaluation.held_out_losses(
-        lambda batch: run.engine.forward(batch, "each"),
-        run.validation,
-        run.settings.per_gpu_eval_batch_size,
-        run.ranks,
-        before=lambda: obey(run, progress),
-    )
+    batch_size = run.settings.per_gpu_eval_batch_size
+    result = evaluation.held_out_losses(losses, run.validation, batch_size, run.ranks)
     module.train()
     total = result.get(evaluation.ALL, {})
     if evaluations is not None and total:
@@ -279,6 +281,17 @@ def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> dic
         emit({"event": "evaluation", "after_step": progress.step, "eval_loss": total["loss"], "sources": result})
         log.info("held out after step %d: loss %.4f", progress.step, total["loss"])
     return result
+
+
+def evaluate_sample(run: Run) -> dict[str, Any]:
+    """Held-out loss of a sample of rows, for whoever reads the weights back; {} when nothing is held out."""
+    if not run.validation.num_rows:
+        return {}
+    run.engine.module.eval()
+    rows, batch_size = evaluation.sample_rows(run.validation.num_rows), run.settings.per_gpu_eval_batch_size
+    return evaluation.held_out_losses(
+        lambda batch: run.engine.forward(batch, "each"), run.validation, batch_size, run.ranks, rows
+    )
 
 
 def save(run: Run, progress: Progress) -> None:

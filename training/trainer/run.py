@@ -137,6 +137,7 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
     file = metrics.JsonLines(config.run_dir / run_files.EVALUATIONS, progress.step - 1)
     with file if run.ranks.is_first else nullcontext() as evaluations:
         after = loop.evaluate(run, progress, evaluations)
+    sample = loop.evaluate_sample(run)
     save_model(config, run, progress)
     run.saver.wait()
     if run.ranks.is_first:
@@ -144,6 +145,8 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
             "steps": progress.step,
             **{key: value for key, value in asdict(progress).items() if key != "step"},
             "eval_after": after,
+            "eval_sample": sample,
+            "total_steps": run.batch_schedule.total_steps,
             "exit_reason": "completed",
             "finished": time.time(),
         }

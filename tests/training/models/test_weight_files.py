@@ -7,8 +7,8 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from training.models import streamed
-from training.models.streamed import write_streamed
+from training.models import weight_files
+from training.models.weight_files import write_streamed
 
 SIZES = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 61}
 EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 2}
@@ -30,7 +30,7 @@ def tensors(folder):
 )
 def test_the_same_files_as_transformers(tmp_path, monkeypatch, model_type, changes, file_bytes):
     """Mixtral's experts lie together in the model, and one by one in its files."""
-    monkeypatch.setattr(streamed, "FILE_BYTES", file_bytes)
+    monkeypatch.setattr(weight_files, "FILE_BYTES", file_bytes)
     model = model_of(model_type, **changes)
     asked = []
 
