@@ -25,7 +25,7 @@ from training.distributed import Ranks
 from training.engines.build import build_engine
 from training.errors import CheckpointError
 from training.launch.events import emit, training_done
-from training.launch.exits import DataError
+from training.launch.exits import DataError, TrainingStopped
 from training.launch.heartbeat import Heartbeat
 from training.launch.run_config import RunConfig
 from training.lean_imports import UNUSED, without
@@ -63,8 +63,14 @@ def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
         steps = run.batch_schedule.total_steps
         checkpoint.discard_after(run.checkpoints, progress.step)
         emit({"event": "start", "after_step": progress.step, "steps": steps, "resumed": bool(newest)})
-    progress = loop.train(run, progress)
-    finish(config, run, progress)
+    try:
+        progress = loop.train(run, progress)
+        finish(config, run, progress)
+    except TrainingStopped:
+        raise
+    except Exception:
+        run.saver.settle(config.settings.stop_deadline_seconds)
+        raise
 
 
 def _rows_at_start(config: RunConfig, ranks: Ranks) -> int:

@@ -11,7 +11,7 @@ rank writes, hashes and fsyncs its own files:
 
 The ranks tell each other through these lists, not by a collective: threads must not use the process group of training,
 and the end of a step may be minutes away. A thread that fails makes its rank raise at the next micro-batch, and with it
-the run ends. The next checkpoint, or the end, waits for the last one.
+the run ends. The next checkpoint, the end, and an error that ends the run wait for the last one.
 """
 
 import json
@@ -79,6 +79,8 @@ class Saver:
         :param then: called by the thread of rank 0 when the checkpoint is complete
         """
         began = time.monotonic()
+        if self.writing and self.writing.step == progress.step:
+            return
         self.wait()
         if progress.step == self.newest_step:
             return
@@ -115,6 +117,17 @@ class Saver:
             alive(round(writing.seconds))
         self.seconds = self.ranks.max(self.seconds or 0.0 if self.ranks.is_first else 0.0)[0]
         self.newest_step, self.writing = writing.step, None
+
+    def settle(self, seconds: float) -> None:
+        """Give a checkpoint under way this long to become complete, before an error ends the run.
+
+        Every rank for itself, by looking for what rank 0 writes: the others may be gone.
+        """
+        until, writing = time.monotonic() + seconds, self.writing
+        while writing and not writing.error and time.monotonic() < until:
+            if not writing.under_way and (writing.final / checkpoint.COMPLETE).is_file():
+                return
+            time.sleep(LOOK_SECONDS)
 
     def seconds_until(self, step: int) -> tuple[float, float]:
         """Until the checkpoint under way is complete, and until one of this step is, at the speed measured last.

@@ -49,11 +49,11 @@ def ranks_alive() -> list[int]:
     return found
 
 
-def run(tmp_path: Path, behaviour: dict[int, str], on_event=None, resume=False, **settings):
+def run(tmp_path: Path, behaviour: dict[int, str], on_event=None, resume=False, lines=None, **settings):
     """Launch two ranks that behave so; (report, events, log lines)."""
     config = {"behaviour": behaviour, "per_gpu_train_batch_size": 8, "gradient_accumulation_steps": 4}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    events, lines = [], []
+    events, lines = [], [] if lines is None else lines
     values = TrainSettings(**{"num_processes": 2, "stop_deadline_seconds": 1, **settings})
     report = launch_worker(WORKER, tmp_path, values, Listener(on_event or events.append, lines.append), resume)
     return report, events, lines
@@ -149,9 +149,11 @@ def test_cancelling_lets_the_ranks_write_their_checkpoint(tmp_path):
         if event["event"] == "step":
             raise Cancelled
 
+    lines = []
     with pytest.raises(Cancelled):
-        run(tmp_path, {0: "obey_sigterm", 1: "obey_sigterm"}, on_event=cancel, stop_deadline_seconds=20)
+        run(tmp_path, {0: "obey_sigterm", 1: "obey_sigterm"}, on_event=cancel, lines=lines, stop_deadline_seconds=20)
     assert (tmp_path / "stopped-0").exists() or (tmp_path / "stopped-1").exists()
+    assert any(line.endswith("] checkpoint written") for line in lines), "their last words are told"
 
 
 def test_ranks_that_ignore_cancelling_are_killed(tmp_path):

@@ -80,6 +80,24 @@ def test_a_writer_that_fails_ends_the_run_with_its_cause(tmp_path, monkeypatch):
     assert checkpoint.newest(tmp_path, RANKS) is None
 
 
+def test_an_error_that_ends_the_run_leaves_the_checkpoint_under_way_its_time(tmp_path, held_disk):
+    writer = Saver(tmp_path, RANKS)
+    writer.save(shelf(4.0), Progress(step=4))
+    writer.settle(0.1)
+    assert checkpoint.newest(tmp_path, RANKS) is None
+    threading.Timer(0.2, held_disk.set).start()
+    writer.settle(30)
+    assert checkpoint.newest(tmp_path, RANKS) == tmp_path / name_of(4)
+
+
+def test_the_same_step_twice_waits_for_nothing(tmp_path, held_disk):
+    """The best loss, and a regular checkpoint at the same step."""
+    writer = Saver(tmp_path, RANKS)
+    for _ in range(2):
+        writer.save(shelf(4.0), Progress(step=4))
+    assert writer.writing.under_way
+
+
 def test_without_the_files_of_a_rank_there_is_no_checkpoint(tmp_path):
     states = shelf(3.0).states
     first = Saver(tmp_path, TWO[0])
