@@ -24,6 +24,13 @@ class Hardware:
     is_gpu: bool
     bf16: bool
     memory_bytes: float | None = None  # of each rank; None = not known
+    host_bytes: float | None = None  # CPU memory of each rank on a GPU; None = not known
+    machines: int = 1
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks of one machine."""
+        return self.ranks // self.machines
 
     @property
     def element_bytes(self) -> int:
@@ -45,6 +52,10 @@ class Hardware:
         """Whether a rank has room for that much; a memory that is not known has."""
         share = FITS if self.is_gpu else FITS_CPU
         return self.memory_bytes is None or num_bytes <= share * self.memory_bytes
+
+    def host_fits(self, num_bytes: float) -> bool:
+        """Whether there is so much CPU memory for each rank on a GPU."""
+        return self.host_bytes is None or num_bytes <= FITS * self.host_bytes
 
 
 def first_gpu() -> tuple[float | None, bool]:

@@ -7,8 +7,9 @@ import torch
 
 from configs.load import load
 from training.planning.hardware import FITS, Hardware
-from training.planning.memory import estimate, fitting_change
+from training.planning.memory import estimate
 from training.planning.model_shape import ModelShape, config_from, measure
+from training.planning.phases import fitting_change, phases
 from training.settings import TrainSettings
 
 GPU = Hardware(1, is_gpu=True, bf16=True)
@@ -93,8 +94,8 @@ def test_every_measure_saves_what_it_is_for():
     assert list(total.values()) == sorted(total.values(), reverse=True)
 
 
-def test_cpu_memory_holds_the_weights_while_they_are_loaded():
-    """Each rank reads all of them: in the type that is computed in where the engine keeps a float32 copy."""
+def test_cpu_memory_holds_no_weights_but_offloaded_ones():
+    """Weights are read from their files tensor by tensor, straight to where they are kept."""
     shape = shape_of("llama-7b")
     host = {
         name: estimate(shape, settings("llama-7b", **values), GPU).host / shape.parameters
@@ -105,7 +106,23 @@ def test_cpu_memory_holds_the_weights_while_they_are_loaded():
             "4 bits": {"use_lora": True, "use_quant": True},
         }.items()
     }
-    assert host == {"zero 0": 4, "zero 3": 2, "fsdp": 4, "4 bits": 0}
+    assert host == {"zero 0": 0, "zero 3": 0, "fsdp": 0, "4 bits": 0}
+
+
+def test_phases_beside_the_step():
+    """65B with full training on 64 ranks: what is copied, gathered and used, in numbers that can be worked out."""
+    chosen, shape = settings("llama-65b", strategy="fsdp"), shape_of("llama-65b")
+    machines = Hardware(64, is_gpu=True, bf16=True, machines=8)
+    need = {phase.name: phase for phase in phases(shape, chosen, machines)}
+    assert list(need) == ["load", "train", "evaluate", "save", "export", "gate"]
+    largest = 4 * 8192 * 32000  # the embedding, float32
+    assert need["load"].host == need["export"].host == largest
+    assert need["save"].host == pytest.approx(shape.parameters * 12 / 64)
+    assert need["load"].device < need["save"].device < need["export"].device < need["train"].device
+    used = shape.parameters * 2 / 8  # bfloat16 on the ranks of one machine
+    assert used < need["gate"].device < 1.3 * used
+    copied = {phase.name: phase for phase in phases(shape, chosen, Hardware(64, is_gpu=False, bf16=False))}["save"]
+    assert copied.host == 0 and copied.device > shape.parameters * (12 + 12) / 64, "a CPU rank has one memory"
 
 
 def test_the_smallest_change():
