@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from tests.support.tiny import write_run
+from training.launch.events import Event
 from training.launch.launcher import launch
 from training.settings import TrainSettings
 
@@ -47,8 +48,8 @@ def seconds_to_first_step() -> float:
     run_dir = write_run(Path(tempfile.mkdtemp(prefix="panda-start-")), max_steps=1, plan_dir=None)
     first: list[float] = []
 
-    def on_event(event: dict) -> None:
-        if event.get("event") == "step":
+    def on_event(event: Event) -> None:
+        if event["event"] == "step":
             first.append(time.perf_counter())
 
     began = time.perf_counter()

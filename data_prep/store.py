@@ -182,11 +182,15 @@ def directories(root: Path) -> list[Path]:
     return sorted(path for path in root.glob("*") if path.is_dir() and not path.name.startswith("."))
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Write a file that its readers find as it was or as it is now, never in part, however many write it at once."""
+def write_atomically(path: Path, text: str, mode: int = 0o666) -> None:
+    """Write a file that its readers find as it was or as it is now, never in part, however many write it at once.
+
+    :param mode: who may read it, less what the umask takes away; 0o600 = its owner alone.
+    """
     temporary = path.with_name(f".{path.name}-{secrets.token_hex(4)}")
     try:
-        temporary.write_text(text, encoding="utf-8")
+        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode), "w", encoding="utf-8") as stream:
+            stream.write(text)
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)

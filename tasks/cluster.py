@@ -24,10 +24,10 @@ from prefect.settings import get_current_settings
 
 from data_prep.errors import PandaError, StoreError
 from data_prep.processes import Calls, FanOut
+from training.launch.processes import LOOPBACK
 
 BATCHES_PER_WORKER = 4  # so that a slow worker holds up the others by a quarter of its share, not by all of it
 CONNECT_SECONDS = 10
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class ClusterError(PandaError):

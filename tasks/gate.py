@@ -19,6 +19,7 @@ from training.comparison import approval
 from training.comparison.job import Answered, GateResult, write_job
 from training.errors import MlflowAway
 from training.launch import launcher
+from training.launch.commands import COMPARE
 from training.launch.exits import ExitReason
 from training.registry.promotion import job_of, settle, wait_for_approval
 from training.registry.register import with_retries
@@ -26,8 +27,6 @@ from training.registry.versions import Registry, Version
 from training.settings import GateSettings, TrainSettings
 from training.tracking.run import TrackedRun
 from training.tracking.tags import GATE_TAG
-
-COMPARE = "training.compare"
 
 logger = logging.getLogger(__name__)
 
@@ -127,7 +126,8 @@ def without_answers(result: GateResult) -> GateResult:
 
 
 def _compare(run_dir: Path, settings: TrainSettings) -> GateResult:
-    report = launcher.evaluate(run_dir, settings, logger.info, COMPARE)
+    alone = settings.model_copy(update={"num_processes": 1})
+    report = launcher.use(COMPARE, run_dir, alone, logger.info)
     if report.reason is ExitReason.completed:
         return run_files.read_json(run_dir / run_files.GATE)
     if report.reason is ExitReason.cancelled:

@@ -16,6 +16,8 @@ from tasks.reporting import StageProgress, show_evaluation, show_pictures
 from tasks.stage import retry_helps, stage
 from training import run_files
 from training.launch import launcher
+from training.launch.commands import EVALUATE
+from training.launch.events import Event
 from training.launch.exits import ExitReason
 from training.launch.launcher import ExitReport
 from training.settings import TrainSettings
@@ -63,10 +65,10 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any
     progress = StageProgress("training")
     resume = resume or (task_run.run_count or 1) > 1
 
-    def on_event(event: dict[str, Any]) -> None:
-        if event.get("event") == "step":
+    def on_event(event: Event) -> None:
+        if event["event"] == "step":
             progress("train", event["step"], event["steps"], "steps", f"loss {event['loss']:.4f}")
-        if event.get("event") == "alive":
+        if event["event"] == "alive":
             logger.info("%s: %s of %s %s", event["doing"], event["done"], event["total"], event["unit"])
 
     _require_completed("training", launcher.launch(run_dir, settings, on_event, logger.info, resume), run_dir)
@@ -77,7 +79,8 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any
 @stage("evaluate", says=losses_in_words, retries=1, retry_delay_seconds=10, retry_condition_fn=lost_through_no_fault)
 def evaluate(run_dir: Path, settings: TrainSettings, trained: dict[str, Any]) -> dict[str, dict[str, float]]:
     """Held-out loss by moment and source, ``{"before": {"all": 8.3}, "after": {...}}``; after = what lies on disk."""
-    _require_completed("evaluation", launcher.evaluate(run_dir, settings, logger.info), run_dir)
+    alone = settings.model_copy(update={"num_processes": 1})
+    _require_completed("evaluation", launcher.use(EVALUATE, run_dir, alone, logger.info), run_dir)
     losses = evaluated_before(run_dir, trained)
     show_evaluation(losses)
     return losses

@@ -132,6 +132,11 @@ class EngineSettings(Settings):
     gradient_checkpointing: bool = Field(
         False, description="Recompute activations: half the memory, ~0.75 x the speed."
     )
+    compile: bool = Field(
+        False,
+        description="torch.compile every decoder layer: minutes at the start, for GPUs to be faster afterwards (not "
+        "measured by us). Not with ZeRO 3.",
+    )
     nodes: int = Field(1, ge=1, description="Machines that train together; above 1 torchrun's rendezvous joins them.")
     node_rank: int = Field(0, ge=0, description="Number of this machine, 0 to nodes - 1 (when nodes > 1).")
     master_addr: str = Field("127.0.0.1", description="Address of machine 0, where the ranks meet.")

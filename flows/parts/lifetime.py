@@ -3,15 +3,14 @@
 In: nothing. Out: nothing. Cost: one system call.
 """
 
-import ctypes
 import logging
 import os
 import signal
 import sys
 
 from data_prep.errors import PandaError
+from training.launch.processes import die_with_parent
 
-PR_SET_PDEATHSIG = 1
 OURS = ("data_prep", "training", "configs", "tasks", "flows")
 OF_RUNS = ("prefect.flow_runs", "prefect.task_runs", "prefect.engine")
 
@@ -48,6 +47,6 @@ def end_with_worker() -> None:
     if "PREFECT__FLOW_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
         return
     parent = os.getppid()
-    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    die_with_parent(signal.SIGTERM)
     if os.getppid() != parent:  # it died in between
         os.kill(os.getpid(), signal.SIGTERM)

@@ -9,7 +9,7 @@ import re
 from typing import Any
 from urllib.parse import urlsplit
 
-from flows.stack.listeners import LOOPBACK
+from training.launch.processes import LOOPBACK
 
 HOST = re.compile(r"([a-z0-9_.-]+|\[[0-9a-f:.]+\])(?::\d+)?")
 

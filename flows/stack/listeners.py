@@ -6,13 +6,13 @@ whoever listens in its place.
 
 import contextlib
 import os
-import socket
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+from training.launch.processes import LOOPBACK
+
 OWNER = "PANDA_STACK"  # in the environment of everything a service starts: state directory and service
 
 
@@ -49,15 +49,6 @@ def is_orphan(url: str) -> bool:
         process = listener(url)
         return bool(process and OWNER in process.environ() and process.ppid() == 1)
     return False
-
-
-def free_port(port: int) -> int:
-    """The first one from `port` on that nobody listens on."""
-    for candidate in range(port, port + 100):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.bind((LOOPBACK[0], candidate))
-            return candidate
-    return port
 
 
 def port_of(url: str) -> int:

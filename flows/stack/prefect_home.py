@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.store import write_atomically
 from flows.stack.listeners import belongs_to_somebody_else, is_local
 
 HOME = ".prefect"
@@ -163,14 +164,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _write(path: Path, profiles: dict[str, Any], name: str, settings: dict[str, str]) -> None:
-    """All profiles, this one changed; beside and renamed. Strings of JSON are strings of TOML."""
+    """All profiles, this one changed. Strings of JSON are strings of TOML."""
     everything = {**profiles.get("profiles", {}), name: settings}
     lines = [f"active = {json.dumps(profiles.get('active') or name)}"]
     for profile, content in everything.items():
         lines += ["", f"[profiles.{json.dumps(profile)}]"]
         lines += [f"{key} = {json.dumps(value)}" for key, value in content.items()]
-    temporary = path.with_suffix(".new")
-    temporary.unlink(missing_ok=True)
-    with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-        file.write("\n".join([*lines, ""]))
-    temporary.replace(path)
+    write_atomically(path, "\n".join([*lines, ""]), 0o600)

@@ -26,6 +26,7 @@ from data_prep.errors import PandaError
 from flows.stack import guard, listeners, old_database
 from flows.stack.prefect_home import SERVER_AUTH_STRING, Address, address, own_address, server_auth_string, set_by_user
 from training.launch.commands import python_path
+from training.launch.processes import LOOPBACK, die_with_parent
 
 CORS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")
 OTHER_LOGINS = ("PREFECT_API_KEY", "PREFECT_CLIENT_CUSTOM_HEADERS")  # of Prefect Cloud, of a proxy
@@ -59,7 +60,7 @@ def connected() -> Iterator[Callable[[], None]]:
         raise ServerError(reason)
     logger.info("%s: starting a temporary one", reason)
     old_database.adopt()
-    listening = socket.create_server((listeners.LOOPBACK[0], 0))  # handed on: a port that is let go may be another's
+    listening = socket.create_server((LOOPBACK[0], 0))  # handed on: a port that is let go may be another's
     temporary = own_address(listening.getsockname()[1])
     seen_at = {"PREFECT_UI_URL": there.url.removesuffix("/api")}  # where a server started later shows the run
     with environment(seen_at | temporary.variables()), tempfile.TemporaryFile("w+") as log:
@@ -150,8 +151,6 @@ def _serve(port: int, listening: int | None = None) -> None:
 
     :param listening: file descriptor of a socket that listens at the port
     """
-    from training.launch.exits import die_with_parent
-
     die_with_parent()
     own = guard.origins(port, [set_by_user("PREFECT_UI_API_URL") or "", *_allowed_by_user()])
     os.environ.update({SERVER_AUTH_STRING: server_auth_string(), CORS[0]: ",".join(own)})
@@ -159,7 +158,7 @@ def _serve(port: int, listening: int | None = None) -> None:
     from prefect.server.api.server import create_app
 
     app = guard.Guard(create_app(), own)
-    server = uvicorn.Server(uvicorn.Config(app, host=listeners.LOOPBACK[0], port=port, log_level="error"))
+    server = uvicorn.Server(uvicorn.Config(app, host=LOOPBACK[0], port=port, log_level="error"))
     server.run(sockets=[socket.socket(fileno=listening)] if listening is not None else None)
 
 

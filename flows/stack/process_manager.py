@@ -20,6 +20,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_prep.store import write_atomically
 from flows.stack.prefect_server import answers
 from flows.stack.services import Service, private, start, stop, stop_engines
 from training.launch.commands import python_path
@@ -104,18 +105,14 @@ class Keeper:
         """Rewrite state.json when it would change."""
         text = json.dumps({"keeper": os.getpid(), "services": [kept.as_dict() for kept in self.kept]}, indent=2)
         if text != self.written:
-            temporary = self.state_dir / ".state.json"
-            with open(temporary, "w", encoding="utf-8", opener=private) as file:
-                file.write(text)
-            temporary.replace(self.state_dir / "state.json")
+            write_atomically(self.state_dir / "state.json", text, 0o600)
             self.written = text
 
 
 def spawn(state_dir: Path, services: list[Service]) -> None:
     """Start a keeper in the background, in a session of its own: it outlives us and our terminal."""
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with open(state_dir / "spec.json", "w", encoding="utf-8", opener=private) as file:
-        json.dump([asdict(service) for service in services], file)
+    write_atomically(state_dir / "spec.json", json.dumps([asdict(service) for service in services]), 0o600)
     with open(state_dir / "keeper.log", "ab", opener=private) as log:
         subprocess.Popen(
             [sys.executable, "-m", "flows.stack.process_manager", str(state_dir)],

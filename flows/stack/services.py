@@ -6,24 +6,24 @@ that happens. Cost: none; the services need 5 to 20 s to answer.
 """
 
 import contextlib
-import ctypes
 import os
 import signal
 import subprocess
 import sys
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import psutil
 
-from flows.stack.listeners import LOOPBACK, OWNER, port_of
+from flows.stack.listeners import OWNER, port_of
 from flows.stack.prefect_home import set_by_user
 from training.launch.commands import python_path
+from training.launch.processes import LOOPBACK, descendants, die_with_parent, is_alive, marked
 
 POOL = "panda"
-PR_SET_PDEATHSIG = 1
 LEFTOVER_GRACE_SECONDS = 28.0  # a flow run among them may be writing a checkpoint
 
 
@@ -92,7 +92,7 @@ def start(service: Service, log: Path) -> subprocess.Popen:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=_end_with_owner,  # safe: the owner has one thread  # noqa: PLW1509
+            preexec_fn=partial(die_with_parent, signal.SIGTERM),  # safe: the owner has one thread  # noqa: PLW1509
         )
 
 
@@ -103,22 +103,17 @@ def private(path: str, flags: int) -> int:
     return descriptor
 
 
-def _end_with_owner() -> None:
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-
-
 def stop(process: subprocess.Popen, grace_seconds: float) -> None:
     """SIGTERM to the process and what it started, SIGKILL after the grace."""
-    family = [process, *_descendants(process.pid)]
+    family = [process, *descendants(process.pid)]
     if process.poll() is None:
         process.terminate()
     deadline = time.monotonic() + grace_seconds
-    while any(is_running(member.pid) for member in family) and time.monotonic() < deadline:
+    while any(is_alive(member.pid) for member in family) and time.monotonic() < deadline:
         process.poll()
         time.sleep(0.05)
     for member in family:
-        if is_running(member.pid):
+        if is_alive(member.pid):
             member.kill()
     process.wait()
 
@@ -126,9 +121,9 @@ def stop(process: subprocess.Popen, grace_seconds: float) -> None:
 def end_leftovers(owner: str, grace_seconds: float = LEFTOVER_GRACE_SECONDS) -> None:
     """End the orphans of a service that was killed: it may be gone while what it started still serves its port."""
     orphans = []
-    for process in psutil.process_iter():
+    for process in marked(OWNER, owner):
         with contextlib.suppress(psutil.Error):
-            if process.environ().get(OWNER) == owner and process.ppid() == 1:
+            if process.ppid() == 1:
                 process.terminate()
                 orphans.append(process)
     for survivor in psutil.wait_procs(orphans, grace_seconds)[1]:
@@ -140,22 +135,7 @@ def stop_engines(worker_pid: int, grace_seconds: float) -> None:
 
     The worker itself would kill them at once and leave their runs `Running`.
     """
-    engines = [child for child in _descendants(worker_pid) if os.getpgid(child.pid) == child.pid]
+    engines = [child for child in descendants(worker_pid) if os.getpgid(child.pid) == child.pid]
     for engine in engines:
         engine.terminate()
     psutil.wait_procs(engines, grace_seconds)
-
-
-def _descendants(pid: int) -> list[psutil.Process]:
-    try:
-        return psutil.Process(pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def is_running(pid: int) -> bool:
-    """False for processes that are gone and for zombies."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False

@@ -34,6 +34,7 @@ from flows.stack.prefect_home import (
     remember,
 )
 from flows.stack.prefect_server import answers, http_status, unusable
+from training.launch.processes import free_port
 from training.tracking.sync import TRAINING_VIEW
 
 START_SECONDS = 180.0
@@ -165,7 +166,7 @@ def _other_ports(url: str, mlflow_port: int = MLFLOW_PORT) -> str:
     """What to type when somebody else is there."""
     if not listeners.is_local(url):
         return "PREFECT_API_AUTH_STRING is to hold what it asks for"
-    ports = (listeners.free_port(listeners.port_of(url)), listeners.free_port(mlflow_port))
+    ports = (free_port(listeners.port_of(url)), free_port(mlflow_port))
     return "ports of its own for this project: make up PREFECT_PORT={} MLFLOW_PORT={}".format(*ports)
 
 

@@ -8,7 +8,6 @@ import gc
 import importlib
 import json
 import shutil
-import signal
 import sys
 from pathlib import Path
 
@@ -25,13 +24,11 @@ from flows.cli.run import call_flow
 from flows.panda_evaluate import panda_evaluate
 from tasks import prepare, reporting
 from tasks import register as tasks_sample_prompt
+from tests.support.ranks_here import running_here
 from tests.support.tiny_models import save_tokenizer
 from tests.training.registry.test_register import older_key
-from training import compare, evaluate, worker
-from training.launch import launcher
-from training.launch.exits import ExitReason
-from training.launch.launcher import ExitReport
-from training.registry import register
+from training.launch import commands, launcher
+from training.registry import loaded_back
 from training.registry.promotion import promote
 from training.registry.versions import Registry, Version
 from training.tracking import plots
@@ -71,21 +68,14 @@ def flow_in_this_process(use_prefect_server, prefect_server):
 def ranks_in_this_process(monkeypatch):
     """Where the launcher would start one process, its work is done here."""
 
-    def run_here(commands, settings, listener):
-        (command,) = commands
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-            if name in command.env:
-                monkeypatch.setenv(name, command.env[name])
-        _, _, module, *arguments = command.argv
-        monkeypatch.setattr(sys, "argv", [module, *arguments])
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+    modules = (commands.WORKER, commands.EVALUATE, commands.LOAD_BACK, commands.COMPARE)
+    here = running_here(*modules)
+
+    def run_here(*arguments):
         try:
-            {"training.worker": worker, "training.evaluate": evaluate, "training.compare": compare}[module].main()
+            return here(*arguments)
         finally:
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
             forget_groups()
-        return ExitReport(ExitReason.completed)
 
     monkeypatch.setattr(launcher, "run_commands", run_here)
     gc.freeze()  # the comparison collects garbage after every model, a second each among all that is imported here
@@ -213,7 +203,7 @@ def test_no_look_at_a_model_costs_it(folder, monkeypatch, caplog):
     """All that is only to be looked at fails: artifacts, plots, examples, prompt, sample text, description."""
     for name in ("create_table_artifact", "create_markdown_artifact", "create_image_artifact", "write_plots"):
         monkeypatch.setattr(reporting, name, broken)
-    for module, name in ((prepare, "inspect_plan"), (plots, "write_plots"), (register, "generate"),
+    for module, name in ((prepare, "inspect_plan"), (plots, "write_plots"), (loaded_back, "generate"),
                          (tasks_sample_prompt, "open_plan"), (Registry, "describe")):  # fmt: skip
         monkeypatch.setattr(module, name, broken)
     summary = run(folder, "both", False, registered_model_name="unseen", run_name="unseen")

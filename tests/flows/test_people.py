@@ -6,7 +6,8 @@ import socket
 
 import pytest
 
-from tests.support.stack import LONG, Stack, free_port, running_stack, wait_for
+from tests.support.stack import LONG, Stack, running_stack, wait_for
+from training.launch.processes import free_port
 from training.registry.versions import Registry
 from training.tracking.sync import TRAINING_VIEW
 from training.tracking.tags import APPROVAL_TAG, COMMENT_TAG, GATE_TAG, REASONS_TAG

@@ -17,8 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from training.registry.loaded_back import load_served
-from training.registry.register import generate
+from training.registry.loaded_back import generate, load_served
 from training.tracking.sync import connect
 
 

@@ -15,7 +15,8 @@ from pathlib import Path
 import yaml
 
 from data_prep.errors import CorpusError
-from training.launch.exits import NonFiniteError, TrainingStopped, emit, run_rank
+from training.launch.events import emit
+from training.launch.exits import NonFiniteError, TrainingStopped, run_rank
 
 RANK = int(os.environ["RANK"])
 

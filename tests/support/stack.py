@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 import threading
@@ -20,6 +19,7 @@ import psutil
 import yaml
 
 from data_prep.sample import write_sample
+from training.launch.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 OF_THE_PROJECT = ("deploy", "flows", "prefect.toml", "prefect.yaml", "train.py")
@@ -33,12 +33,6 @@ SETTINGS = {
     "gate_records": 20,
     "num_workers": 0,
 }
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @dataclass

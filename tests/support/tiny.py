@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from tests.support.plans import example, write_plan
+from training.launch.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 VOCABULARY = 64
@@ -79,12 +79,6 @@ def write_run(root: Path, name: str = "run", model_dir: Path | None = None, **se
     }  # fmt: skip
     (run_dir / "config.yaml").write_text(yaml.safe_dump(config))
     return run_dir
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def start(run_dir: Path, world_size: int, *arguments: str, module: str = "training.worker") -> list[subprocess.Popen]:

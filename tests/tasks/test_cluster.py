@@ -17,7 +17,8 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from data_prep import store
-from tests.support.stack import ROOT, free_port, wait_for
+from tests.support.stack import ROOT, wait_for
+from training.launch.processes import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("use_prefect_server")]
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from tests.support import tiny
 from tests.support.plans import example, write_plan
+from training.launch.processes import free_port
 
 GOLDEN = Path(__file__).parents[1] / "assets" / "golden-losses.json"
 
@@ -94,7 +95,7 @@ def test_a_plan_without_rows_is_an_error_of_data(tmp_path):
 def test_torchrun_by_hand(tmp_path):
     run = tiny.write_run(tmp_path, max_steps=2)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(tiny.free_port()),
+        sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", str(free_port()),
         "-m", "training.worker", "--config", str(run / "config.yaml"),
     ]  # fmt: skip
     done = subprocess.run(

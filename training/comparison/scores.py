@@ -25,7 +25,7 @@ from training.comparison.heldout import HeldOut
 from training.comparison.job import ModelUnderTest
 from training.comparison.statistics import Scores
 from training.devices import any_device
-from training.launch.heartbeat import SignsOfLife
+from training.launch.heartbeat import Heartbeat
 from training.models.build import load_deployed
 from training.models.loss import CausalLMLoss, causal_model, micro_batch
 
@@ -86,7 +86,7 @@ def record_losses(
     counts = torch.zeros(shard.num_examples, dtype=torch.int64)
     losses_of = CausalLMLoss(model)
     rows = sorted(parts_of(shard, longest), key=lambda part: part.length)
-    alive = SignsOfLife("held-out records", len(rows), "rows")
+    alive = Heartbeat("held-out records", len(rows), "rows")
     with torch.inference_mode():
         for first in range(0, len(rows), micro_batch_rows):
             alive(first)

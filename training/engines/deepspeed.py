@@ -28,7 +28,9 @@ from training.devices import any_device, compute_dtype, uses_bf16
 from training.distributed import Ranks
 from training.engines.engine import WEIGHT, set_learning_rate, trainable
 from training.engines.optimizers import build_optimizer, restored_states
+from training.launch.heartbeat import Heartbeat
 from training.lean_imports import UNUSED, without
+from training.models.deferred import Values, check_filled, make_shardable
 from training.models.loss import CausalLMLoss
 from training.settings import TrainSettings
 
@@ -86,13 +88,26 @@ def effective(settings: TrainSettings, ranks: Ranks) -> TrainSettings:
 
 
 def partition(
-    deepspeed: ModuleType, module: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device
+    module: nn.Module, config: dict[str, Any], dtype: torch.dtype, device: torch.device, values: Values
 ) -> None:
-    """ZeRO 3: cast, move and shard the weights one by one; DeepSpeed by itself first moves the whole model to a GPU."""
-    for parameter in module.parameters():
-        if parameter.is_floating_point():
-            parameter.data = parameter.data.to(dtype)
-    deepspeed.zero.Init(module=module, config_dict_or_path=config, dtype=dtype)
+    """ZeRO 3: read, cast, move and shard the weights one by one, each rank by itself.
+
+    DeepSpeed by itself first moves the whole model to a GPU, and sends every weight from rank 0 to the others.
+    """
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    zero = Init(config_dict_or_path=config, dtype=dtype)
+    make_shardable(values, device)
+    parameters: list[Any] = list(module.parameters())
+    alive = Heartbeat("loading the model", len(parameters), "tensors")
+    for done, parameter in enumerate(parameters):
+        alive(done)
+        if parameter in values:
+            values.fill_one(parameter, device)
+        parameter.data = parameter.data.to(device, dtype if parameter.is_floating_point() else None)
+        zero._convert_to_deepspeed_param(parameter)
+        parameter.partition()
+    Init(module=module, config_dict_or_path=config, dtype=dtype)  # what is not about parameters
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
 
@@ -110,15 +125,20 @@ class DeepSpeedEngine:
     autocast: torch.dtype | None
 
     @classmethod
-    def build(cls, module: CausalLMLoss, settings: TrainSettings, ranks: Ranks) -> "DeepSpeedEngine":
-        """Wrap the model; DeepSpeed moves it to the device and shards it."""
+    def build(
+        cls, module: CausalLMLoss, settings: TrainSettings, ranks: Ranks, values: Values | None = None
+    ) -> "DeepSpeedEngine":
+        """Wrap the model; `values`: of what is still empty, read straight to the device. DeepSpeed shards it."""
+        values = Values() if values is None else values
         deepspeed = import_deepspeed()
         settings = effective(settings, ranks)
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
         num_trained = sum(parameter.numel() for _, parameter in trainable(module))
         config = zero_config(settings, ranks, num_trained)
         if settings.zero_stage == 3:
-            partition(deepspeed, module, config, compute_dtype(settings, ranks.device), ranks.device)
+            partition(module, config, compute_dtype(settings, ranks.device), ranks.device, values)
+        values.fill(ranks.device, Heartbeat("loading the model", len(values), "tensors"))
+        check_filled(module)
         base = build_optimizer(module.named_parameters(), settings)
         engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=config)
         if ranks.world_size == 1 and not settings.zero_stage:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from training.distributed import Ranks
-from training.models.loss import CausalLMLoss
+from training.models.loss import CausalLMLoss, causal_model
 
 WEIGHT = "weight"  # key of the parameter itself, float32, beside its optimizer state
 
@@ -61,6 +61,12 @@ def trainable(module: nn.Module) -> list[tuple[str, nn.Parameter]]:
     """(name inside the model, parameter) of what is trained, each shared parameter once."""
     named = [(model_name(name), parameter) for name, parameter in module.named_parameters()]
     return [(name, parameter) for name, parameter in named if parameter.requires_grad]
+
+
+def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
+    """The layers that transformers says must not be split."""
+    names = set(causal_model(module.model)._no_split_modules or ())
+    return [part for part in module.modules() if type(part).__name__ in names]
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

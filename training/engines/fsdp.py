@@ -5,7 +5,8 @@ weights are gathered for a layer at a time, gradients and optimizer states exist
 gradients over the ranks (undone through `averaging`). bfloat16: shards are float32, layers compute in bfloat16,
 gradients are summed in float32. Those of an adapter are kept whole until the last micro-batch of a step and reduced
 once; those of a whole model would not fit beside it, so every micro-batch reduces them. Optimizers see `DTensor`s,
-whose norms are global, so LAMB works. Cost: each rank loads the whole model before it is sharded.
+whose norms are global, so LAMB works. Frozen 4-bit weights are sharded as bytes. Cost: each rank reads its shards from
+the files; a 4-bit weight is quantised whole by every rank, which keeps its part.
 """
 
 import math
@@ -17,13 +18,15 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import distribute_tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.devices import uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, set_learning_rate, trainable
+from training.engines.engine import WEIGHT, decoder_layers, set_learning_rate, trainable
 from training.engines.optimizers import build_optimizer, restored_states, whole
-from training.models.loss import CausalLMLoss, causal_model
+from training.launch.heartbeat import Heartbeat
+from training.models.deferred import Value, Values, check_filled, make_shardable, replace
+from training.models.loss import CausalLMLoss
 from training.settings import TrainSettings
 
 
@@ -39,17 +42,11 @@ class FsdpEngine:
     holds_gradients: bool  # whole ones, between the micro-batches of a step
 
     @classmethod
-    def build(cls, module: CausalLMLoss, settings: TrainSettings, ranks: Ranks) -> "FsdpEngine":
-        """Shard the model in place."""
-        mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
-        precision = (
-            MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-            if uses_bf16(settings, ranks.device)
-            else MixedPrecisionPolicy()
-        )
-        for layer in decoder_layers(module):
-            fully_shard(layer, mesh=mesh, mp_policy=precision)
-        fully_shard(module, mesh=mesh, mp_policy=precision)
+    def build(
+        cls, module: CausalLMLoss, settings: TrainSettings, ranks: Ranks, values: Values | None = None
+    ) -> "FsdpEngine":
+        """Shard the model in place; each rank reads its shards of `values`, of what is still empty."""
+        shard(module, settings, ranks, Values() if values is None else values)
         optimizer = build_optimizer(module.named_parameters(), settings)
         return cls(
             module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)), holds_gradients=settings.use_lora
@@ -99,10 +96,40 @@ class FsdpEngine:
             yield name, whole(value.detach()).cpu().clone()
 
 
-def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
-    """The layers that transformers says must not be split."""
-    names = set(causal_model(module.model)._no_split_modules or ())
-    return [part for part in module.modules() if type(part).__name__ in names]
+def shard(module: CausalLMLoss, settings: TrainSettings, ranks: Ranks, values: Values) -> None:
+    """`fully_shard` the model in place, and fill its shards."""
+    mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
+    precision = (
+        MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        if uses_bf16(settings, ranks.device)
+        else MixedPrecisionPolicy()
+    )
+    make_shardable(values, ranks.device)
+    missing = values.by_name(module)
+    for layer in decoder_layers(module):
+        fully_shard(layer, mesh=mesh, mp_policy=precision)
+    fully_shard(module, mesh=mesh, mp_policy=precision)
+    alive = Heartbeat("loading the model", len(missing), "tensors")
+    for done, (name, parameter) in enumerate(list(module.named_parameters())):
+        alive(done)
+        if name in missing:
+            _fill_shard(parameter, missing.pop(name), ranks)
+    values.clear()
+    check_filled(module)
+
+
+def _fill_shard(parameter: Any, value: Value, ranks: Ranks) -> None:
+    """Put this rank's rows of a value into its shard of an empty parameter."""
+    rows = value.read().chunk(ranks.world_size)  # as `fully_shard` cuts
+    empty = parameter.to_local()
+    local = torch.empty(empty.shape, dtype=empty.dtype, device=ranks.device)
+    if ranks.rank < len(rows):
+        local.copy_(rows[ranks.rank])
+    shard = DTensor.from_local(
+        local, parameter.device_mesh, parameter.placements, run_check=False, shape=parameter.shape,
+        stride=parameter.stride(),
+    )  # fmt: skip
+    replace(parameter, shard)
 
 
 def _like(value: Tensor, parameter: Any) -> Tensor:

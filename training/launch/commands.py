@@ -7,21 +7,26 @@ Three ways, chosen by the settings:
 - `nodes > 1`: this machine's torchrun agent; every machine runs the same with its own `node_rank`;
 - `hostfile`: one `deepspeed` command on this machine that reaches the others through pdsh.
 
+What uses the trained weights (evaluation, loading back, comparison) runs on the ranks of this machine alone, started
+directly: weights without gradients and optimizer states need no second machine.
+
 Facts about this machine that the launcher needs, found without torch. In: /proc, /dev, cgroups. Out: numbers.
 """
 
 import os
-import socket
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from training import run_files
+from training.launch.processes import LOOPBACK, free_port
 from training.settings import EngineSettings
 
 PROJECT = Path(__file__).resolve().parents[2]
 WORKER = "training.worker"
 EVALUATE = "training.evaluate"
+COMPARE = "training.compare"
+LOAD_BACK = "training.registry.loaded_back"
 DEFAULT_PORT = 29500
 
 
@@ -68,6 +73,13 @@ def direct_commands(
     run_dir: Path, settings: EngineSettings, machine: Machine, resume: bool, worker: str
 ) -> list[Command]:
     """One command per rank, all on this machine, meeting at a local port."""
+    return local_ranks("rank", [worker, *worker_args(run_dir, resume)], run_dir, settings, machine)
+
+
+def local_ranks(
+    kind: str, module: list[str], run_dir: Path, settings: EngineSettings, machine: Machine
+) -> list[Command]:
+    """The ranks of this machine, each running `module` (with its arguments), called `kind` and their number."""
     size = num_local_ranks(settings, machine)
     common = common_env(machine, size) | {
         "WORLD_SIZE": str(size),
@@ -77,10 +89,10 @@ def direct_commands(
     }
     return [
         Command(
-            name=f"rank-{rank}",
-            argv=[sys.executable, "-m", worker, *worker_args(run_dir, resume)],
+            name=f"{kind}-{rank}",
+            argv=[sys.executable, "-m", *module],
             env=common | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            log=str(run_dir / run_files.LOGS / f"rank-{rank}.log"),
+            log=str(run_dir / run_files.LOGS / f"{kind}-{rank}.log"),
         )
         for rank in range(size)
     ]
@@ -110,7 +122,7 @@ def hostfile_command(run_dir: Path, settings: EngineSettings, machine: Machine, 
         *["--hostfile", str(settings.hostfile), "--no_local_rank"],
         *["--master_port", str(settings.master_port or DEFAULT_PORT)],
     ]
-    if settings.master_addr != "127.0.0.1":  # otherwise the first host of the file
+    if settings.master_addr != LOOPBACK[0]:  # otherwise the first host of the file
         argv += ["--master_addr", settings.master_addr]
     if settings.num_processes:
         argv += ["--num_gpus", str(settings.num_processes)]
@@ -120,12 +132,13 @@ def hostfile_command(run_dir: Path, settings: EngineSettings, machine: Machine, 
     )
 
 
-def evaluation_command(run_dir: Path, machine: Machine, module: str = EVALUATE) -> Command:
-    """One process that evaluates RUN/model as it lies on disk."""
-    argv = [sys.executable, "-m", module, "--config", str(run_dir.resolve() / run_files.CONFIG)]
-    name = module.rpartition(".")[2]
-    env = common_env(machine, 1) | {"MASTER_PORT": str(machine.free_port)}
-    return Command(name, argv, env, str(run_dir / run_files.LOGS / f"{name}.log"))
+def using_commands(
+    module: str, run_dir: Path, settings: EngineSettings, machine: Machine, arguments: tuple[str, ...] = ()
+) -> list[Command]:
+    """The ranks that use what lies in RUN: as many as have trained on this machine, called after the module."""
+    here = settings.model_copy(update={"nodes": 1, "hostfile": None, "master_addr": LOOPBACK[0], "master_port": 0})
+    words = [module, *worker_args(run_dir, resume=False), *arguments]
+    return local_ranks(module.rpartition(".")[2], words, run_dir, here, machine)
 
 
 def worker_args(run_dir: Path, resume: bool) -> list[str]:
@@ -159,7 +172,7 @@ MEMORY_EVENTS = (Path("/sys/fs/cgroup/memory.events"), Path("/sys/fs/cgroup/memo
 
 
 def this_machine() -> Machine:
-    """GPUs, usable cores and a port that is free now."""
+    """GPUs, usable cores and a port that is free now; where somebody else then takes it, the run is retried."""
     return Machine(num_gpus=num_gpus(), num_cores=len(os.sched_getaffinity(0)), free_port=free_port())
 
 
@@ -169,13 +182,6 @@ def num_gpus() -> int:
     if visible is not None:
         return len([device for device in visible.split(",") if device.strip() not in ("", "-1")])
     return len(list(Path("/dev").glob("nvidia[0-9]*")))
-
-
-def free_port() -> int:
-    """A free TCP port of the loopback device. Another process may take it before rank 0 does: that run is retried."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return listener.getsockname()[1]
 
 
 def num_oom_kills() -> int:

@@ -4,14 +4,12 @@ In: an exception of a rank, or the exit code the operating system gives. Out: an
 process with its code. The worker and the launcher share this file, so it imports neither torch nor anything heavy:
 torch's exceptions are known by name. Cost: none.
 
-How a rank tells its parent: a `PANDA {"event": "exit", ...}` line on stdout, then the exit code. A rank that could
+How a rank tells its parent: an event `Exit`, then the exit code. A rank that could
 print no line (killed, crashed in C) is judged by the code alone.
 """
 
-import ctypes
 import errno
 import faulthandler
-import json
 import logging
 import os
 import signal
@@ -24,10 +22,10 @@ from typing import NoReturn
 
 from data_prep.errors import CorpusError, PandaError, StoreError
 from training.errors import MlflowAway
+from training.launch.events import emit
+from training.launch.processes import die_with_parent
 
-PREFIX = "PANDA "
 OWNED = "PANDA_OWNED"  # set by the launcher: this process may not outlive its parent
-PR_SET_PDEATHSIG = 1
 
 
 class ExitReason(StrEnum):
@@ -126,18 +124,6 @@ def _is_lost_peer(error: BaseException) -> bool:
     )
 
 
-def die_with_parent() -> None:
-    """Ask the kernel to kill this process when its parent dies (Linux only)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-
-
-def emit(event: dict) -> None:
-    """Print one `PANDA {json}` line for the launcher, in one write so that lines of several ranks never mix."""
-    sys.stdout.write(f"{PREFIX}{json.dumps(event, ensure_ascii=False, default=str)}\n")
-    sys.stdout.flush()
-
-
 def run_rank(main: Callable[[], None]) -> NoReturn:
     """Run a rank's `main` and leave the process with the exit code of what happened. Never returns.
 
@@ -176,5 +162,5 @@ def _tell(error: BaseException) -> None:
     message = str(error) or type(error).__name__
     print(f"{reason.value}: {message}", file=sys.stderr, flush=True)
     rank = int(os.environ.get("RANK", "0"))
-    words = {"reason": reason.value, "rank": rank, "message": message, "details": details, "time": time.time()}
-    emit({"event": "exit", **words})
+    emit({"event": "exit", "reason": reason.value, "rank": rank, "message": message, "details": details,
+          "time": time.time()})  # fmt: skip

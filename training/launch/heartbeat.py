@@ -8,20 +8,20 @@ take longer. Cost: a look at the clock.
 import os
 import time
 
-from training.launch.exits import emit
+from training.launch.events import emit
 
 SECONDS = 10.0
 
 
-class SignsOfLife:
+class Heartbeat:
     """Call it often, with how much is done."""
 
     def __init__(self, doing: str, total: int, unit: str):
-        self.facts = {"event": "alive", "doing": doing, "total": total, "unit": unit}
+        self.doing, self.total, self.unit = doing, total, unit
         self.last = time.monotonic() if os.environ.get("RANK", "0") == "0" else float("inf")
 
     def __call__(self, done: int) -> None:
         """`done` of `total`."""
         if time.monotonic() - self.last > SECONDS:
             self.last = time.monotonic()
-            emit({**self.facts, "done": done})
+            emit({"event": "alive", "doing": self.doing, "total": self.total, "unit": self.unit, "done": done})

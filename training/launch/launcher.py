@@ -21,23 +21,22 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import psutil
 import yaml
 
 from training import run_files
 from training.launch.commands import (
-    EVALUATE,
     WORKER,
     Command,
-    evaluation_command,
     num_oom_kills,
     python_path,
     rank_commands,
     this_machine,
+    using_commands,
 )
+from training.launch.events import Event, Exit, Exited, MicroBatch, Started, event_of
 from training.launch.exits import OWNED, ExitReason, reason_of_code
-from training.launch.logs import LogTail, RateLimit, StallWatch, event_of, traceback_of
-from training.launch.supervisor import kill_all
+from training.launch.logs import LogTail, RateLimit, Watchdog, traceback_of
+from training.launch.processes import kill_all, marked
 from training.settings import TrainSettings
 
 POLL_SECONDS = 0.2
@@ -69,14 +68,14 @@ class ExitReport:
 class Listener:
     """Who is told what the ranks say. An exception raised in a callback cancels the run."""
 
-    on_event: Callable[[dict], None]
+    on_event: Callable[[Event], None]
     on_log: Callable[[str], None]
 
 
 def launch(
     run_dir: Path,
     settings: TrainSettings,
-    on_event: Callable[[dict], None],
+    on_event: Callable[[Event], None],
     on_log: Callable[[str], None],
     resume: bool = False,
 ) -> ExitReport:
@@ -101,12 +100,12 @@ def launch_worker(worker: str, run_dir: Path, settings: TrainSettings, listener:
         listener.on_log(f"{report.source} is out of memory ({report.message}); going on with {smaller}")
 
 
-def evaluate(
-    run_dir: Path, settings: TrainSettings, on_log: Callable[[str], None], module: str = EVALUATE
+def use(
+    module: str, run_dir: Path, settings: TrainSettings, on_log: Callable[[str], None], *arguments: str
 ) -> ExitReport:
-    """Evaluate RUN/model in a process of its own, owned like the ranks; the module writes its result into RUN."""
-    command = evaluation_command(run_dir, this_machine(), module)
-    return run_commands([command], settings, Listener(lambda event: None, on_log))
+    """Use RUN/model in as many processes as the ranks, and owned like them; `module` writes what it finds."""
+    commands = using_commands(module, run_dir, settings, this_machine(), arguments)
+    return run_commands(commands, settings, Listener(lambda event: None, on_log))
 
 
 def smaller_micro_batch(micro_batch: int, accumulation: int) -> tuple[int, int] | None:
@@ -116,7 +115,7 @@ def smaller_micro_batch(micro_batch: int, accumulation: int) -> tuple[int, int] 
     return None if smaller is None else (smaller, rows // smaller)
 
 
-def shrink_micro_batch(run_dir: Path, settings: TrainSettings) -> dict[str, int] | None:
+def shrink_micro_batch(run_dir: Path, settings: TrainSettings) -> MicroBatch | None:
     """Write the next smaller micro-batch into RUN/config.yaml; None where that is switched off or not possible.
 
     With several machines each has its own launcher, and one alone cannot restart the others: they get the report.
@@ -128,10 +127,8 @@ def shrink_micro_batch(run_dir: Path, settings: TrainSettings) -> dict[str, int]
     smaller = smaller_micro_batch(config["per_gpu_train_batch_size"], config["gradient_accumulation_steps"])
     if smaller is None:
         return None
-    changed = dict(zip(("per_gpu_train_batch_size", "gradient_accumulation_steps"), smaller, strict=True))
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(yaml.safe_dump(config | changed, allow_unicode=True, sort_keys=False))
-    os.replace(temporary, path)
+    changed: MicroBatch = {"per_gpu_train_batch_size": smaller[0], "gradient_accumulation_steps": smaller[1]}
+    run_files.write_atomically(path, yaml.safe_dump(config | changed, allow_unicode=True, sort_keys=False))
     return changed
 
 
@@ -141,8 +138,8 @@ class Attempt:
 
     commands: list[Command]
     tails: dict[str, LogTail]
-    exits: list[dict] = field(default_factory=list)  # facts of the supervisor about commands that ended
-    last_words: list[dict] = field(default_factory=list)  # "exit" events the ranks printed themselves
+    exits: list[Exited] = field(default_factory=list)
+    last_words: list[tuple[str, Exit]] = field(default_factory=list)  # (command, what one of its ranks printed)
     stall: str = ""  # set when the run was ended for making no progress
     stall_offsets: dict[str, int] = field(default_factory=dict)  # where the stacks begin in each log
 
@@ -150,17 +147,17 @@ class Attempt:
 def run_commands(commands: list[Command], settings: TrainSettings, listener: Listener) -> ExitReport:
     """Start the commands once, follow them to the end, judge the end."""
     attempt = Attempt(commands, {command.name: LogTail(Path(command.log)) for command in commands})
-    watch = StallWatch(settings.stall_seconds)
+    watchdog = Watchdog(settings.stall_seconds)
     rate_limit = RateLimit(listener.on_log)
     limited = Listener(listener.on_event, rate_limit)
     kills_before = num_oom_kills()
     with supervised(commands, settings.stop_deadline_seconds) as supervisor:
         while read_facts(attempt, supervisor):
-            relay(attempt, watch, limited)
-            if not attempt.stall and (silence := watch.overdue()):
-                end_stalled(attempt, supervisor, silence, watch.allowance)
+            relay(attempt, watchdog, limited)
+            if not attempt.stall and (silence := watchdog.overdue()):
+                end_stalled(attempt, supervisor, silence, watchdog.allowance)
             time.sleep(POLL_SECONDS)
-    while relay(attempt, watch, limited):
+    while relay(attempt, watchdog, limited):
         pass
     rate_limit.account()
     return judge(attempt, num_oom_kills() - kills_before)
@@ -188,17 +185,7 @@ def supervised(commands: list[Command], grace_seconds: float) -> Iterator[subpro
         process.stdin.close()
         process.wait()
         process.stdout.close()
-        kill_all(lambda: owned(token))  # only a supervisor that was itself killed leaves anything
-
-
-def owned(token: str) -> list[int]:
-    """Pids of the processes that carry our token in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error):
-            if process.environ().get(OWNED) == token:
-                found.append(process.pid)
-    return found
+        kill_all(lambda: marked(OWNED, token))  # only a supervisor that was itself killed leaves anything
 
 
 def say(supervisor: subprocess.Popen, line: str) -> None:
@@ -215,12 +202,12 @@ def read_facts(attempt: Attempt, supervisor: subprocess.Popen) -> bool:
         data = os.read(supervisor.stdout.fileno(), 1 << 16)
     except BlockingIOError:
         return True
-    facts = [json.loads(line) for line in data.splitlines()]
+    facts: list[Started | Exited] = [json.loads(line) for line in data.splitlines()]
     attempt.exits += [fact for fact in facts if fact["event"] == "exited"]
     return bool(data)
 
 
-def relay(attempt: Attempt, watch: StallWatch, listener: Listener) -> int:
+def relay(attempt: Attempt, watchdog: Watchdog, listener: Listener) -> int:
     """Pass on what the logs say that is new; returns the number of lines."""
     num_lines = 0
     for name, tail in attempt.tails.items():
@@ -230,9 +217,9 @@ def relay(attempt: Attempt, watch: StallWatch, listener: Listener) -> int:
             if event is None:
                 listener.on_log(f"[{name}] {line}")
                 continue
-            watch.progress(event)
-            if event.get("event") == "exit":
-                attempt.last_words.append(event | {"source": name})
+            watchdog.progress(event)
+            if event["event"] == "exit":
+                attempt.last_words.append((name, event))
             else:
                 listener.on_event(event)
     return num_lines
@@ -263,10 +250,10 @@ def judge(attempt: Attempt, num_kills_for_memory: int) -> ExitReport:
     return min(reports, key=lambda report: report.reason is ExitReason.lost_rank)
 
 
-def _report_of(attempt: Attempt, fact: dict, num_kills_for_memory: int) -> ExitReport:
+def _report_of(attempt: Attempt, fact: Exited, num_kills_for_memory: int) -> ExitReport:
     """How one command ended: by its last words, else by its exit code."""
     name, code = fact["name"], fact["code"]
-    words = [event for event in attempt.last_words if event["source"] == name]
+    words = [event for source, event in attempt.last_words if source == name]
     if words:
         cause = min(words, key=lambda event: (event["reason"] == ExitReason.lost_rank, event["time"]))
         return ExitReport(ExitReason(cause["reason"]), cause["message"], cause["details"], f"rank-{cause['rank']}")

@@ -1,7 +1,6 @@
 """The log files of the ranks: follow them, tell events from text, find what explains a failure.
 
-In: RUN/logs/*.log, appended to by the ranks. Out: lines and `PANDA {json}` events. pdsh prefixes lines with `host: `;
-that is understood. Cost: reads only what is new, at most 1 MiB at a time.
+In: RUN/logs/*.log, appended to by the ranks. Out: lines. Cost: reads only what is new, at most 1 MiB at a time.
 
 Notice a run that makes no progress. In: the events of the ranks. Out: how long it has been silent, if too long.
 
@@ -9,16 +8,15 @@ Any event is a sign of life (steps, evaluation, checkpoints). The allowance is `
 where that is longer; before the first event (imports, loading weights) three times the floor. Cost: a few floats.
 """
 
-import json
-import re
 import statistics
 import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from training.launch.events import Event, event_of
+
 READ_BYTES = 1 << 20
-EVENT = re.compile(r"^(?:\S+: )?PANDA (\{.*\})$")
 DETAIL_LINES = 60
 TRACEBACK = "Traceback (most recent call last):"
 
@@ -52,17 +50,6 @@ class LogTail:
             file.seek(max(first, self.path.stat().st_size - READ_BYTES))
             lines = file.read().decode("utf-8", "replace").splitlines()
         return "\n".join(line for line in lines if event_of(line) is None)
-
-
-def event_of(line: str) -> dict | None:
-    """The event of a `PANDA {json}` line, None for every other line."""
-    match = EVENT.match(line)
-    if not match:
-        return None
-    try:
-        return json.loads(match.group(1))
-    except json.JSONDecodeError:
-        return None
 
 
 def traceback_of(text: str) -> str:
@@ -118,7 +105,7 @@ MEDIAN_STEPS = 10
 START_FACTOR = 3
 
 
-class StallWatch:
+class Watchdog:
     """Remembers the last sign of life and the recent step times; `clock` is replaceable for tests of the arithmetic."""
 
     def __init__(self, floor_seconds: float, clock=time.monotonic):
@@ -129,7 +116,7 @@ class StallWatch:
         self.seen = False
         self.step_seconds: deque[float] = deque(maxlen=50)
 
-    def progress(self, event: dict) -> None:
+    def progress(self, event: Event) -> None:
         """Take note of an event of a rank."""
         now = self.clock()
         self.last = now

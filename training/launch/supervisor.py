@@ -14,23 +14,19 @@ it is daemonised, and kills all of it at the end. Should the supervisor itself b
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import select
 import signal
 import subprocess
-import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import psutil
+from training.launch.events import Exited, Started
+from training.launch.exits import ExitReason
+from training.launch.processes import adopt_orphans, descendants, die_with_parent, kill_all, signal_all
 
-from training.launch.exits import ExitReason, die_with_parent
-
-PR_SET_CHILD_SUBREAPER = 36
 POLL_SECONDS = 0.05
 ECHO_SECONDS = 1.0  # a rank that lost a peer may be seen before the peer itself: give the cause time to end
 
@@ -65,8 +61,7 @@ class Control:
 
 def main() -> None:
     """Read the spec from stdin, run its commands, return when no process is left."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(PR_SET_CHILD_SUBREAPER, 1)
+    adopt_orphans()
     control = Control()
     for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(number, lambda *_: setattr(control, "stop", True))
@@ -98,11 +93,11 @@ def supervise(commands: list[dict], grace_seconds: float, control: Control) -> N
         for command in commands:
             process = start(command)
             running[process.pid] = command["name"]
-            report(event="started", name=command["name"], pid=process.pid)
+            report({"event": "started", "name": command["name"], "pid": process.pid})
         while running:
             ended = [(running.pop(pid), code) for pid, code in reap() if pid in running]
             for name, code in ended:
-                report(event="exited", name=name, code=code, ended_by_us=ending)
+                report({"event": "exited", "name": name, "code": code, "ended_by_us": ending})
             control.stop |= any(code == ExitReason.cancelled.code for _, code in ended)
             if any(code for _, code in ended) and not control.stop:
                 only_echo = {code for _, code in ended if code} == {ExitReason.lost_rank.code}
@@ -112,13 +107,13 @@ def supervise(commands: list[dict], grace_seconds: float, control: Control) -> N
                 signal_all(running, signal.SIGTERM)
             if control.kill or time.monotonic() >= deadline:
                 ending = True
-                kill_descendants()
+                kill_all(descendants)
             if control.stacks:
                 control.stacks = False
                 dump_stacks()
             control.wait()
     finally:
-        kill_descendants()
+        kill_all(descendants)
 
 
 def start(command: dict) -> subprocess.Popen:
@@ -148,45 +143,9 @@ def reap() -> list[tuple[int, int]]:
     return ended
 
 
-def signal_all(pids: list[int] | dict[int, str], number: int) -> None:
-    """Send a signal to processes, some of which may be gone."""
-    for pid in pids:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)
-
-
-def descendants() -> list[int]:
-    """Pids of everything the commands started, in whatever session it is now."""
-    return [child.pid for child in psutil.Process().children(recursive=True)]
-
-
-def kill_descendants(timeout_seconds: float = 5) -> None:
-    """End everything the commands started."""
-    kill_all(descendants, timeout_seconds)
-
-
-def kill_all(find: Callable[[], list[int]], timeout_seconds: float = 5) -> None:
-    """SIGKILL until `find` names nothing but zombies; processes that fork meanwhile are met in the next round."""
-    deadline = time.monotonic() + timeout_seconds
-    while time.monotonic() < deadline:
-        alive = [pid for pid in find() if is_alive(pid)]
-        if not alive:
-            return
-        signal_all(alive, signal.SIGKILL)
-        time.sleep(0.01)
-
-
-def is_alive(pid: int) -> bool:
-    """False for zombies and for processes that are gone."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def dump_stacks() -> None:
     """SIGUSR1 to every descendant that handles it (faulthandler writes its stacks); it would kill the others."""
-    signal_all([pid for pid in descendants() if handles(pid, signal.SIGUSR1)], signal.SIGUSR1)
+    signal_all([child.pid for child in descendants() if handles(child.pid, signal.SIGUSR1)], signal.SIGUSR1)
 
 
 def handles(pid: int, number: int) -> bool:
@@ -199,7 +158,7 @@ def handles(pid: int, number: int) -> bool:
     return bool(int(mask, 16) >> (number - 1) & 1)
 
 
-def report(**fact: object) -> None:
+def report(fact: Started | Exited) -> None:
     """One JSON line to the launcher; a launcher that is gone is no reason to fail."""
     with contextlib.suppress(BrokenPipeError):
         os.write(1, (json.dumps({**fact, "time": time.time()}) + "\n").encode())

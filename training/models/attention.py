@@ -19,6 +19,7 @@ from transformers import AttentionInterface, PreTrainedConfig, PreTrainedModel
 NAME = "segments"
 
 
+@torch.compiler.disable  # lengths of segments are data: the rest of a layer is compiled, this would be again and again
 def attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **options: Any
 ) -> tuple[Tensor, None]:

@@ -1,9 +1,9 @@
 """The model to train: from a directory or from scratch, whole, with an adapter, or with frozen 4-bit weights.
 
 In: settings, directories, device. Out: a transformers model (wrapped by peft for LoRA) that computes on `device`
-after the engine has moved it. Saving writes what is deployed: safetensors (the adapter only for LoRA), the
-tokenizer's files and a generation config with eos. Cost: one copy of the weights in CPU memory per rank while
-loading, one on rank 0 while saving.
+after the engine has put its weights in place: until then they are in their files (`deferred.py`). Saving writes what
+is deployed: safetensors (the adapter only for LoRA), the tokenizer's files and a generation config with eos. Cost: one
+copy of the weights in CPU memory of rank 0 while saving; a model from scratch once per rank while it is made.
 
 peft and bitsandbytes are imported only when asked for: they take up to 20 s on a cold disk.
 """
@@ -24,6 +24,7 @@ from training.devices import any_device, uses_bf16
 from training.errors import ModelError
 from training.lean_imports import silence_vain_warnings
 from training.models import attention
+from training.models.deferred import Values, deferring
 from training.models.loss import causal_model
 from training.models.transformers4 import write_for_transformers4
 from training.settings import TrainSettings
@@ -38,16 +39,32 @@ TOKENIZER_FILES = (
 
 
 def load_model(settings: TrainSettings, model_dir: str | None, tokenizer_dir: str, dtype: torch.dtype) -> nn.Module:
-    """The model in training mode. Initialisation (of a model from scratch, of an adapter) depends on the seed only."""
+    """The model in training mode, whole, in CPU memory."""
+    model, values = empty_model(settings, model_dir, tokenizer_dir, dtype)
+    values.fill(torch.device("cpu"))
+    return model
+
+
+def empty_model(
+    settings: TrainSettings, model_dir: str | None, tokenizer_dir: str, dtype: torch.dtype
+) -> tuple[nn.Module, Values]:
+    """The model in training mode, and the values of what is still empty of it, for an engine to put in place.
+
+    Initialisation (of a model from scratch, of an adapter) depends on the seed only.
+    """
     torch.manual_seed(settings.seed)
-    causal = from_scratch(settings, tokenizer_dir) if model_dir is None else from_directory(settings, model_dir, dtype)
+    values = Values()
+    if model_dir is None:
+        causal = from_scratch(settings, tokenizer_dir)
+    else:
+        causal = from_directory(settings, model_dir, dtype, values)
     keep_differentiable(causal)
     _check_vocabulary(causal, tokenizer_dir)
     causal.config.use_cache = False
-    model = add_adapter(causal, settings) if settings.use_lora else causal
+    model = add_adapter(causal, settings, values) if settings.use_lora else causal
     if settings.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    return model.train()
+    return model.train(), values
 
 
 def from_scratch(settings: TrainSettings, tokenizer_dir: str) -> PreTrainedModel:
@@ -69,24 +86,25 @@ def config_of(architecture: dict[str, Any]) -> PreTrainedConfig:
     return AutoConfig.for_model(**architecture)
 
 
-def from_directory(settings: TrainSettings, model_dir: str, dtype: torch.dtype) -> PreTrainedModel:
-    """A model with the weights of a directory in safetensors; frozen 4-bit weights with `use_quant`."""
+def from_directory(settings: TrainSettings, model_dir: str, dtype: torch.dtype, values: Values) -> PreTrainedModel:
+    """A model for the weights of a directory in safetensors, which `values` will read; 4-bit ones with `use_quant`."""
     if not Path(model_dir, "config.json").is_file():
         raise ModelError(f"{model_dir}: no config.json; ckpt_path must be a Hugging Face checkpoint directory")
     options: dict[str, Any] = {"quantization_config": four_bits(dtype)} if settings.use_quant else {}
     try:
-        return _with_attention(
-            settings,
-            lambda kind: AutoModelForCausalLM.from_pretrained(
-                Path(model_dir).absolute(),
-                dtype=dtype,
-                attn_implementation=kind,
-                trust_remote_code=settings.trust_remote_code,
-                local_files_only=True,
-                use_safetensors=True,
-                **options,
-            ),
-        )
+        with deferring(values):
+            return _with_attention(
+                settings,
+                lambda kind: AutoModelForCausalLM.from_pretrained(
+                    Path(model_dir).absolute(),
+                    dtype=dtype,
+                    attn_implementation=kind,
+                    trust_remote_code=settings.trust_remote_code,
+                    local_files_only=True,
+                    use_safetensors=True,
+                    **options,
+                ),
+            )
     except OSError as error:
         raise ModelError(f"{model_dir}: {error}") from error
 
@@ -112,8 +130,11 @@ def four_bits(dtype: torch.dtype) -> Any:
     )
 
 
-def add_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
-    """A LoRA adapter (arXiv 2106.09685) on all linear layers but the head, or on the named ones; the rest is frozen."""
+def add_adapter(model: nn.Module, settings: TrainSettings, values: Values | None = None) -> nn.Module:
+    """A LoRA adapter (arXiv 2106.09685) on all linear layers but the head, or on the named ones; the rest is frozen.
+
+    :param values: of the parameters that are empty
+    """
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(
@@ -124,7 +145,8 @@ def add_adapter(model: nn.Module, settings: TrainSettings) -> nn.Module:
         task_type="CAUSAL_LM",
     )
     try:
-        return get_peft_model(model, config)
+        with (values or Values()).standing_in():
+            return get_peft_model(model, config)
     except ValueError as error:
         raise ModelError(f"lora_target_modules={settings.lora_target_modules}: {error}") from error
 

@@ -16,7 +16,7 @@ all, as without chunks; recomputing the logits in the backward pass would make i
 one forward pass, and one buffer as large as the head's weight for its gradient, which training needs anyway.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -113,8 +113,16 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> "MicroBatch":
         """The same on another device (inputs only; counts and rows stay)."""
+        return self._with(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pinned(self) -> "MicroBatch":
+        """The same in memory from which a GPU copies while it computes."""
+        return self._with(Tensor.pin_memory)
+
+    def _with(self, change: Callable[[Tensor], Tensor]) -> "MicroBatch":
         names = ("input_ids", "position_ids", "predictors", "targets", "sources")
-        return replace(self, **{name: getattr(self, name).to(device, non_blocking=True) for name in names})
+        changed: dict[str, Any] = {name: change(getattr(self, name)) for name in names}
+        return replace(self, **changed)
 
 
 def micro_batch(batch: Batch, rows: Iterable[int]) -> MicroBatch:

@@ -34,7 +34,7 @@ class TensorInfo:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """Its values."""
+        """Its values, mapped from the file: what is never looked at takes no memory."""
         with _opened(self.file) as tensors:
             return tensors.get_tensor(self.name)
 
@@ -53,8 +53,13 @@ def shards(folder: Path) -> list[Path]:
 
 def tensors_of(folder: Path) -> dict[str, TensorInfo]:
     """All tensors of a checkpoint by name, in the order of their bytes."""
+    return tensors_in(shards(folder))
+
+
+def tensors_in(files: list[Path]) -> dict[str, TensorInfo]:
+    """All tensors of files by name, in the order of their bytes."""
     infos = {}
-    for file in shards(folder):
+    for file in files:
         with _opened(file) as tensors:
             for name in tensors.offset_keys():
                 view = tensors.get_slice(name)

@@ -81,16 +81,10 @@ RULES: tuple[Rule, ...] = (
         "give --ckpt_path, or train the whole model",
     ),
     Rule(
-        "use_quant with zero_stage 3",
-        lambda case: case.settings.use_quant and case.zero == 3,
-        "ZeRO 3 would shard the packed 4-bit weights without their quantisation constants",
-        "--zero_stage 2 (4-bit weights are small: each rank holds them whole)",
-    ),
-    Rule(
-        "use_quant with strategy fsdp",
-        lambda case: case.settings.use_quant and case.fsdp,
-        "FSDP shards by the shape of the weights, which 4-bit weights have lost",
-        "--strategy deepspeed --zero_stage 2",
+        "compile with zero_stage 3",
+        lambda case: case.settings.compile and case.zero == 3,
+        "ZeRO 3 gathers weights between the operations that would be compiled into one",
+        "--strategy fsdp, or --zero_stage 2",
     ),
     Rule(
         "offload_parameters without zero_stage 3",

@@ -1,26 +1,44 @@
-"""A registered model proves itself: it is loaded back from MLflow, and its tensors are those of RUN/model.
+"""What MLflow has of a model is loaded and writes a text: run as a child, so that no flow's process ever holds a model.
 
-In: the URI of a logged model, RUN/model. Out: the model, loaded through `mlflow.pyfunc`; an error that says what is
-wrong with it. Cost: the weights once in memory and one more pass over the files, a tensor at a time.
+In: RUN/config.yaml, `--job FILE` (`Job`: the model's files as MLflow has them, a prompt). Out: `Found` beside the job;
+a `ModelError` that says what is wrong. By hand: ``python -m training.registry.loaded_back --config RUN/config.yaml
+--job FILE``. Every tensor of the files is compared with RUN/model, two at a time. Then it is loaded: a small model
+through `mlflow.pyfunc`, as others will load it; a large one as it was trained, sharded over the ranks and in 4 bits
+where it was (`Job.whole`). Cost: reading both files once, the weights (this rank's share of them) in memory.
 """
 
+import argparse
+import logging
 import os
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
-from training.errors import ModelError
+from training import run_files
+from training.errors import CheckpointError, ModelError
+from training.launch.exits import run_rank
+from training.launch.heartbeat import Heartbeat
+from training.launch.run_config import RunConfig, read_config
 from training.lean_imports import silence_vain_warnings
-from training.tracking.sync import away_errors, connect
+from training.models import shards
+from training.registry.proof import FOUND, WEIGHTS, Found, Job
+from training.tracking.looks import only_a_look
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+SAMPLE_TOKENS = 48
 
-def load_served(model_uri: str, uri: str) -> Any:
-    """A registered model, loaded through `mlflow.pyfunc`."""
-    connect(uri)
+
+def load_served(model_uri: str, uri: str | None = None) -> Any:
+    """A registered model (or an MLflow model directory), loaded through `mlflow.pyfunc`."""
+    from training.tracking.sync import connect, import_mlflow
+
+    if uri:
+        connect(uri)
+    import_mlflow()
     import mlflow
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -28,21 +46,49 @@ def load_served(model_uri: str, uri: str) -> Any:
     return mlflow.pyfunc.load_model(model_uri)
 
 
-def load_back(model_uri: str, uri: str, model_dir: Path) -> Any:
-    """The model that MLflow has, which is to be that of `model_dir`.
+def load_back(config: RunConfig, job: Job) -> Found:
+    """Compare, load, ask. All ranks together.
 
-    :raises ModelError: it cannot be loaded at all, or is another one.
+    :raises ModelError: it cannot be loaded at all, or is another model than RUN/model.
     """
+    stored, model_dir = Path(job.package) / WEIGHTS, config.run_dir / run_files.MODEL
+    if int(os.environ.get("RANK", "0")) == 0:
+        wrong = other_tensors(stored, model_dir)
+        if wrong:
+            raise ModelError(f"loaded back from MLflow it is another model: {wrong}")
+    return whole(job, model_dir)
+
+
+def other_tensors(stored: Path, model_dir: Path) -> str | None:
+    """What the files of one directory have other than those of another, tensor by tensor; None when nothing."""
     try:
-        served = load_served(model_uri, uri)
-    except away_errors():
-        raise
+        theirs, mine = shards.tensors_of(stored), shards.tensors_of(model_dir)
+    except CheckpointError as error:
+        raise ModelError(f"it cannot be loaded back from MLflow: {error}") from error
+    alive = Heartbeat("comparing tensors", len(mine), "tensors")
+    for done, (name, tensor) in enumerate(mine.items()):
+        alive(done)
+        other = theirs.pop(name, None)
+        if other is None:
+            return f"{name} is not there"
+        if not (other.file.samefile(tensor.file) or same(tensor.read(), other.read())):
+            return f"{name} is not as in {tensor.file}"
+    return f"{next(iter(theirs))} is not in {model_dir}" if theirs else None
+
+
+def whole(job: Job, model_dir: Path) -> Found:
+    """Loaded as others will load it, in this one process."""
+    try:
+        served = load_served(job.package)
     except Exception as error:  # of MLflow, transformers, peft, safetensors: whatever is wrong with the files
         raise ModelError(f"it cannot be loaded back from MLflow: {type(error).__name__}: {error}") from error
     wrong = difference(served, model_dir)
     if wrong:
         raise ModelError(f"loaded back from MLflow it is another model: {wrong}")
-    return served
+    text = ""
+    with only_a_look("a text of the model"):
+        text = generate(served, job.prompt, SAMPLE_TOKENS)
+    return Found(text)
 
 
 def difference(served: Any, model_dir: Path) -> str | None:
@@ -78,3 +124,23 @@ def same(one: "Tensor", other: "Tensor") -> bool:
     import torch  # here: verbs that only look at the registry do without
 
     return torch.equal(one.to(coarser), other.to(coarser))
+
+
+def generate(served: Any, prompt: str, max_new_tokens: int) -> str:
+    """Text a loaded model writes after `prompt`."""
+    return served.predict({"prompt": [prompt]}, params={"max_new_tokens": max_new_tokens})[0]
+
+
+def main() -> None:
+    """Command line: load back, write what was found beside the job."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--config", type=Path, required=True, help="RUN/config.yaml")
+    parser.add_argument("--job", type=Path, required=True, help="what is to be loaded back")
+    arguments = parser.parse_args()
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    found = load_back(read_config(arguments.config), Job(**run_files.read_json(arguments.job)))
+    run_files.write_json(arguments.job.with_name(FOUND), asdict(found))
+
+
+if __name__ == "__main__":
+    run_rank(main)

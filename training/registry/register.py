@@ -3,11 +3,12 @@
 In: RUN/model (safetensors and tokenizer; full weights or an adapter), the MLflow run. Out: a `ModelVersion`. The steps,
 each of which a later try finds done by the tag `panda.key` (hash of the run and of the step whose weights are deployed,
 tag `panda.step`; not of bytes, which the same weights have others of under another version of this code): logged model
-created -> files linked or uploaded -> logged model READY -> loaded back and compared -> version created. A logged model
-that was left half-done, or that is not what RUN/model is, is deleted.
+created -> files linked or uploaded -> logged model READY -> loaded back and compared (`training.registry.proof`) ->
+version created. A logged model that was left half-done, or that is not what RUN/model is, is deleted.
 
 What MLflow is given, the package, is a model for `mlflow.pyfunc`: code (`served_model`), signature, requirements, and
-the weights as hard links. Nothing is unpickled. Cost: a loading and an upload; on one file system no copy.
+the weights as hard links. Nothing is unpickled. Cost: a loading in a child process and an upload; on one file system no
+copy.
 """
 
 import hashlib
@@ -22,16 +23,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
-from urllib.parse import unquote, urlparse
 
 import yaml
 
 from training import run_files
 from training.errors import MlflowAway, ModelError
 from training.models.hub import base_of
-from training.registry.loaded_back import load_back
+from training.registry.proof import WEIGHTS, local_path, prove
 from training.tracking.logged_models import NOT_IN_NAMES, REGISTERED, deployed_step
-from training.tracking.looks import only_a_look
 from training.tracking.redact import what_it_says
 from training.tracking.sync import away_errors, connect
 from training.tracking.tags import KEY_TAG, STEP_TAG
@@ -46,21 +45,19 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = (2, 5, 10, 20, 40)
 SHOWN_CHARS = 200
-SAMPLE_TOKENS = 48
 FINAL_ERRORS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED")
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
-WEIGHTS = "artifacts/model"  # where the model lies below the MLflow model directory
 Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
 class ModelVersion:
-    """A version of a registered model; `uri` is `models:/NAME/VERSION`, `served` the model loaded back from MLflow."""
+    """A version of a registered model; `uri` is `models:/NAME/VERSION`, `text` what it wrote, loaded back."""
 
     name: str
     version: int
     uri: str
-    served: Any = field(compare=False, repr=False)
+    text: str = field(compare=False, repr=False)
 
 
 def register_run(tracked: "TrackedRun", name: str, tags: dict[str, str], prompt: str) -> tuple[ModelVersion, str]:
@@ -71,14 +68,13 @@ def register_run(tracked: "TrackedRun", name: str, tags: dict[str, str], prompt:
     """
     model_dir, again = tracked.run_dir / run_files.MODEL, f"go on with --resume --run_name {tracked.run_dir.name}"
     try:
-        version = register(tracked.run_dir, with_retries(tracked.wait_for_run_id), name, tags, tracked.uri)
+        run_id = with_retries(tracked.wait_for_run_id)
+        version = _registered(_model_of(tracked.run_dir, run_id, tags, tracked.uri, prompt), name)
     except MlflowAway as error:
         raise MlflowAway(f"{model_dir} is complete but not registered: {error}; when it is back, {again}") from error
     except ModelError as error:
         raise ModelError(f"{model_dir} is not registered: {error}; when that is mended, {again}") from error
-    with only_a_look("a text of the model"):
-        return version, generate(version.served, prompt, SAMPLE_TOKENS)
-    return version, ""
+    return version, version.text
 
 
 def register(run_dir: Path, run_id: str, name: str, tags: dict[str, str], uri: str) -> ModelVersion:
@@ -86,10 +82,17 @@ def register(run_dir: Path, run_id: str, name: str, tags: dict[str, str], uri: s
 
     :raises ModelError: loaded back it is not RUN/model.
     """
+    return _registered(_model_of(run_dir, run_id, tags, uri), name)
+
+
+def _model_of(run_dir: Path, run_id: str, tags: dict[str, str], uri: str, prompt: str = "") -> "_Model":
     step = deployed_step(run_dir)
     key = hashlib.sha256(f"{run_id}\0step {step}".encode()).hexdigest()[:32]
-    model = _Model(run_dir / run_files.MODEL, run_id, uri, {**tags, STEP_TAG: str(step), KEY_TAG: key})
-    return with_retries(lambda: _register(connect(uri), model, name))
+    return _Model(run_dir, run_id, uri, {**tags, STEP_TAG: str(step), KEY_TAG: key}, prompt)
+
+
+def _registered(model: "_Model", name: str) -> ModelVersion:
+    return with_retries(lambda: _register(connect(model.uri), model, name))
 
 
 def with_retries(action: Callable[[], Result]) -> Result:
@@ -115,10 +118,15 @@ def with_retries(action: Callable[[], Result]) -> Result:
 class _Model:
     """What is to be registered, and the tags that name it."""
 
-    model_dir: Path
+    run_dir: Path
     run_id: str
     uri: str
     tags: dict[str, str]
+    prompt: str
+
+    @property
+    def model_dir(self) -> Path:
+        return self.run_dir / run_files.MODEL
 
     @property
     def key(self) -> str:
@@ -132,30 +140,30 @@ def _register(client: "MlflowClient", model: _Model, name: str) -> ModelVersion:
     if not (version or logged) and adopt_older(client, model):
         version, logged = find_version(client, name, model.key), find_logged(client, model)
     if version:
-        served = _as_registered(version, model)
+        text = _as_registered(version, model)
     else:
         logged = logged or log_model(client, model.model_dir, model.run_id, model.tags)
-        served = _proven(client, logged, model)
+        text = _proven(client, logged, model)
         ensure_registered_model(client, name)
         version = client.create_model_version(
             name, source=logged.model_uri, run_id=model.run_id, tags=model.tags, model_id=logged.model_id
         )
-    return ModelVersion(name, int(version.version), f"models:/{name}/{version.version}", served)
+    return ModelVersion(name, int(version.version), f"models:/{name}/{version.version}", text)
 
 
-def _as_registered(version: Any, model: _Model) -> Any:
-    """The version that is there, loaded back; one run and step have one version, so other weights are an error."""
+def _as_registered(version: Any, model: _Model) -> str:
+    """What the version that is there writes; one run and step have one version, so other weights are an error."""
     try:
-        return load_back(version.source, model.uri, model.model_dir)
+        return prove(version.source, model.uri, model.run_dir, model.prompt)
     except ModelError as error:
         this = f"models:/{version.name}/{version.version}, registered by this run at step {model.tags[STEP_TAG]}"
         raise ModelError(f"{this}: {error}; what is trained anew belongs into a run of its own") from error
 
 
-def _proven(client: "MlflowClient", logged: "LoggedModel", model: _Model) -> Any:
-    """The logged model, loaded back; one that is not what was trained does not stay."""
+def _proven(client: "MlflowClient", logged: "LoggedModel", model: _Model) -> str:
+    """What the logged model writes, loaded back; one that is not what was trained does not stay."""
     try:
-        return load_back(logged.model_uri, model.uri, model.model_dir)
+        return prove(logged.model_uri, model.uri, model.run_dir, model.prompt)
     except ModelError:
         discard(client, logged)
         raise
@@ -208,7 +216,7 @@ def adopt_older(client: "MlflowClient", model: _Model) -> bool:
 def _is(logged: "LoggedModel", model: _Model) -> bool:
     """Whether a logged model has the weights of RUN/model."""
     try:
-        load_back(logged.model_uri, model.uri, model.model_dir)
+        prove(logged.model_uri, model.uri, model.run_dir, model.prompt)
     except ModelError as error:
         logger.info("%s of this run is another model: %s", logged.model_uri, error)
         return False
@@ -244,12 +252,6 @@ def log_model(client: "MlflowClient", model_dir: Path, run_id: str, tags: dict[s
     return client.finalize_logged_model(logged.model_id, "READY")
 
 
-def local_path(location: str) -> Path | None:
-    """The directory of a `file:` location; None for one behind a server or in an object store."""
-    parsed = urlparse(location)
-    return Path(unquote(parsed.path)) if parsed.scheme in ("", "file") else None
-
-
 def ensure_registered_model(client: "MlflowClient", name: str) -> None:
     """Create the registered model unless it is there."""
     from mlflow.exceptions import MlflowException
@@ -259,11 +261,6 @@ def ensure_registered_model(client: "MlflowClient", name: str) -> None:
     except MlflowException as error:
         if error.error_code != "RESOURCE_ALREADY_EXISTS":
             raise
-
-
-def generate(served: Any, prompt: str, max_new_tokens: int) -> str:
-    """Text a loaded model writes after `prompt`."""
-    return served.predict({"prompt": [prompt]}, params={"max_new_tokens": max_new_tokens})[0]
 
 
 def write_package(model_dir: Path, package: Path) -> None:

@@ -19,6 +19,7 @@ import yaml
 from data_prep.errors import PandaError
 from training import run_files
 from training.launch import launcher
+from training.launch.events import Event
 from training.registry.versions import Registry, Version
 from training.settings import TrainSettings
 from training.tracking.run import environment
@@ -111,8 +112,8 @@ def train_first(
     """
     losses: dict[int, float] = {}
 
-    def on_event(event: dict[str, Any]) -> None:
-        if event.get("event") == "step":
+    def on_event(event: Event) -> None:
+        if event["event"] == "step":
             losses[event["step"]] = event["loss"]
             if event["step"] >= num_steps:
                 raise _EnoughSteps

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from data_prep.errors import PandaError, did_you_mean
-from training.registry.register import FINAL_ERRORS, WEIGHTS, local_path
+from training.registry.proof import WEIGHTS, local_path
+from training.registry.register import FINAL_ERRORS
 from training.tracking.redact import redact_text, what_it_says
 from training.tracking.sync import connect
 from training.tracking.tags import BENCHMARK_TAG, TAKEDOWN_TAG, tagged

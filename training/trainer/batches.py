@@ -13,6 +13,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 
 from data_prep.plan.order import rows_of_step, split_step, steps_per_epoch
 from data_prep.plan.reader import Plan
@@ -62,7 +63,8 @@ def batch_schedule(
 
 def load(plan: Plan, rows: np.ndarray) -> MicroBatch:
     """One micro-batch: rows ``(micro_batch,) int64``, -1 for padding."""
-    return micro_batch(plan.batch(rows), rows)
+    batch = micro_batch(plan.batch(rows), rows)
+    return batch.pinned() if torch.cuda.is_available() else batch
 
 
 def prefetch(plan: Plan, wanted: Iterable[np.ndarray], num_workers: int, prefetch_factor: int) -> Iterator[MicroBatch]:

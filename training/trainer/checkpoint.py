@@ -33,7 +33,7 @@ from data_prep.store import fsync, hash_file
 from training.distributed import Ranks
 from training.engines.engine import Engine
 from training.errors import CheckpointError
-from training.launch.heartbeat import SignsOfLife
+from training.launch.heartbeat import Heartbeat
 
 FORMAT_VERSION = 1
 COMPLETE = "complete.json"
@@ -93,7 +93,7 @@ def _write_states(engine: Engine, directory: Path | None) -> None:
     """Gather one parameter at a time; rank 0 (which has a directory) writes a file whenever 1 GiB is together."""
     tensors: dict[str, Tensor] = {}
     number, size = 0, 0
-    alive = SignsOfLife("writing a checkpoint", len(engine.trained()), "tensors")
+    alive = Heartbeat("writing a checkpoint", len(engine.trained()), "tensors")
     for done, (name, state) in enumerate(engine.read()):
         alive(done)
         if directory is None:
@@ -163,7 +163,7 @@ def read_progress(directory: Path) -> Progress:
 def load(engine: Engine, directory: Path) -> None:
     """Put a checkpoint into the engine; every rank reads the files and keeps its shard."""
     expected = set(engine.trained())
-    alive = SignsOfLife("reading a checkpoint", len(expected), "tensors")
+    alive = Heartbeat("reading a checkpoint", len(expected), "tensors")
     for done, (name, state) in enumerate(_read_states(directory)):
         alive(done)
         if name not in expected:

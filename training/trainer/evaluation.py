@@ -16,7 +16,7 @@ from torch import Tensor
 from data_prep.plan.order import split_step
 from data_prep.plan.reader import Plan
 from training.distributed import Ranks
-from training.launch.heartbeat import SignsOfLife
+from training.launch.heartbeat import Heartbeat
 from training.models.loss import MicroBatch
 from training.trainer.batches import prefetch
 
@@ -29,7 +29,7 @@ def held_out_losses(
     """Mean loss per target token of each source over all rows of the plan."""
     mine = split_step(np.arange(plan.num_rows), ranks.world_size, micro_batch)[ranks.rank]
     totals = torch.zeros(2, len(plan.sources), dtype=torch.float64)  # summed loss, target tokens
-    alive = SignsOfLife("evaluation", len(mine), "micro-batches")
+    alive = Heartbeat("evaluation", len(mine), "micro-batches")
     with torch.no_grad():
         for done, batch in enumerate(prefetch(plan, mine, num_workers=1, prefetch_factor=2)):
             alive(done)

@@ -23,8 +23,9 @@ from data_prep.plan.reader import Plan
 from training import run_files
 from training.distributed import Ranks
 from training.engines.engine import Engine
-from training.launch.exits import OWNED, NonFiniteError, TrainingStopped, emit
-from training.launch.heartbeat import SignsOfLife
+from training.launch.events import emit, step_done
+from training.launch.exits import OWNED, NonFiniteError, TrainingStopped
+from training.launch.heartbeat import Heartbeat
 from training.models.loss import MicroBatch
 from training.settings import TrainSettings
 from training.trainer import checkpoint, evaluation
@@ -162,7 +163,7 @@ def _utilisation(run: Run, tokens_per_second: float, targets_per_second: float) 
 
 def _watch(run: Run, progress: Progress, num_micro_steps: int) -> Callable[[int], None]:
     """Called before every micro-batch: obeys a request to stop, and shows that a long step is alive."""
-    alive = SignsOfLife("step", num_micro_steps, "micro-batches")
+    alive = Heartbeat("step", num_micro_steps, "micro-batches")
 
     def before(index: int) -> None:
         if run.stop.requested():
@@ -257,7 +258,7 @@ def _report(run: Run, progress: Progress, record: dict[str, Any], metrics: JsonL
     metrics.write(**record)
     total = run.batch_schedule.total_steps
     eta = (total - progress.step) * progress.seconds / progress.step
-    emit({"event": "step", "steps": total, "eta_seconds": eta, **record})
+    emit(step_done(total, eta, record))
     for callback in run.callbacks:
         callback(record)
     if os.environ.get(OWNED):  # the launcher tells people, from the event

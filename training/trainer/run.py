@@ -23,7 +23,8 @@ from training.devices import compute_dtype, load_dtype
 from training.distributed import Ranks
 from training.engines.build import build_engine
 from training.errors import CheckpointError
-from training.launch.exits import DataError, emit
+from training.launch.events import emit, training_done
+from training.launch.exits import DataError
 from training.launch.run_config import RunConfig
 from training.lean_imports import UNUSED, without
 from training.models import build
@@ -80,12 +81,13 @@ def build_run(config: RunConfig, ranks: Ranks, progress: Progress) -> Run:
     progress.rows_per_step = batches.rows_per_step
     stop = StopSignal(ranks)
     stop.listen()
-    model = build.load_model(settings, config.model_dir, config.tokenizer_dir, load_dtype(settings, ranks.device))
+    dtype = load_dtype(settings, ranks.device)
+    model, values = build.empty_model(settings, config.model_dir, config.tokenizer_dir, dtype)
     causal = causal_model(model)
     vocabulary, flops = build.num_embeddings(causal), metrics.flops_of(causal)
     if ranks.is_first:
         _check_disk(config, model)
-    engine = build_engine(CausalLMLoss(model), settings, ranks)
+    engine = build_engine(CausalLMLoss(model), settings, ranks, values)
     engine.module.eval()
     checked = packing_check.Checked(
         vocabulary, config.packing, settings.per_gpu_train_batch_size, compute_dtype(settings, ranks.device)
@@ -133,7 +135,7 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
             "finished": time.time(),
         }
         run_files.write_json(config.run_dir / run_files.TRAINED, summary)
-        emit({"event": "done", **summary})
+        emit(training_done(summary))
 
 
 def save_model(config: RunConfig, run: Run) -> None:

@@ -179,13 +179,12 @@ def test_what_fits(workplace, monkeypatch):
 
 def test_what_does_not_work_together(workplace, monkeypatch, capsys):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    assert (
-        main(["plan", "--model", "llama-7b", "--use_quant", "--use_lora", "false", "--zero_stage", "3", "--json"]) == 2
-    )
+    command = ["plan", "--model", "llama-7b", "--use_quant", "--use_lora", "false", "--offload_parameters", "--json"]
+    assert main(command) == 2
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert [problem.split(":")[0] for problem in plan["problems"]] == [
         "use_quant without use_lora",
-        "use_quant with zero_stage 3",
+        "offload_parameters without zero_stage 3",
     ]
 
 

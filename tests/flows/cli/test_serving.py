@@ -33,7 +33,7 @@ from tests.data_prep.tokens.test_served_template import trained_prompt
 from tests.support.mlflow_fixtures import wait_for_health
 from tests.support.tiny_models import save_adapter
 from tests.training.registry.test_register import tracked_run
-from training.launch.commands import free_port
+from training.launch.processes import free_port
 from training.models.build import load_deployed
 from training.registry.register import register
 from training.registry.versions import Registry

@@ -16,7 +16,8 @@ from flows.cli import run
 from flows.stack import old_database, prefect_home, services, up
 from flows.stack.prefect_home import AUTH_STRING, SERVER_AUTH_STRING, URL
 from flows.stack.prefect_server import ServerError, connected, unusable, wait_for_server
-from tests.support.stack import ROOT, free_port
+from tests.support.stack import ROOT
+from training.launch.processes import free_port
 
 REMOTE = "https://prefect.team.example/api"
 

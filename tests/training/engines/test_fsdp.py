@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
-from tests.support.tiny import free_port
 from tests.training.models.test_loss import literal_batch, tiny
 from training.distributed import join, leave, this_rank
 from training.engines.fsdp import FsdpEngine
+from training.launch.processes import free_port
 from training.models.build import add_adapter
 from training.models.loss import CausalLMLoss, micro_batch
 from training.settings import TrainSettings

@@ -41,6 +41,8 @@ LORAS = {
     "lora-fsdp": {**LORA, "strategy": "fsdp"},
     "qlora-zero0": {**QUANT, "zero_stage": 0},
     "qlora-zero2": {**QUANT, "zero_stage": 2, "gradient_checkpointing": True},
+    "qlora-zero3": {**QUANT, "zero_stage": 3},
+    "qlora-fsdp": {**QUANT, "strategy": "fsdp"},
 }
 OPTIMIZERS = {
     "lamb-zero0": {"optimizer": "LAMB", "zero_stage": 0},
@@ -65,6 +67,8 @@ BFLOAT16_ADAPTERS = {  # what GPUs do when nothing is said
     "bf16-lora-fsdp": {**LORA, "strategy": "fsdp", "precision": "bf16"},
     "bf16-qlora-zero0": {**QUANT, "zero_stage": 0, "precision": "bf16"},
     "bf16-qlora-zero2": {**QUANT, "zero_stage": 2, "precision": "bf16", "gradient_checkpointing": True},
+    "bf16-qlora-zero3": {**QUANT, "zero_stage": 3, "precision": "bf16"},
+    "bf16-qlora-fsdp": {**QUANT, "strategy": "fsdp", "precision": "bf16", "gradient_checkpointing": True},
 }
 
 

@@ -109,14 +109,15 @@ def test_bfloat16_is_rounded_once(tmp_path):
     assert after.dtype == torch.bfloat16 and torch.equal(after, exact.float().to(torch.bfloat16))
 
 
+@pytest.mark.usefixtures("load_back_here")
 def test_a_version_is_exported_with_its_card(run_dir, tmp_path):
     save_full_model(run_dir / "model")
     report = {"records_in": 12, "accepted": 10, "rejected": {"empty_target": 2}, "dropped": {}}
     (run_dir / "report").mkdir()
     (run_dir / "report" / "data.json").write_text(json.dumps(report))
-    (run_dir / "config.yaml").write_text(
-        "model: tiny\nlearning_rate: 0.001\ncache_dir: /gone\npaths: {plan_dir: /gone}\n"
-    )
+    paths = {"plan_dir": "/gone", "tokenizer_dir": "/gone", "run_dir": str(run_dir)}
+    config = {"model": "tiny", "learning_rate": 0.001, "cache_dir": "/gone", "paths": paths}
+    (run_dir / "config.yaml").write_text(json.dumps(config))
     (run_dir / "gate.json").write_text(json.dumps({"slices": [], "reasons": ["first version"]}))
     tracked = tracked_run(run_dir)
     tags = {"panda.corpus": "c" * 32, "eval_loss.instruction": "1.25"}

@@ -6,8 +6,8 @@ import pytest
 
 from tests.training.trainer.test_checkpoint import RANKS, shelf
 from training.launch import heartbeat
-from training.launch.exits import PREFIX
-from training.launch.heartbeat import SignsOfLife
+from training.launch.events import PREFIX
+from training.launch.heartbeat import Heartbeat
 from training.trainer import checkpoint
 from training.trainer.checkpoint import Progress
 
@@ -23,13 +23,13 @@ def impatient(monkeypatch):
 
 
 def test_a_sign_says_what_is_done(impatient, capsys):
-    SignsOfLife("evaluation", 8, "micro-batches")(3)
+    Heartbeat("evaluation", 8, "micro-batches")(3)
     said = {"event": "alive", "doing": "evaluation", "total": 8, "unit": "micro-batches", "done": 3}
     assert events(capsys) == [said]
 
 
 def test_at_most_one_in_ten_seconds(capsys):
-    sign = SignsOfLife("evaluation", 8, "micro-batches")
+    sign = Heartbeat("evaluation", 8, "micro-batches")
     for done in range(8):
         sign(done)
     assert events(capsys) == []
@@ -37,7 +37,7 @@ def test_at_most_one_in_ten_seconds(capsys):
 
 def test_rank_0_speaks(impatient, monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
-    SignsOfLife("evaluation", 8, "micro-batches")(3)
+    Heartbeat("evaluation", 8, "micro-batches")(3)
     assert events(capsys) == []
 
 

@@ -13,10 +13,11 @@ import psutil
 import pytest
 import yaml
 
-from training.launch.commands import Machine, free_port, rank_commands
+from training.launch.commands import Machine, rank_commands
 from training.launch.exits import ExitReason, reason_of_code, reason_of_error
 from training.launch.launcher import Listener, launch_worker, smaller_micro_batch
-from training.launch.logs import StallWatch
+from training.launch.logs import Watchdog
+from training.launch.processes import free_port
 from training.settings import TrainSettings
 
 WORKER = "tests.support.ranks"
@@ -125,18 +126,18 @@ def test_a_stall_is_ended_with_the_stacks_of_all_ranks(tmp_path):
     assert report.seconds < 15
 
 
-def test_stall_watch_allows_ten_median_steps():
+def test_the_watchdog_allows_ten_median_steps():
     now = [0.0]
-    watch = StallWatch(5, clock=lambda: now[0])
+    watchdog = Watchdog(5, clock=lambda: now[0])
     now[0] = 14
-    assert not watch.overdue()  # three floors before the first sign of life
+    assert not watchdog.overdue()  # three floors before the first sign of life
     for step in range(4):
-        watch.progress({"step": step})
+        watchdog.progress({"step": step})
         now[0] += 2
-    assert watch.allowance == 20 and not watch.overdue()
+    assert watchdog.allowance == 20 and not watchdog.overdue()
     now[0] += 19
-    assert watch.overdue() == 21
-    assert StallWatch(0, clock=lambda: now[0]).overdue() == 0
+    assert watchdog.overdue() == 21
+    assert Watchdog(0, clock=lambda: now[0]).overdue() == 0
 
 
 class Cancelled(BaseException):
@@ -181,7 +182,7 @@ def test_nothing_survives_the_parent(tmp_path, behaviour, how):
     (tmp_path / "config.yaml").write_text(yaml.safe_dump({"behaviour": {0: behaviour, 1: behaviour}}))
     parent = subprocess.Popen([sys.executable, "-c", PARENT, str(tmp_path), WORKER], stdout=subprocess.DEVNULL)
     wait_until(lambda: len(ranks_alive()) >= (8 if behaviour == "spawn_daemons" else 4), 20)
-    time.sleep(0.5)
+    wait_until(lambda: all('"step"' in log.read_text() for log in (tmp_path / "logs").glob("*.log")), 20)
     parent.send_signal(how)
     parent.wait()
     wait_until(lambda: not ranks_alive(), 10)

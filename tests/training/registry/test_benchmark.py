@@ -51,6 +51,7 @@ def test_without_lm_eval_the_command_that_installs_it_is_said(tmp_path):
         ask(tmp_path, Questions(["arc"]))
 
 
+@pytest.mark.usefixtures("load_back_here")
 def test_scores_are_with_the_version_the_run_and_in_the_card(run_dir):
     save_full_model(run_dir / "model")
     tracked = tracked_run(run_dir)

@@ -16,13 +16,15 @@ from tests.support.mlflow_fixtures import server
 from training.compare import run_job
 from training.comparison import approval
 from training.comparison.job import read_job
-from training.launch.commands import free_port
+from training.launch.processes import free_port
 from training.launch.run_config import read_config
 from training.registry import lineage, promotion
 from training.registry.promotion import settle
 from training.registry.versions import CHALLENGER, CHAMPION, Registry, RegistryError
 from training.run_files import GATE_RECORDS
 from training.tracking.tags import APPROVAL_TAG, COMMENT_TAG, GATE_TAG, PARENT_TAG, REASONS_TAG
+
+pytestmark = pytest.mark.usefixtures("load_back_here")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+import torch
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
@@ -22,8 +23,9 @@ from safetensors.torch import load_file, save_file
 from tests.support.mlflow_fixtures import guarded, load_and_generate, server
 from tests.support.tiny_models import save_adapter, save_full_model
 from training.errors import MlflowAway, ModelError
-from training.launch.commands import free_port
 from training.launch.exits import ExitReason, reason_of_error
+from training.launch.processes import free_port
+from training.registry import loaded_back
 from training.registry import register as registry
 from training.registry.loaded_back import load_served
 from training.registry.register import register, register_run
@@ -34,6 +36,7 @@ from training.tracking.run import RunMetadata, TrackedRun, open_run
 from training.tracking.run_record import Dataset
 from training.tracking.sync import connect
 
+pytestmark = pytest.mark.usefixtures("load_back_here")
 TAGS = {"panda.corpus": "c" * 32, "panda.plan": "p" * 32}
 
 
@@ -45,9 +48,12 @@ def tracked_run(run_dir: Path, uri: str | None = None) -> TrackedRun:
     return tracked
 
 
-def trained(run_dir: Path, steps: int) -> None:
-    """What the worker writes when it is done."""
+def trained(run_dir: Path, steps: int, **settings) -> None:
+    """What the worker writes when it is done, and RUN/config.yaml as far as registration reads it."""
     (run_dir / "train.json").write_text(json.dumps({"steps": steps, "best_step": None}))
+    if not (run_dir / "config.yaml").exists():
+        paths = {"plan_dir": "/gone", "tokenizer_dir": str(run_dir / "model"), "run_dir": str(run_dir)}
+        (run_dir / "config.yaml").write_text(json.dumps({"paths": paths, **settings}))
 
 
 def versions(uri: str, name: str) -> list:
@@ -224,12 +230,30 @@ def test_a_model_that_cannot_be_loaded_back_is_not_registered(run_dir):
     assert not versions(tracked.uri, "panda-tiny") and not logged_models(tracked)
 
 
+def test_a_child_loads_the_model_and_this_process_does_not(run_dir, monkeypatch):
+    """Also where it is wrong: what the child has found is the error here."""
+    monkeypatch.undo()  # a real child
+    monkeypatch.setattr(loaded_back, "load_served", lambda *_: 1 / 0)
+    model = save_full_model(run_dir / "model")
+    tracked = tracked_run(run_dir)
+    version, text = register_run(tracked, "panda-tiny", TAGS, "hello")
+    assert version.version == 1 and text == greedy(model, run_dir / "model", "hello", loaded_back.SAMPLE_TOKENS)
+    (stored,) = (run_dir.parent / "mlartifacts").rglob("model.safetensors")
+    tensors = {**load_file(stored), "model.norm.weight": torch.zeros(32)}
+    stored.unlink()
+    save_file(tensors, stored, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"registered by this run at step 3: .* model.norm.weight is not as in"):
+        register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
+    assert "model.norm.weight" in (run_dir / "logs" / "loaded_back-0.log").read_text()
+    assert not list(run_dir.glob(".load-back-*"))
+
+
 def test_from_an_empty_prompt_a_model_begins_by_itself(run_dir):
     """This tokenizer has no bos; a model cannot be asked with no token at all."""
     model = save_full_model(run_dir / "model")
     tracked = tracked_run(run_dir)
     _, text = register_run(tracked, "panda-tiny", TAGS, "")
-    assert text == greedy(model, run_dir / "model", "</s>", registry.SAMPLE_TOKENS)
+    assert text == greedy(model, run_dir / "model", "</s>", loaded_back.SAMPLE_TOKENS)
     assert load_and_generate("models:/panda-tiny/1", "", 12, tracked.uri) == greedy(
         model, run_dir / "model", "</s>", 12
     )
@@ -244,7 +268,7 @@ def test_looks_that_fail_keep_no_model_from_the_registry(run_dir, monkeypatch, c
         {"model": "tiny"}, datasets=[Dataset("n" * 600, "d", "here")], reports={DATA_REPORT: {"records_in": 1}}
     )
     with open_run(TrackingSettings(), run_dir, facts) as tracked:
-        monkeypatch.setattr(registry, "generate", lambda *_: 1 / 0)
+        monkeypatch.setattr(loaded_back, "generate", lambda *_: 1 / 0)
         version, text = register_run(tracked, "panda-tiny", TAGS, "hello")
     assert version.version == 1 and text == ""
     run = connect(tracked.uri).get_run(tracked.run_id)

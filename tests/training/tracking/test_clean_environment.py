@@ -68,6 +68,7 @@ def environment_of(names: set[str], directory: Path) -> Path:
     return directory / "bin" / "python"
 
 
+@pytest.mark.usefixtures("load_back_here")
 @pytest.mark.parametrize("kind", ["full", "adapter"])
 def test_it_loads_with_only_what_its_requirements_name(kind, run_dir, tmp_path):
     model = save_full_model(run_dir / "model" if kind == "full" else tmp_path / "base")

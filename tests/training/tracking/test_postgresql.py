@@ -21,7 +21,7 @@ from tests.support.corpora import NAME, Project, add_version
 from tests.support.tiny_models import save_full_model
 from tests.training.registry.test_register import TAGS, tracked_run
 from training.errors import MlflowAway
-from training.launch.commands import free_port
+from training.launch.processes import free_port
 from training.registry import promotion
 from training.registry import register as registry
 from training.registry.register import register

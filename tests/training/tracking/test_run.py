@@ -14,9 +14,9 @@ import pytest
 
 from tests.support.mlflow_fixtures import server
 from training.errors import MlflowAway
-from training.launch.commands import free_port
 from training.launch.exits import ExitReason
 from training.launch.launcher import ExitReport
+from training.launch.processes import free_port
 from training.registry.versions import Registry
 from training.run_files import DATA_REPORT
 from training.settings import TrackingSettings

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from training.launch.commands import free_port
+from training.launch.processes import free_port
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking.run import RunMetadata, open_run
 from training.tracking.throughput import past_speed
