@@ -48,6 +48,12 @@ class Hardware:
             return num_bytes * (1 + GPU_FRAGMENTATION) + GPU_CONTEXT_BYTES
         return num_bytes + CPU_PROCESS_BYTES
 
+    def tensors_in(self, num_bytes: float) -> float:
+        """What of that is tensors: the other way round."""
+        if self.is_gpu:
+            return (num_bytes - GPU_CONTEXT_BYTES) / (1 + GPU_FRAGMENTATION)
+        return num_bytes - CPU_PROCESS_BYTES
+
     def fits(self, num_bytes: float) -> bool:
         """Whether a rank has room for that much; a memory that is not known has."""
         share = FITS if self.is_gpu else FITS_CPU

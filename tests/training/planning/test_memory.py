@@ -120,7 +120,7 @@ def test_phases_beside_the_step():
     assert need["save"].host == pytest.approx(shape.parameters * 12 / 64)
     assert need["load"].device < need["save"].device < need["export"].device < need["train"].device
     used = shape.parameters * 2 / 8  # bfloat16 on the ranks of one machine
-    assert used < need["gate"].device < 1.3 * used
+    assert used < need["gate"].device < 1.5 * used
     copied = {phase.name: phase for phase in phases(shape, chosen, Hardware(64, is_gpu=False, bf16=False))}["save"]
     assert copied.host == 0 and copied.device > shape.parameters * (12 + 12) / 64, "a CPU rank has one memory"
 
@@ -143,5 +143,8 @@ def test_the_smallest_change():
     }
     assert change(37, ranks=8) == {"gradient_checkpointing": True}
     everything = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
-    assert change(13) == {"gradient_checkpointing": True, **everything}
+    assert change(19) == {"gradient_checkpointing": True, **everything}
+    assert change(13) == {"gradient_checkpointing": True, "use_lora": True, "use_quant": True}, (
+        "the gate offloads nothing"
+    )
     assert change(2) is None
