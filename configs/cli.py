@@ -103,14 +103,6 @@ def build_parser(
     return parser
 
 
-def parse(parser: argparse.ArgumentParser, argv: list[str]) -> CommandLine:
-    """Split argv into settings, overrides and switches; raises a ConfigError with every problem."""
-    line, problems = read(parser, argv)
-    if problems:
-        raise ConfigError(problems)
-    return line
-
-
 def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[CommandLine, list[str]]:
     """What is right in argv, and the problems with the rest; a misspelt flag comes with the nearest real one."""
     parser.error = _raise_usage  # type: ignore[method-assign]  # argparse would print usage and exit; we list problems

@@ -21,10 +21,11 @@ from configs.settings import PandaSettings
 from data_prep.plan.order import rows_of_step, steps_per_epoch
 from data_prep.plan.reader import open_plan
 from flows.cli.console import plain_table, stdout_console
-from flows.cli.estimate import DataForecast, forecast_data
+from flows.cli.estimate import DataEstimate, estimate_data
 from flows.cli.exact import rehearse
 from flows.cli.exact import table as exact_table
 from flows.cli.run import print_json
+from flows.parts.preflight import nothing_to_start_from
 from training.launch import commands
 from training.models.hub import base_checkpoint, description
 from training.planning import compatibility
@@ -68,16 +69,16 @@ class Asked:
 
 def make_plan(settings: PandaSettings, asked: Asked = Asked()) -> dict[str, Any]:
     """The whole plan as plain values; its keys are documented in docs/guide.md."""
+    if nothing := nothing_to_start_from(settings):
+        raise ConfigError(nothing)
     checkpoint = base_checkpoint(settings)
-    if checkpoint is None and settings.architecture is None:
-        raise ConfigError([f"model={settings.model!r}: neither ckpt_path nor architecture says what to start from"])
     described = description(settings)
     last = newest_config(Path(settings.output_dir))
     train = TrainSettings.of(settings)
     target = target_of(train, asked.gpu_memory_gb, asked.host_memory_gb)
-    data = forecast_data(settings, described, last)
-    course = batches_of(data, train, target, settings.packing)
-    given = asked.tokens_per_second
+    data = estimate_data(settings, described, last)
+    batches = batches_of(data, train, target, settings.packing)
+    given, known = asked.tokens_per_second, described or settings.architecture
     speed = Speed(given, "as given") if given else _past_speed(settings, train)
     return {
         "model": settings.model,
@@ -85,13 +86,11 @@ def make_plan(settings: PandaSettings, asked: Asked = Asked()) -> dict[str, Any]
         "target": asdict(target) | {"words": target.words},
         "stages": [asdict(stage) | {"reused": stage.reused} for stage in data.stages],
         "data": _data(data),
-        "course": course,
+        "course": batches,
         **_size(settings, train, target, described),
-        "exact": rehearse(settings, target, described)
-        if asked.exact and (described or settings.architecture)
-        else None,
+        "exact": rehearse(settings, target, described) if asked.exact and known else None,
         "speed": asdict(speed) if speed else None,
-        "hours": course["tokens"] / speed.tokens_per_second / 3600 if speed else None,
+        "hours": batches["tokens"] / speed.tokens_per_second / 3600 if speed else None,
     }
 
 
@@ -113,13 +112,13 @@ def _past_speed(settings: PandaSettings, train: TrainSettings) -> Speed | None:
     return past_speed(Path(settings.output_dir), train, TrackingSettings.of(settings))
 
 
-def _data(data: DataForecast) -> dict[str, Any]:
+def _data(data: DataEstimate) -> dict[str, Any]:
     values = asdict(data)
     del values["stages"]
     return values | {"plan_dir": str(data.plan_dir) if data.plan_dir else None}
 
 
-def batches_of(data: DataForecast, settings: TrainSettings, target: Hardware, packing: bool) -> dict[str, Any]:
+def batches_of(data: DataEstimate, settings: TrainSettings, target: Hardware, packing: bool) -> dict[str, Any]:
     """Steps, tokens and padding of the whole training; exact when the pack plan is."""
     rows_per_step = settings.rows_per_step(target.ranks)
     per_epoch = steps_per_epoch(data.rows, rows_per_step)
@@ -136,7 +135,7 @@ def batches_of(data: DataForecast, settings: TrainSettings, target: Hardware, pa
     }
 
 
-def _padding(data: DataForecast, settings: TrainSettings, num_ranks: int, packing: bool) -> float | None:
+def _padding(data: DataEstimate, settings: TrainSettings, num_ranks: int, packing: bool) -> float | None:
     """Share of the tokens computed that are padding: every row is padded to the longest of its micro-batch.
 
     Before there is a plan, that of packed rows is that of the plan, and of others it is not known.
@@ -260,17 +259,17 @@ def _training(plan: dict[str, Any]) -> list[tuple[str, str]]:
     return [*rows, ("duration", _duration(plan))]
 
 
-def _rows_and_steps(data: dict[str, Any], course: dict[str, Any]) -> list[tuple[str, str]]:
+def _rows_and_steps(data: dict[str, Any], batches: dict[str, Any]) -> list[tuple[str, str]]:
     about = "" if data["exact"] else "about "
-    targets, padding = data["target_tokens"], course["padding"]
+    targets, padding = data["target_tokens"], batches["padding"]
     return [
         ("rows", f"{about}{data['rows']:,}"),
         ("tokens in them", f"{about}{data['tokens']:,}"),
         ("target tokens", "known once tokens exist" if targets is None else f"{about}{targets:,}"),
         ("padding", "known once tokens exist" if padding is None else f"{about}{100 * padding:.1f} %"),
-        ("rows in a step", f"{course['rows_per_step']:,}"),
-        ("optimizer steps", f"{about}{course['steps']:,} ({course['epochs']:.2f} epochs)"),
-        ("tokens trained on", f"{about}{course['tokens']:,}"),
+        ("rows in a step", f"{batches['rows_per_step']:,}"),
+        ("optimizer steps", f"{about}{batches['steps']:,} ({batches['epochs']:.2f} epochs)"),
+        ("tokens trained on", f"{about}{batches['tokens']:,}"),
     ]
 
 

@@ -153,7 +153,7 @@ class CausalLMLoss(nn.Module):
         self.model: Any = model
         causal = causal_model(model)
         self.one_row = str(causal.config._attn_implementation).startswith("flash")
-        self.head = _Head(causal.get_output_embeddings().weight) if has_plain_head(causal) else None
+        self.head = _as_head(causal.get_output_embeddings()) if has_plain_head(causal) else None
 
     def forward(self, batch: MicroBatch, mode: Mode = "sum") -> Tensor:
         """Summed loss of the targets, a scalar; or (`each`, `reference`) one loss a target: ``(N,) float32``."""
@@ -188,15 +188,19 @@ class CausalLMLoss(nn.Module):
         return nn.functional.cross_entropy(chosen, batch.targets, reduction="none")
 
 
-class _Head(nn.Module):
-    """The output layer as a module of its own, so that engines that shard weights gather this one when it is needed."""
+class _Head(nn.Linear):
+    """The model's output layer, which gives losses too: one module, that engines gather when it is needed."""
 
-    def __init__(self, weight: nn.Parameter):
-        super().__init__()
-        self.weight = weight
-
-    def forward(self, hidden: Tensor, targets: Tensor, mode: Mode) -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, mode: Mode = "sum") -> Tensor:
+        """Logits; with targets their losses."""
+        if targets is None:
+            return super().forward(hidden)
         return linear_cross_entropy(hidden, self.weight, targets, "sum" if mode == "sum" else "none")
+
+
+def _as_head(layer: nn.Module) -> nn.Module:
+    layer.__class__ = _Head
+    return layer
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
@@ -217,4 +221,4 @@ def has_plain_head(causal: PreTrainedModel) -> bool:
     """True when logits are ``hidden @ weight.T``; `packing_check.check` compares the two ways at start-up as well."""
     head = causal.get_output_embeddings()
     extras = [name for name, neutral in LOGIT_EXTRAS.items() if getattr(causal.config, name, None) not in neutral]
-    return type(head) is nn.Linear and head.bias is None and not extras
+    return type(head) in (nn.Linear, _Head) and head.bias is None and not extras

@@ -10,7 +10,7 @@ update (a copy of the gradients is). The larger one is the estimate.
 
 from dataclasses import dataclass
 
-from training.engines.deepspeed import REDUCE_BUCKET_ELEMENTS
+from training.engines.deepspeed import REDUCE_BUCKET_ELEMENTS, live_elements
 from training.models.loss import CHUNK_ELEMENTS
 from training.planning.hardware import Hardware
 from training.planning.model_shape import ModelShape
@@ -21,7 +21,6 @@ NF4_BYTES = 0.5 + 1 / 64 + 4 / (64 * 256)  # a nibble; a byte for each 64 weight
 STATE_BYTES = {"AdamW": 8.0, "LAMB": 8.0, "Adafactor": 0.02}
 EIGHT_BIT_STATE_BYTES = 2.06
 SUB_GROUP_ELEMENTS = 1_000_000_000  # updated at a time (ZeRO 3)
-LIVE_ELEMENTS = 1_000_000_000  # of gathered weights, at most (ZeRO 3)
 CHUNK_COPIES = 3  # logits, the exponentials of their normaliser, their gradient
 LAYER_TRANSIENT = 0.5  # gradients inside a layer, as a part of what the layer saves
 CHECKPOINT_BYTES = 12  # float32 weight and two states of each trained parameter
@@ -128,7 +127,7 @@ def _zero3(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> di
         "weights": 0 if settings.offload_parameters else weights,
         "gradients": share * FLOAT32 * on_rank,
         "optimizer": share * (FLOAT32 + state_bytes(settings)) * on_rank,
-        "engine": min(shape.parameters, LIVE_ELEMENTS) * element + copies * bucket * FLOAT32,
+        "engine": min(shape.parameters, live_elements(shape.parameters)) * element + copies * bucket * FLOAT32,
     }
 
 

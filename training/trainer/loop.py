@@ -32,6 +32,7 @@ from training.trainer import checkpoint, evaluation
 from training.trainer.batches import BatchSchedule, prefetch
 from training.trainer.checkpoint import Progress
 from training.trainer.metrics import Clock, Flops, JsonLines, duration, memory_peak_bytes
+from training.trainer.saver import Saver, Writing
 from training.trainer.schedule import Factor
 from training.trainer.step import NotFinite, StepWork, train_step
 
@@ -71,6 +72,7 @@ class Run:
     validation: Plan
     factor: Factor
     stop: StopSignal
+    saver: Saver
     directory: Path
     flops: Flops
     peak_flops: float | None
@@ -166,6 +168,7 @@ def _watch(run: Run, progress: Progress, num_micro_steps: int) -> Callable[[int]
     alive = Heartbeat("step", num_micro_steps, "micro-batches")
 
     def before(index: int) -> None:
+        run.saver.check()
         if run.stop.requested():
             leave(run, progress)
         alive(index)
@@ -190,9 +193,12 @@ def _explain(error: NotFinite, run: Run, step: int) -> NonFiniteError:
 def leave(run: Run, progress: Progress) -> None:
     """Write a checkpoint of the last whole step and end the run as cancelled."""
     began = time.monotonic()
-    path = save(run, progress)
+    save(run, progress)
+    run.saver.wait()
     seconds = time.monotonic() - began
-    raise TrainingStopped(f"stopped after step {progress.step}; {path.name} written in {seconds:.1f} s")
+    raise TrainingStopped(
+        f"stopped after step {progress.step}; {checkpoint.name_of(progress.step)} written in {seconds:.1f} s"
+    )
 
 
 def _after_step(run: Run, progress: Progress, evaluations: JsonLines | None) -> bool:
@@ -241,16 +247,34 @@ def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> dic
     return result
 
 
-def save(run: Run, progress: Progress) -> Path:
-    """Write a checkpoint and delete those that are no longer wanted."""
-    began = time.monotonic()
-    path = checkpoint.save(run.engine, progress, run.checkpoints, run.ranks)
-    if run.ranks.is_first:
-        best = progress.best_step if run.settings.keep_best else None
+def evaluate_sample(run: Run) -> dict[str, Any]:
+    """Held-out loss of a sample of rows, for whoever reads the weights back; {} when nothing is held out."""
+    if not run.validation.num_rows:
+        return {}
+    run.engine.module.eval()
+    rows, batch_size = evaluation.sample_rows(run.validation.num_rows), run.settings.per_gpu_eval_batch_size
+    return evaluation.held_out_losses(
+        lambda batch: run.engine.forward(batch, "each"), run.validation, batch_size, run.ranks, rows
+    )
+
+
+def save(run: Run, progress: Progress) -> None:
+    """Begin a checkpoint; when it is complete, those that are no longer wanted are deleted."""
+    best = progress.best_step if run.settings.keep_best else None
+
+    def complete(writing: Writing) -> None:
         checkpoint.prune(run.checkpoints, run.settings.keep_last, best)
-        seconds = time.monotonic() - began
-        emit({"event": "checkpoint", "after_step": progress.step, "path": str(path), "seconds": seconds})
-    return path
+        emit(
+            {
+                "event": "checkpoint",
+                "after_step": writing.step,
+                "path": str(writing.final),
+                "seconds": writing.seconds,
+                "stall_seconds": writing.stall_seconds,
+            }
+        )
+
+    run.saver.save(run.engine, progress, complete)
 
 
 def _report(run: Run, progress: Progress, record: dict[str, Any], metrics: JsonLines) -> None:

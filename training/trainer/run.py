@@ -35,6 +35,7 @@ from training.trainer.batches import batch_schedule
 from training.trainer.checkpoint import Progress
 from training.trainer.loop import Run, StopSignal
 from training.trainer.metrics import num_elements
+from training.trainer.saver import Saver
 from training.trainer.schedule import schedule
 
 SCHEDULE = "schedule.json"
@@ -45,7 +46,7 @@ log = logging.getLogger(__name__)
 
 def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
     """Train, evaluate, save the model, say how it went. All ranks together."""
-    newest = checkpoint.newest_of_all(config.run_dir / run_files.CHECKPOINTS, ranks)
+    newest = checkpoint.newest(config.run_dir / run_files.CHECKPOINTS, ranks)
     if newest and not resume:
         raise CheckpointError(f"{newest} is there already: --resume goes on from it; or choose another run directory")
     progress = checkpoint.read_progress(newest) if newest else Progress()
@@ -53,6 +54,7 @@ def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
     run = build_run(config, ranks, progress)
     if newest:
         checkpoint.load(run.engine, newest)
+        run.saver.newest_step = progress.step
         log.info("resumed from %s", newest)
     if ranks.is_first:
         run_files.write_json(config.run_dir / SCHEDULE, {"rows_per_step": progress.rows_per_step})
@@ -102,6 +104,7 @@ def build_run(config: RunConfig, ranks: Ranks, progress: Progress) -> Run:
         validation=open_plan(config.plan_dir, "validation"),
         factor=schedule(settings, batches.total_steps),
         stop=stop,
+        saver=Saver(config.run_dir / run_files.CHECKPOINTS, ranks),
         directory=config.run_dir,
         flops=flops,
         peak_flops=metrics.peak_flops(ranks.device),
@@ -121,16 +124,21 @@ def _check_disk(config: RunConfig, model: nn.Module) -> None:
 def finish(config: RunConfig, run: Run, progress: Progress) -> None:
     """Deploy the last or best weights, evaluate them, write the summary."""
     if config.settings.keep_best and progress.best_step is not None:
+        run.saver.wait()
         checkpoint.load(run.engine, run.checkpoints / checkpoint.name_of(progress.best_step))
     file = metrics.JsonLines(config.run_dir / run_files.EVALUATIONS, progress.step - 1)
     with file if run.ranks.is_first else nullcontext() as evaluations:
         after = loop.evaluate(run, progress, evaluations)
+    sample = loop.evaluate_sample(run)
     save_model(config, run)
+    run.saver.wait()
     if run.ranks.is_first:
         summary = {
             "steps": progress.step,
             **{key: value for key, value in asdict(progress).items() if key != "step"},
             "eval_after": after,
+            "eval_sample": sample,
+            "total_steps": run.batch_schedule.total_steps,
             "exit_reason": "completed",
             "finished": time.time(),
         }

@@ -34,6 +34,8 @@ ENGINES = {
     "fsdp": {"strategy": "fsdp"},
     "fsdp-recompute": {"strategy": "fsdp", "gradient_checkpointing": True},
 }
+UNTIED = {**ARCHITECTURE, "tie_word_embeddings": False}
+UNTIED_ENGINES = {"untied-zero0": {"zero_stage": 0}, "untied-fsdp": {"strategy": "fsdp"}}
 LORAS = {
     "lora-zero0": {**LORA, "zero_stage": 0},
     "lora-zero2": {**LORA, "zero_stage": 2},
@@ -98,6 +100,8 @@ def start(root: Path, plan: Path, ranks: int) -> None:
         add("base", architecture=ARCHITECTURE)
         for name, settings in {**ENGINES, **OPTIMIZERS, **BFLOAT16}.items():
             add(name, architecture=ARCHITECTURE, **settings)
+        for name, settings in UNTIED_ENGINES.items():
+            add(name, architecture=UNTIED, **settings)
         for name, settings in {**LORAS, **BFLOAT16_ADAPTERS}.items():
             add(name, model_dir=root / "base" / "model", lora_dropout=0.0, **settings)
     together = root / f"ranks-{ranks}"
@@ -127,6 +131,10 @@ def test_splits_of_a_global_batch_give_the_same_losses_and_weights(root, split):
 @pytest.mark.parametrize("name", ENGINES)
 def test_engines_give_the_same_losses_and_weights(root, name):
     assert_same_training(root / name, root / "base")
+
+
+def test_embedding_and_output_layer_train_the_same_as_units_of_their_own(root):
+    assert_same_training(root / "untied-fsdp", root / "untied-zero0")
 
 
 def test_losses_fall_and_the_held_out_loss_too(root):
