@@ -4,6 +4,7 @@ In: the flags of `train.py`; the memory of a GPU and the speed, if one wants to 
 exit code 2 when the settings do not work together. Cost: hashing the corpus, 5 s of imports, a second of arithmetic.
 """
 
+import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
@@ -30,8 +31,8 @@ from training.launch import commands
 from training.models.hub import base_checkpoint, description
 from training.planning import compatibility
 from training.planning.hardware import GB, Hardware, first_gpu
-from training.settings import TrackingSettings, TrainSettings
-from training.tracking.throughput import Speed, newest_config, past_speed
+from training.settings import TIME_TO_SAVE, TrackingSettings, TrainSettings
+from training.tracking.throughput import Speed, newest_config, past_disk_speed, past_speed
 
 TEXT = "Tell what a run would do, need and take: stages, rows, steps, memory, disk, hours. Nothing is trained."
 DEFAULT_CPU_RANKS = 2
@@ -80,6 +81,7 @@ def make_plan(settings: PandaSettings, asked: Asked = Asked()) -> dict[str, Any]
     batches = batches_of(data, train, target, settings.packing)
     given, known = asked.tokens_per_second, described or settings.architecture
     speed = Speed(given, "as given") if given else _past_speed(settings, train)
+    size = _size(settings, train, target, described)
     return {
         "model": settings.model,
         "base": {"checkpoint": checkpoint, "here": described is not None or checkpoint is None},
@@ -87,7 +89,8 @@ def make_plan(settings: PandaSettings, asked: Asked = Asked()) -> dict[str, Any]
         "stages": [asdict(stage) | {"reused": stage.reused} for stage in data.stages],
         "data": _data(data),
         "course": batches,
-        **_size(settings, train, target, described),
+        **size,
+        "checkpoint": _checkpoint(size["trainable"], settings),
         "exact": rehearse(settings, target, described) if asked.exact and known else None,
         "speed": asdict(speed) if speed else None,
         "hours": batches["tokens"] / speed.tokens_per_second / 3600 if speed else None,
@@ -106,6 +109,22 @@ def target_of(settings: TrainSettings, gpu_memory_gb: float | None, host_memory_
     memory, has_bf16 = (gpu_memory_gb * GB, True) if gpu_memory_gb else first_gpu()
     bf16 = has_bf16 if settings.precision == "auto" else settings.precision == "bf16"
     return Hardware(ranks * machines, True, bf16, memory, host, machines)
+
+
+def _checkpoint(num_trained: int | None, settings: PandaSettings) -> dict[str, Any] | None:
+    """Bytes of a checkpoint, seconds to write it at the speed of an earlier one, whether a stop leaves that time."""
+    from training.planning.memory import CHECKPOINT_BYTES
+
+    if num_trained is None:
+        return None
+    size, disk = num_trained * CHECKPOINT_BYTES, past_disk_speed(Path(settings.output_dir))
+    seconds = size / disk.bytes_per_second if disk else None
+    return {
+        "bytes": size,
+        "seconds": seconds,
+        "source": disk.source if disk else None,
+        "in_time": seconds < TIME_TO_SAVE * settings.stop_deadline_seconds if seconds else None,
+    }
 
 
 def _past_speed(settings: PandaSettings, train: TrainSettings) -> Speed | None:
@@ -256,7 +275,19 @@ def _training(plan: dict[str, Any]) -> list[tuple[str, str]]:
     if plan["parameters"]:
         rows.append(("parameters", f"{_count(plan['parameters'])}, {_count(plan['trainable'])} of them trained"))
         rows.append(("disk for checkpoints and model", _gigabytes(plan["disk_bytes"])))
+        rows.append(("a checkpoint", _checkpoint_in_words(plan["checkpoint"])))
     return [*rows, ("duration", _duration(plan))]
+
+
+def _checkpoint_in_words(checkpoint: dict[str, Any]) -> str:
+    """Its size and time, and what a stop makes of it."""
+    size, seconds = _gigabytes(checkpoint["bytes"]), checkpoint["seconds"]
+    if seconds is None:
+        return f"{size}; how fast it is written is known once a run has written one"
+    text = f"{size}, in about {seconds:.1f} s beside training ({checkpoint['source']})"
+    if checkpoint["in_time"]:
+        return f"{text}; a stop leaves the time for it"
+    return f"{text}; a stop leaves no time: --stop_deadline_seconds {math.ceil(seconds / TIME_TO_SAVE)}"
 
 
 def _rows_and_steps(data: dict[str, Any], batches: dict[str, Any]) -> list[tuple[str, str]]:
@@ -294,7 +325,13 @@ def _memory(plan: dict[str, Any], settings: PandaSettings) -> list[tuple[str, st
     rows = [(part, _gigabytes(memory[part]), notes.get(part, "")) for part in PARTS]
     rows.append(("total", _gigabytes(memory["total"]), "at the peak of a step"))
     if memory["host"]:
-        rows.append(("in CPU memory", _gigabytes(memory["host"]), "offloaded, or weights being loaded"))
+        rows.append(
+            (
+                "in CPU memory",
+                _gigabytes(memory["host"]),
+                "offloaded, and a copy of its part of a checkpoint while that is written",
+            )
+        )
     return rows
 
 

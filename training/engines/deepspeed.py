@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from training.devices import any_device, compute_dtype, uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, Piece, Stored, set_learning_rate, share, trainable
+from training.engines.engine import WEIGHT, Piece, Stored, saved, set_learning_rate, share, trainable
 from training.engines.optimizers import build_optimizer, restored_states
 from training.launch.heartbeat import Heartbeat
 from training.lean_imports import UNUSED, without
@@ -304,10 +304,10 @@ class DeepSpeedEngine:
                 parameter.partition()  # small ones are kept gathered, with the values of before
                 parameter.ds_tensor.data.copy_(mine)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-        for name, value in self.module.model.state_dict(keep_vars=True).items():
+        for name, value in saved(self.module, trained_only):
             with GatheredParameters([value] if self.stage == 3 and hasattr(value, "ds_id") else []):
                 yield name, value.detach().cpu().clone()
 

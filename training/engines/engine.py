@@ -70,8 +70,8 @@ class Engine(Protocol):
     def write(self, name: str, states: Mapping[str, Stored]) -> None:
         """Put back what `read` gave, on whichever ranks: takes the ranges of this rank's shard."""
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole weight on the CPU) of every tensor that is saved with a model. All ranks together."""
+    def weights(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole weight on the CPU) of every tensor of the model, or of the trained ones. All ranks together."""
 
 
 def model_name(name: str) -> str:
@@ -89,6 +89,12 @@ def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
     """The layers that transformers says must not be split."""
     names = set(causal_model(module.model)._no_split_modules or ())
     return [part for part in module.modules() if type(part).__name__ in names]
+
+
+def saved(module: CausalLMLoss, trained_only: bool) -> list[tuple[str, Tensor]]:
+    """(name inside the model, its tensor as it is) of what is saved with a model, or of what of that is trained."""
+    tensors = module.model.state_dict(keep_vars=True).items()
+    return [(name, value) for name, value in tensors if value.requires_grad or not trained_only]
 
 
 def share(value: Tensor, ranks: Ranks) -> Piece:

@@ -23,7 +23,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.devices import uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, Piece, Stored, decoder_layers, set_learning_rate, share, trainable
+from training.engines.engine import (
+    WEIGHT,
+    Piece,
+    Stored,
+    decoder_layers,
+    saved,
+    set_learning_rate,
+    share,
+    trainable,
+)
 from training.engines.optimizers import build_optimizer, restored_states, whole
 from training.launch.heartbeat import Heartbeat
 from training.models.deferred import Value, Values, check_filled, make_shardable, replace
@@ -121,8 +130,8 @@ class FsdpEngine:
             run_check=False, shape=parameter.shape, stride=parameter.stride(),
         )  # fmt: skip
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.module.model.state_dict().items():
+    def weights(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+        for name, value in saved(self.module, trained_only):
             yield name, whole(value.detach()).cpu().clone()
 
 

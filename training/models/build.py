@@ -10,7 +10,7 @@ peft and bitsandbytes are imported only when asked for: they take up to 20 s on 
 
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,7 @@ from training.models.deferred import Values, deferring
 from training.models.hub import base_of
 from training.models.loss import causal_model
 from training.models.transformers4 import write_for_transformers4
+from training.models.weight_files import write_streamed
 from training.settings import TrainSettings
 
 silence_vain_warnings()
@@ -204,13 +205,19 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer_dir: str) -> None:
         )
 
 
-def save_model(model: Any, state: dict[str, Tensor], tokenizer_dir: str, directory: Path) -> None:
-    """Write the model, or peft's wrapper of one, for deployment; rank 0 only.
+def save_model(
+    model: Any, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], tokenizer_dir: str, directory: Path
+) -> None:
+    """Write the model, or the adapter of peft's wrapper of one, for deployment; rank 0 only.
 
-    :param state: whole weights by name, gathered by the engine
+    :param weights: whole weights and their names, which the engine gathers; those of a model are written as they come
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory, state_dict=state)
+    pairs = weights.items() if isinstance(weights, Mapping) else weights
+    if causal_model(model) is not model:
+        directory.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(directory, state_dict=dict(pairs))
+    else:
+        write_streamed(model, pairs, directory)
     copy_tokenizer(tokenizer_dir, directory)
     generation = causal_model(model).generation_config or GenerationConfig()
     tokens: dict[str, Any] = {name: value for name, value in special_tokens(tokenizer_dir).items() if value is not None}

@@ -170,11 +170,15 @@ def _update_gradients(shape: ModelShape, settings: TrainSettings, hardware: Hard
 
 
 def _host(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
-    """CPU memory of a rank on a GPU, for what is offloaded; weights are read from their files tensor by tensor."""
+    """CPU memory of a rank on a GPU: for what is offloaded, and for the copy of its part of a checkpoint.
+
+    Weights are read from their files tensor by tensor.
+    """
     share = shape.trainable / hardware.ranks
     states = share * (2 * FLOAT32 + state_bytes(settings)) if settings.offload_optimizer else 0
     weights = shape.parameters / hardware.ranks * hardware.element_bytes if settings.offload_parameters else 0
-    return states + weights
+    copy = share * CHECKPOINT_BYTES if hardware.is_gpu else 0
+    return states + weights + copy
 
 
 def disk_bytes(num_trained: int, num_saved: int, settings: CheckpointSettings) -> int:

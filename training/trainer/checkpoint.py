@@ -136,6 +136,11 @@ def read_progress(directory: Path) -> Progress:
     return Progress(**json.loads((directory / COMPLETE).read_text())["progress"])
 
 
+def seconds_of(directory: Path) -> float | None:
+    """How long a checkpoint took to be written; format 1 does not say."""
+    return json.loads((directory / COMPLETE).read_text()).get("seconds")
+
+
 def load(engine: Engine, directory: Path) -> None:
     """Put a checkpoint into the engine; every rank reads the ranges that its shard needs."""
     stored, expected = read_index(directory), engine.trained()

@@ -25,10 +25,16 @@ SAMPLE_ROWS = 64
 
 
 def held_out_losses(
-    losses_of: Callable[[MicroBatch], Tensor], plan: Plan, micro_batch: int, ranks: Ranks,
+    losses_of: Callable[[MicroBatch], Tensor],
+    plan: Plan,
+    micro_batch: int,
+    ranks: Ranks,
     rows: np.ndarray | None = None,
-) -> dict[str, Any]:  # fmt: skip
-    """Mean loss per target token of each source over all rows of the plan, or some."""
+) -> dict[str, Any]:
+    """Mean loss per target token of each source over all rows of the plan, or some.
+
+    `losses_of` is called by all ranks together, and may raise to abandon the evaluation.
+    """
     rows = np.arange(plan.num_rows) if rows is None else rows
     mine = split_step(rows, ranks.world_size, micro_batch)[ranks.rank]
     totals = torch.zeros(2, len(plan.sources), dtype=torch.float64)  # summed loss, target tokens

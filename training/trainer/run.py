@@ -8,11 +8,12 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from data_prep.plan.reader import open_plan
 from data_prep.targets import load_target
@@ -25,6 +26,7 @@ from training.engines.build import build_engine
 from training.errors import CheckpointError
 from training.launch.events import emit, training_done
 from training.launch.exits import DataError
+from training.launch.heartbeat import Heartbeat
 from training.launch.run_config import RunConfig
 from training.lean_imports import UNUSED, without
 from training.models import build
@@ -54,7 +56,7 @@ def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
     run = build_run(config, ranks, progress)
     if newest:
         checkpoint.load(run.engine, newest)
-        run.saver.newest_step = progress.step
+        run.saver.newest_step, run.saver.seconds = progress.step, checkpoint.seconds_of(newest)
         log.info("resumed from %s", newest)
     if ranks.is_first:
         run_files.write_json(config.run_dir / SCHEDULE, {"rows_per_step": progress.rows_per_step})
@@ -130,7 +132,7 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
     with file if run.ranks.is_first else nullcontext() as evaluations:
         after = loop.evaluate(run, progress, evaluations)
     sample = loop.evaluate_sample(run)
-    save_model(config, run)
+    save_model(config, run, progress)
     run.saver.wait()
     if run.ranks.is_first:
         summary = {
@@ -146,19 +148,30 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
         emit(training_done(summary))
 
 
-def save_model(config: RunConfig, run: Run) -> None:
-    """RUN/model, written beside and renamed. All ranks gather, rank 0 writes."""
-    final = config.run_dir / run_files.MODEL
-    state = {name: value for name, value in run.engine.weights() if run.ranks.is_first}
+def save_model(config: RunConfig, run: Run, progress: Progress) -> None:
+    """RUN/model, written beside and renamed. All ranks gather a tensor at a time, rank 0 writes it."""
+    final, temporary = config.run_dir / run_files.MODEL, config.run_dir / ".model"
+    weights = _gathered(run, progress)
     if run.ranks.is_first:
-        temporary = config.run_dir / ".model"
         shutil.rmtree(temporary, ignore_errors=True)
-        build.save_model(run.engine.module.model, state, config.tokenizer_dir, temporary)
+        build.save_model(run.engine.module.model, weights, config.tokenizer_dir, temporary)
         save_chat_template(config, temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         emit({"event": "model", "path": str(final)})
+    for _ in weights:
+        pass
     run.ranks.barrier()
+
+
+def _gathered(run: Run, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    """What is deployed, tensor by tensor; a stop is obeyed between two of them. All ranks together."""
+    names = run.engine.trained() if run.settings.use_lora else run.engine.module.model.state_dict()
+    alive = Heartbeat("writing the model", len(names), "tensors")
+    for done, weight in enumerate(run.engine.weights(trained_only=run.settings.use_lora)):
+        loop.obey(run, progress)
+        alive(done)
+        yield weight
 
 
 def save_chat_template(config: RunConfig, directory: Path) -> None:

@@ -116,6 +116,18 @@ class Saver:
         self.seconds = self.ranks.max(self.seconds or 0.0 if self.ranks.is_first else 0.0)[0]
         self.newest_step, self.writing = writing.step, None
 
+    def seconds_until(self, step: int) -> tuple[float, float]:
+        """Until the checkpoint under way is complete, and until one of this step is, at the speed measured last.
+
+        As rank 0 measures it; all ranks together. 0 where nothing is known yet.
+        """
+        whole = self.seconds or 0.0
+        rest = max(whole - self.writing.seconds, 0.0) if self.writing and self.writing.under_way else 0.0
+        newest = self.writing.step if self.writing else self.newest_step
+        needed = rest if step == newest else rest + whole
+        rest, needed = self.ranks.max(rest if self.ranks.is_first else 0.0, needed if self.ranks.is_first else 0.0)
+        return rest, needed
+
     def _fail(self, writing: Writing, error: Exception) -> None:
         writing.given_up.set()
         raise NotWritten(f"{writing.final}: this checkpoint could not be written: {error}") from error

@@ -164,6 +164,17 @@ def test_the_speed_of_an_earlier_run(workplace):
     assert make_plan(settings(use_lora=True))["speed"] is None, "that run trained in another way"
 
 
+def test_whether_a_stop_leaves_time_for_a_checkpoint(workplace):
+    assert make_plan(settings(), None, None)["checkpoint"]["in_time"] is None, "nothing has been measured"
+    folder = workplace / "outputs" / "first" / "checkpoints" / "step-000004"
+    folder.mkdir(parents=True)
+    (folder / "complete.json").write_text(json.dumps({"files": {"state": {"bytes": 10**8}}, "seconds": 2.0}))
+    plan = make_plan(settings(), None, None)
+    size = 12 * plan["trainable"]
+    assert plan["checkpoint"] == {"bytes": size, "seconds": size / 5e7, "source": "run first", "in_time": True}
+    assert not make_plan(settings(stop_deadline_seconds=0.001), None, None)["checkpoint"]["in_time"]
+
+
 def test_what_fits(workplace, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     seven = make_plan(settings(model="llama-7b", num_processes=1), Asked(24))

@@ -106,7 +106,7 @@ def test_cpu_memory_holds_no_weights_but_offloaded_ones():
             "4 bits": {"use_lora": True, "use_quant": True},
         }.items()
     }
-    assert host == {"zero 0": 0, "zero 3": 0, "fsdp": 0, "4 bits": 0}
+    assert set(host.values()) == {12}, "bytes a trained parameter: the copy of a checkpoint while it is written"
 
 
 def test_phases_beside_the_step():
