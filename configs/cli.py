@@ -62,6 +62,8 @@ DRY_RUN = Switch("dry_run", "Tell what would be done, like `panda plan`, and sto
 PLAN_SWITCHES = [
     Switch("gpu_memory_gb", "Plan for GPUs with this much memory each; not given = what this machine has.",
            {"metavar": "GB", "type": float}),
+    Switch("host_memory_gb", "CPU memory of a machine with these GPUs; not given = of this one, if it has them.",
+           {"metavar": "GB", "type": float}),
     Switch("tokens_per_second", "Speed of all ranks together, for the hours of a plan; not given = as earlier runs.",
            {"metavar": "N", "type": float}),
     Switch("exact", "Also play a step of all ranks (FSDP2) with tensors without memory: memory and traffic by phase."),

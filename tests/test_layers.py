@@ -28,7 +28,8 @@ FLOORS = {
     ],
     "training": [
         "errors settings lean_imports run_files", "rendezvous", "distributed devices", "launch models", "engines",
-        "planning", "trainer", "tracking", "comparison", "export", "registry", "serving", "worker evaluate compare",
+        "planning", "trainer", "tracking", "comparison", "export", "registry", "serving",
+        "worker evaluate compare gpu_check",
     ],
     "configs": ["errors settings", "field_types guide_names", "load", "cli", "docs"],
     "tasks": ["stage reporting cluster", "prepare train register gate"],

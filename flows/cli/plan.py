@@ -7,7 +7,7 @@ exit code 2 when the settings do not work together. Cost: hashing the corpus, 5 
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, fields
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -46,8 +46,7 @@ def main(argv: list[str]) -> int:
 
 def run(line: CommandLine, loaded: Loaded) -> int:
     """Make the plan of a configuration and show it."""
-    switches = line.switches
-    plan = make_plan(loaded.settings, switches.gpu_memory_gb, switches.tokens_per_second, switches.exact)
+    plan = make_plan(loaded.settings, Asked.of(line.switches))
     if line.switches.json:
         print_json(plan)
     else:
@@ -55,9 +54,21 @@ def run(line: CommandLine, loaded: Loaded) -> int:
     return 2 if plan["problems"] else 0
 
 
-def make_plan(
-    settings: PandaSettings, gpu_memory_gb: float | None, tokens_per_second: float | None, exact: bool = False
-) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Asked:
+    """What a plan is made for, besides the settings; None = as it is here."""
+
+    gpu_memory_gb: float | None = None
+    tokens_per_second: float | None = None
+    host_memory_gb: float | None = None  # of a machine
+    exact: bool = False
+
+    @classmethod
+    def of(cls, switches: Any) -> "Asked":
+        return cls(**{field.name: getattr(switches, field.name) for field in fields(cls)})
+
+
+def make_plan(settings: PandaSettings, asked: Asked = Asked()) -> dict[str, Any]:
     """The whole plan as plain values; its keys are documented in docs/guide.md."""
     if nothing := nothing_to_start_from(settings):
         raise ConfigError(nothing)
@@ -65,10 +76,11 @@ def make_plan(
     described = description(settings)
     last = newest_config(Path(settings.output_dir))
     train = TrainSettings.of(settings)
-    target = target_of(train, gpu_memory_gb)
+    target = target_of(train, asked.gpu_memory_gb, asked.host_memory_gb)
     data = estimate_data(settings, described, last)
     batches = batches_of(data, train, target, settings.packing)
-    speed = Speed(tokens_per_second, "as given") if tokens_per_second else _past_speed(settings, train)
+    given, known = asked.tokens_per_second, described or settings.architecture
+    speed = Speed(given, "as given") if given else _past_speed(settings, train)
     size = _size(settings, train, target, described)
     return {
         "model": settings.model,
@@ -79,22 +91,24 @@ def make_plan(
         "course": batches,
         **size,
         "checkpoint": _checkpoint(size["trainable"], settings),
-        "exact": rehearse(settings, target, described) if exact and (described or settings.architecture) else None,
+        "exact": rehearse(settings, target, described) if asked.exact and known else None,
         "speed": asdict(speed) if speed else None,
         "hours": batches["tokens"] / speed.tokens_per_second / 3600 if speed else None,
     }
 
 
-def target_of(settings: TrainSettings, gpu_memory_gb: float | None) -> Hardware:
+def target_of(settings: TrainSettings, gpu_memory_gb: float | None, host_memory_gb: float | None = None) -> Hardware:
     """GPUs when there are some or their memory is given, else the CPU processes that would run here."""
-    num_gpus = commands.num_gpus()
+    num_gpus, machines = commands.num_gpus(), settings.nodes
     is_gpu = bool(gpu_memory_gb or num_gpus)
-    ranks = (settings.num_processes or num_gpus or (1 if is_gpu else DEFAULT_CPU_RANKS)) * settings.nodes
-    if is_gpu:
-        memory, has_bf16 = (gpu_memory_gb * GB, True) if gpu_memory_gb else first_gpu()
-        return Hardware(ranks, True, has_bf16 if settings.precision == "auto" else settings.precision == "bf16", memory)
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks * settings.nodes
-    return Hardware(ranks, False, settings.precision == "bf16", memory)
+    ranks = settings.num_processes or num_gpus or (1 if is_gpu else DEFAULT_CPU_RANKS)
+    here = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / ranks
+    if not is_gpu:
+        return Hardware(ranks * machines, False, settings.precision == "bf16", here, machines=machines)
+    host = host_memory_gb * GB / ranks if host_memory_gb else None if gpu_memory_gb else here
+    memory, has_bf16 = (gpu_memory_gb * GB, True) if gpu_memory_gb else first_gpu()
+    bf16 = has_bf16 if settings.precision == "auto" else settings.precision == "bf16"
+    return Hardware(ranks * machines, True, bf16, memory, host, machines)
 
 
 def _checkpoint(num_trained: int | None, settings: PandaSettings) -> dict[str, Any] | None:
@@ -159,8 +173,8 @@ def _size(settings: PandaSettings, train: TrainSettings, target: Hardware, descr
     """Compatibility, memory and disk; memory is unknown for a model whose configuration is out of reach."""
     from training.planning.model_shape import config_from
 
-    nothing = {"parameters": None, "trainable": None, "memory": None, "fits": None, "change": None, "adapter": None,
-               "disk_bytes": None}  # fmt: skip
+    unknown = ("parameters", "trainable", "memory", "phases", "fits", "change", "adapter", "disk_bytes")
+    nothing = dict.fromkeys(unknown)
     if described is None and settings.architecture is None:
         return {"problems": compatibility.problems(train, {}, settings.packing), **nothing}
     config = config_from(described, settings.architecture)
@@ -174,7 +188,7 @@ def _needs(
 ) -> dict[str, Any]:
     import torch
 
-    from training.planning import memory
+    from training.planning import memory, phases
     from training.planning.model_shape import ModelShape, measure
 
     @lru_cache
@@ -189,13 +203,14 @@ def _needs(
     shape = shapes(train)
     needed = memory.estimate(shape, train, target)
     other = train.model_copy(update={"gradient_checkpointing": not train.gradient_checkpointing})
-    fits = target.fits(needed.total)
+    parts = phases.phases(shape, train, target)
+    lacking = [phase.name for phase in parts if not phase.fits(target)]
     change = adapter = None
-    if not fits:
+    if lacking:
         wanted = (target, known, settings.packing)
-        change = _described(memory.fitting_change(shapes, train, *wanted), {})
+        change = _described(phases.fitting_change(shapes, train, *wanted), {})
         lora = {"use_lora": True}
-        adapter = _described(memory.fitting_change(shapes, train.model_copy(update=lora), *wanted), lora)
+        adapter = _described(phases.fitting_change(shapes, train.model_copy(update=lora), *wanted), lora)
     saved = shape.trainable if train.use_lora else shape.parameters
     return {
         "parameters": shape.parameters,
@@ -204,7 +219,8 @@ def _needs(
             "total": needed.total,
             "activations_other": memory.activations(shape, other),
         },
-        "fits": fits,
+        "phases": [asdict(phase) | {"fits": phase.fits(target)} for phase in parts],
+        "fits": not lacking,
         "change": change,
         "adapter": None if train.use_lora else adapter,
         "disk_bytes": memory.disk_bytes(shape.trainable, saved, train),
@@ -233,6 +249,7 @@ def show(plan: dict[str, Any], settings: PandaSettings) -> None:
     console.print(_table("Training", _training(plan)))
     if plan["memory"]:
         console.print(_table(f"Memory of a rank ({plan['target']['words']})", _memory(plan, settings)))
+        console.print(_table("Phases, each on a rank", [_phase(phase) for phase in plan["phases"]]))
     if plan["exact"]:
         console.print(exact_table(plan["exact"], plan["target"]))
     for line in _verdict(plan):
@@ -327,15 +344,30 @@ def _verdict(plan: dict[str, Any]) -> list[str]:
         lines.append("Memory: give --gpu_memory_gb to see whether it fits.")
     elif plan["fits"]:
         lines.append(f"It fits: {_gigabytes(plan['memory']['total'])} of {_gigabytes(target['memory_bytes'])}.")
-    elif change:
-        lines.append(f"It does not fit. The smallest change that does: {_change(change)}")
     else:
-        lines.append("It does not fit, and no change of settings makes it: more --num_processes, or shorter rows.")
+        lines += [_too_large(phase, target) for phase in plan["phases"] if not phase["fits"]]
+        if change:
+            lines.append(f"It does not fit. The smallest change that does: {_change(change)}")
+        else:
+            lines.append("It does not fit, and no change of settings makes it: more --num_processes, or shorter rows.")
     if plan["adapter"] and plan["adapter"] != change:
         lines.append(f"Or train an adapter: {_change(plan['adapter'])}")
     if not target["is_gpu"]:
         lines.append("Planned for this machine, which has no GPU; for GPUs: --gpu_memory_gb 80 --num_processes 8")
     return lines
+
+
+def _phase(phase: dict[str, Any]) -> tuple[str, str, str]:
+    host = f"{_gigabytes(phase['host'])} of CPU memory" if phase["host"] else ""
+    return phase["name"], _gigabytes(phase["device"]), host
+
+
+def _too_large(phase: dict[str, Any], target: dict[str, Any]) -> str:
+    """Which part of a run has too little of what."""
+    needed = f"{_gigabytes(phase['device'])} of {_gigabytes(target['memory_bytes'])}"
+    if target["host_bytes"]:
+        needed += f", {_gigabytes(phase['host'])} of {_gigabytes(target['host_bytes'])} of CPU memory"
+    return f"Too large on a rank: {phase['name']} ({needed})."
 
 
 def _count(number: int) -> str:
