@@ -1,6 +1,6 @@
 """The flow `panda-evaluate`: held-out loss of the model that a finished run has left on disk.
 
-In: the run (`output_dir`, `run_name`; the newest by default). Out: losses by source, also RUN/evaluation.json.
+In: the run (`output_dir`, `run_name`; the newest by default), evaluated with the settings it was trained with. Out: losses by source, also RUN/evaluation.json.
 No `from __future__ import annotations` here: `flow.serve` fails on it.
 """
 
@@ -22,7 +22,7 @@ from training.launch.run_config import read_config
 from training.run_files import Trained
 
 INTRODUCTION = "Held-out loss of the model of a finished run, as it lies on disk."
-SETTINGS = {"output_dir", "run_name", "per_gpu_eval_batch_size", "precision", "attention", "notify"}
+SETTINGS = {"output_dir", "run_name", "notify"}
 
 
 def panda_evaluate(**parameters: Any) -> State[Any]:
