@@ -1,6 +1,7 @@
 """The flow `panda-evaluate`: held-out loss of the model that a finished run has left on disk.
 
-In: the run (`output_dir`, `run_name`; the newest by default), evaluated with the settings it was trained with. Out: losses by source, also RUN/evaluation.json.
+In: the run (`output_dir`, `run_name`; the newest by default), evaluated with the settings it was trained with. Out:
+losses by source, also RUN/evaluation.json.
 No `from __future__ import annotations` here: `flow.serve` fails on it.
 """
 
