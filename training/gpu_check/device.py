@@ -108,7 +108,7 @@ def fused_adamw(device: torch.device) -> Found:
     def trained(fused: bool) -> Tensor:
         torch.manual_seed(0)
         layer = nn.Linear(256, 256, device=device)
-        settings = TrainSettings(learning_rate=1e-2, weight_decay=0.1)
+        settings = TrainSettings.model_validate({"learning_rate": 1e-2, "weight_decay": 0.1})
         optimizer = build_optimizer(list(layer.named_parameters()), settings)
         assert optimizer.defaults["fused"], "AdamW here is torch's fused kernel"
         if not fused:

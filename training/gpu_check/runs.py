@@ -127,15 +127,13 @@ class Workshop:
 def data(shop: Workshop) -> Found:
     """The sample corpus as rows, and its tokenizer."""
     write_sample(shop.folder / "data")
-    corpus = CorpusSettings(
-        instruction_tuning_data_dir=str(shop.folder / "data/instruction_tuning"),
-        pretraining_data_dir=str(shop.folder / "data/pretraining"),
-    )
+    folders = {f"{kind}_data_dir": str(shop.folder / "data" / kind) for kind in ("instruction_tuning", "pretraining")}
+    corpus = CorpusSettings.model_validate(folders)
     cache = shop.folder / "cache"
     vocabulary = shop.scale.architecture["vocab_size"]
     shop.tokenizer_dir = train_tokenizer(shard_records(corpus, cache), vocabulary, cache)
-    pack = PackSettings(max_seq_length=shop.scale.num_tokens)
-    planned = prepare(corpus, TokenizeSettings(), pack, shop.tokenizer_dir, cache)
+    pack = PackSettings.model_validate({"max_seq_length": shop.scale.num_tokens})
+    planned = prepare(corpus, TokenizeSettings.model_validate({}), pack, shop.tokenizer_dir, cache)
     shop.plan_dir = Path(planned.path)
     return Found(f"{planned.report['rows']} rows of {shop.scale.num_tokens}, {planned.report['utilisation']:.1%} full")
 

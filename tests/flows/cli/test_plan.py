@@ -165,14 +165,14 @@ def test_the_speed_of_an_earlier_run(workplace):
 
 
 def test_whether_a_stop_leaves_time_for_a_checkpoint(workplace):
-    assert make_plan(settings(), None, None)["checkpoint"]["in_time"] is None, "nothing has been measured"
+    assert make_plan(settings())["checkpoint"]["in_time"] is None, "nothing has been measured"
     folder = workplace / "outputs" / "first" / "checkpoints" / "step-000004"
     folder.mkdir(parents=True)
     (folder / "complete.json").write_text(json.dumps({"files": {"state": {"bytes": 10**8}}, "seconds": 2.0}))
-    plan = make_plan(settings(), None, None)
+    plan = make_plan(settings())
     size = 12 * plan["trainable"]
     assert plan["checkpoint"] == {"bytes": size, "seconds": size / 5e7, "source": "run first", "in_time": True}
-    assert not make_plan(settings(stop_deadline_seconds=0.001), None, None)["checkpoint"]["in_time"]
+    assert not make_plan(settings(stop_deadline_seconds=0.001))["checkpoint"]["in_time"]
 
 
 def test_what_fits(workplace, monkeypatch):
