@@ -15,7 +15,7 @@ from typing import Any
 from training.models.loss import CHUNK_ELEMENTS
 from training.planning import compatibility
 from training.planning.hardware import Hardware
-from training.planning.memory import FLOAT32, NF4_BYTES, Memory, estimate, stage_of, state_bytes
+from training.planning.memory import CHECKPOINT_BYTES, FLOAT32, NF4_BYTES, Memory, estimate, stage_of
 from training.planning.model_shape import ModelShape
 from training.settings import TrainSettings
 
@@ -37,15 +37,16 @@ def phases(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> li
     step = estimate(shape, settings, hardware)
     held = step.weights + step.optimizer + step.engine  # between two steps
     tensor = max(shape.largest_matrix, shape.vocabulary * shape.hidden_size) * FLOAT32
-    copy = shape.trainable * (FLOAT32 + state_bytes(settings)) / hardware.ranks
+    copy = shape.trainable * CHECKPOINT_BYTES / hardware.ranks
+    offloaded = step.host - (copy if hardware.is_gpu else 0)  # a step may find the copy still being written
     looked_at = _evaluation_bytes(shape, settings)
     loaded = hardware.with_overhead(step.weights + tensor)
     return [
-        _phase("load", loaded, step.host + (tensor if hardware.is_gpu else 0), hardware),
+        _phase("load", loaded, offloaded + (tensor if hardware.is_gpu else 0), hardware),
         Phase("train", step.total, step.host),
-        Phase("evaluate", held + looked_at, step.host),
-        _phase("save", held, step.host + copy, hardware),
-        _phase("export", held + tensor, step.host + tensor, hardware),
+        Phase("evaluate", held + looked_at, offloaded),
+        _phase("save", held, offloaded + copy, hardware),
+        _phase("export", held + tensor, offloaded + tensor, hardware),
         Phase("gate", hardware.with_overhead(_used_bytes(shape, settings, hardware) + looked_at)),
     ]
 

@@ -204,9 +204,9 @@ def test_a_phase_that_does_not_fit_is_named(workplace, capsys):
     flags = ["plan", "--model", "llama-7b", "--num_processes", "8", "--gpu_memory_gb", "80", "--gradient_checkpointing"]
     assert main([*flags, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["fits"], "nothing is known of CPU memory"
-    assert main([*flags, "--host_memory_gb", "64", "--json"]) == 0
+    assert main([*flags, "--host_memory_gb", "80", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert [phase["name"] for phase in plan["phases"] if not phase["fits"]] == ["save"]
+    assert [phase["name"] for phase in plan["phases"] if not phase["fits"]] == ["train", "save"], "copied beside a step"
     assert plan["change"]["flags"] == "--use_lora true"
     assert main([*flags, "--per_gpu_eval_batch_size", "2000"]) == 0
     shown = capsys.readouterr().out
