@@ -62,6 +62,8 @@ DRY_RUN = Switch("dry_run", "Tell what would be done, like `panda plan`, and sto
 PLAN_SWITCHES = [
     Switch("gpu_memory_gb", "Plan for GPUs with this much memory each; not given = what this machine has.",
            {"metavar": "GB", "type": float}),
+    Switch("host_memory_gb", "CPU memory of a machine with these GPUs; not given = of this one, if it has them.",
+           {"metavar": "GB", "type": float}),
     Switch("tokens_per_second", "Speed of all ranks together, for the hours of a plan; not given = as earlier runs.",
            {"metavar": "N", "type": float}),
     Switch("exact", "Also play a step of all ranks (FSDP2) with tensors without memory: memory and traffic by phase."),
@@ -99,14 +101,6 @@ def build_parser(
             for name in offered:
                 _add_field(section, name, (shown or {}).get(name) or _default(name))
     return parser
-
-
-def parse(parser: argparse.ArgumentParser, argv: list[str]) -> CommandLine:
-    """Split argv into settings, overrides and switches; raises a ConfigError with every problem."""
-    line, problems = read(parser, argv)
-    if problems:
-        raise ConfigError(problems)
-    return line
 
 
 def read(parser: argparse.ArgumentParser, argv: list[str]) -> tuple[CommandLine, list[str]]:

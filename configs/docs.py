@@ -12,7 +12,7 @@ from pathlib import Path
 
 import yaml
 
-from configs.cli import plain_text
+from configs.cli import CONF_PATH, DRY_RUN, JSON, PLAN_SWITCHES, PRINT_CONFIG, VERBOSE, plain_text
 from configs.field_types import allowed, kind_of, takes_mapping
 from configs.load import CONFIG_DIR, Loaded, names
 from configs.settings import PandaSettings, fields_by_group
@@ -92,7 +92,7 @@ def _line(loaded: Loaded, name: str) -> str:
     return f"{name}: {text.removesuffix(END).strip()}".ljust(COLUMN) + f"  # {loaded.origins[name]}"
 
 
-SWITCHES = ("conf_path", "dry_run", "gpu_memory_gb", "help", "json", "print_config", "tokens_per_second", "verbose")
+SWITCHES = ("help", *(one.name for one in (CONF_PATH, DRY_RUN, JSON, PRINT_CONFIG, VERBOSE, *PLAN_SWITCHES)))
 FILES = ("cache_dir", "ckpt_path", "conf_path", "hostfile", "instruction_tuning_data_dir", "output_dir",
          "pretraining_data_dir")  # fmt: skip
 SCRIPT = """\

@@ -19,6 +19,9 @@ from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenizer import DEFAULT_VOCAB_SIZE, train_tokenizer, vocab_size_of
 from data_prep.tokens.tokenize import TokensResult, tokenize_records
 
+ORDER = ("records", "tokens", "plan")
+"""The stages that leave something behind, as `run_stages` has them."""
+
 
 class Stages(Protocol):
     """What is done to a corpus, one after another; each stage gets what the ones before it have made."""

@@ -1,6 +1,7 @@
 """The flow `panda-evaluate`: held-out loss of the model that a finished run has left on disk.
 
-In: the run (`output_dir`, `run_name`; the newest by default). Out: losses by source, also RUN/evaluation.json.
+In: the run (`output_dir`, `run_name`; the newest by default), evaluated with the settings it was trained with. Out:
+losses by source, also RUN/evaluation.json.
 No `from __future__ import annotations` here: `flow.serve` fails on it.
 """
 
@@ -18,10 +19,11 @@ from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end
 from tasks.train import evaluate
 from training import run_files
-from training.settings import TrainSettings
+from training.launch.run_config import read_config
+from training.run_files import Trained
 
 INTRODUCTION = "Held-out loss of the model of a finished run, as it lies on disk."
-SETTINGS = {"output_dir", "run_name", "per_gpu_eval_batch_size", "precision", "attention", "notify"}
+SETTINGS = {"output_dir", "run_name", "notify"}
 
 
 def panda_evaluate(**parameters: Any) -> State[Any]:
@@ -30,16 +32,17 @@ def panda_evaluate(**parameters: Any) -> State[Any]:
     try:
         settings = read(parameters).settings
         run = run_dir.create(settings.model_copy(update={"resume": True}))
-        losses = evaluate(run.path, TrainSettings.of(settings), _trained(run.path))
+        as_trained = read_config(run.path / run_files.CONFIG).settings
+        losses = evaluate(run.path, as_trained, _trained(run.path), everything=True)
     except PandaError as error:
         return flow_states.failed(error)
     message = ", ".join(f"{source} {loss:.4f}" for source, loss in losses["after"].items())
     said = f"held-out loss: {message}" if message else "no record is held out (validation_fraction)"
-    summary = {"run_dir": str(run.path), "losses": losses}
-    return flow_states.completed(flow_states.told(summary, "Evaluated", said))
+    summary: run_dir.Summary = {"run_dir": str(run.path), "losses": losses}
+    return flow_states.completed(flow_states.with_outcome(summary, "Evaluated", said))
 
 
-def _trained(run: Path) -> dict[str, Any]:
+def _trained(run: Path) -> Trained:
     """What training said when it was done."""
     path = run / run_files.TRAINED
     if not path.exists():

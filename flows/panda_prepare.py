@@ -12,10 +12,11 @@ from configs.settings import RunSettings
 from data_prep.errors import PandaError
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from flows.parts import flow_states
-from flows.parts.flow_states import Ended, Stopwatch
+from flows.parts.flow_states import EarlyExit, Stopwatch
 from flows.parts.form import configure, flow_of_settings, run_title
 from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end
+from flows.parts.run_dir import Summary
 from flows.parts.stages import prepare_data
 
 INTRODUCTION = "Corpora in, packed training rows out: validate and shard, tokenize, plan packing."
@@ -34,13 +35,14 @@ def panda_prepare(**parameters: Any) -> State[Any]:
     watch = Stopwatch()
     try:
         prepared = prepare_data(configure(parameters).settings, watch)
-    except Ended as end:
-        return flow_states.completed(end.summary)
+    except EarlyExit as early:
+        return flow_states.completed(early.summary)
     except PandaError as error:
         return flow_states.failed(error)
     report = prepared.plan.report
     message = f"{report['rows']:,} rows, {report['target_tokens']:,} target tokens in {prepared.plan.path}"
-    return flow_states.completed(flow_states.told({"data": report, "seconds": watch.seconds}, "Prepared", message))
+    summary: Summary = {"data": report, "seconds": watch.seconds}
+    return flow_states.completed(flow_states.with_outcome(summary, "Prepared", message))
 
 
 panda_prepare = flow_of_settings(

@@ -16,11 +16,11 @@ from configs.settings import PandaSettings
 from data_prep.errors import PandaError
 from flows.parts import approval, flow_states, overview, policy, run_dir
 from flows.parts.champion import with_replay
-from flows.parts.flow_states import Ended, Stopwatch
+from flows.parts.flow_states import EarlyExit, Stopwatch
 from flows.parts.form import add_result, configure, flow_of_settings, run_title
 from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end, on_early_end, tell, tell_of_lost
-from flows.parts.run_dir import AFTER_DATA, RunDir
+from flows.parts.run_dir import AFTER_DATA, RunDir, Summary
 from flows.parts.stages import Prepared, prepare_data, prepared_before, run_metadata, until, version_tags
 from tasks.gate import gate, promote
 from tasks.register import model_name, register_model, sample_prompt
@@ -30,6 +30,7 @@ from training.comparison.approval import NO_ANSWER, REFUSED
 from training.registry.lineage import parent_of
 from training.registry.register import with_retries
 from training.registry.versions import Registry
+from training.run_files import Registered
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking import run as tracking
 from training.tracking.run import TrackedRun
@@ -46,23 +47,23 @@ def panda_train(**parameters: Any) -> State[Any]:
             return Cancelled(name="SkippedStillRunning", message=late)
         settings = configure(parameters).settings
         tell_of_lost(settings.notify)
-        return ended(run_stages(settings))
-    except Ended as end:
-        if "gate" not in end.summary:
-            overview.show(end.summary)
-        on_early_end(parameters, end.name, str(end))
-        return ended(end.summary)
+        return finished(run_stages(settings))
+    except EarlyExit as early:
+        if "gate" not in early.summary:
+            overview.show(early.summary)
+        on_early_end(parameters, early.name, str(early))
+        return finished(early.summary)
     except PandaError as error:
         return flow_states.failed(error)
 
 
-def ended(summary: dict[str, Any]) -> State[Any]:
+def finished(summary: Summary) -> State[Any]:
     """The final state; the run's name says what came of it."""
     add_result(summary)
     return flow_states.completed(summary)
 
 
-def run_stages(settings: PandaSettings) -> dict[str, Any]:
+def run_stages(settings: PandaSettings) -> Summary:
     """All stages in order; returns the summary."""
     watch = Stopwatch()
     if settings.from_stage in AFTER_DATA:
@@ -75,13 +76,13 @@ def run_stages(settings: PandaSettings) -> dict[str, Any]:
         interrupted = interrupted_run(settings, prepared)
         skip = None if interrupted else policy.nothing_new(settings, prepared)
         if skip:
-            raise Ended("SkippedNoNewData", skip, {"data": prepared.plan.report, "seconds": watch.seconds})
+            raise EarlyExit("SkippedNoNewData", skip, {"data": prepared.plan.report, "seconds": watch.seconds})
         run, resume = open_run(settings, prepared, interrupted)
     try:
-        summary = flow_states.told(train_and_register(settings, run, prepared, resume, watch))
-    except Ended as end:
-        if end.name == "NotApproved":  # decided: no other run is to go on with it
-            run_dir.write_summary(run, end.summary)
+        summary = flow_states.with_outcome(train_and_register(settings, run, prepared, resume, watch))
+    except EarlyExit as early:
+        if early.name == "NotApproved":  # decided: no other run is to go on with it
+            run_dir.write_summary(run, early.summary)
         raise
     except PandaError as error:
         run_dir.write_outcome(run, flow_states.reason_of(error), str(error))
@@ -105,9 +106,9 @@ def open_run(settings: PandaSettings, prepared: Prepared, interrupted: RunDir | 
 
 def train_and_register(
     settings: PandaSettings, run: RunDir, prepared: Prepared, resume: bool, watch: Stopwatch
-) -> dict[str, Any]:
+) -> Summary:
     """The stages that need a run directory, in one MLflow run."""
-    summary: dict[str, Any] = {"run_dir": str(run.path), "prefect_flow_run_id": str(flow_run.id)}
+    summary: Summary = {"run_dir": str(run.path), "prefect_flow_run_id": str(flow_run.id)}
     summary |= {"data": prepared.plan.report}
     known = run_metadata(settings, prepared.corpus, prepared.plan)
     with tracking.open_run(TrackingSettings.of(settings), run.path, known) as tracked:
@@ -141,7 +142,7 @@ def train_and_register(
     become = "is the champion now" if verdict["promoted"] else "stays challenger"
     subject, reasons = f"{version['name']} version {version['version']} {become}", "\n".join(verdict["reasons"])
     if "approval" in verdict and verdict["approval"]["answer"] in (REFUSED, NO_ANSWER):
-        raise Ended("NotApproved", f"{subject}: {verdict['reasons'][0]}; {run.path}", summary)
+        raise EarlyExit("NotApproved", f"{subject}: {verdict['reasons'][0]}; {run.path}", summary)
     if settings.notify:
         tell(settings.notify, subject, f"{reasons}\n\n{flow_run.ui_url}")
     return summary
@@ -153,7 +154,7 @@ def starts_by(settings: PandaSettings, stage: str) -> bool:
     return start not in AFTER_DATA or AFTER_DATA.index(start) <= AFTER_DATA.index(stage)
 
 
-def register(settings: PandaSettings, tracked: TrackedRun, prepared: Prepared, tags: dict[str, str]) -> dict[str, Any]:
+def register(settings: PandaSettings, tracked: TrackedRun, prepared: Prepared, tags: dict[str, str]) -> Registered:
     """The register stage, with a prompt of the held-out records to try the model on."""
     start = str(prepared.model_dir) if prepared.model_dir else None
     parent = with_retries(lambda: parent_of(Registry(tracked.uri), start))

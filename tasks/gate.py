@@ -9,7 +9,6 @@ import contextlib
 import logging
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from configs.settings import PandaSettings
 from tasks.reporting import show_gate
@@ -24,6 +23,7 @@ from training.launch.exits import ExitReason
 from training.registry.promotion import job_of, settle, wait_for_approval
 from training.registry.register import with_retries
 from training.registry.versions import Registry, Version
+from training.run_files import Registered
 from training.settings import GateSettings, TrainSettings
 from training.tracking.run import TrackedRun
 from training.tracking.tags import GATE_TAG
@@ -42,7 +42,7 @@ def comparison_in_words(result: GateResult) -> str:
 
 
 @stage("gate", says=comparison_in_words)
-def gate(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> GateResult:
+def gate(tracked: TrackedRun, settings: PandaSettings, model: Registered) -> GateResult:
     """Compare the version of the register stage.
 
     :raises MlflowAway: it is registered but could not be compared; the message says how to go on.
@@ -71,7 +71,7 @@ def _how_to_go_on(tracked: TrackedRun, where: str) -> Iterator[None]:
         ) from error
 
 
-def compare(tracked: TrackedRun, settings: PandaSettings, model: dict[str, Any]) -> GateResult:
+def compare(tracked: TrackedRun, settings: PandaSettings, model: Registered) -> GateResult:
     """Compare and write down; a comparison that is there already and still holds is not made again."""
     registry = Registry(tracked.uri)
     version = with_retries(lambda: registry.resolve(model["uri"]))
@@ -126,8 +126,7 @@ def without_answers(result: GateResult) -> GateResult:
 
 
 def _compare(run_dir: Path, settings: TrainSettings) -> GateResult:
-    alone = settings.model_copy(update={"num_processes": 1})
-    report = launcher.use(COMPARE, run_dir, alone, logger.info)
+    report = launcher.use(COMPARE, run_dir, settings, logger.info)
     if report.reason is ExitReason.completed:
         return run_files.read_json(run_dir / run_files.GATE)
     if report.reason is ExitReason.cancelled:

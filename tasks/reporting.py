@@ -28,6 +28,7 @@ from data_prep.inspection.render import as_code
 from training.comparison.job import GateResult
 from training.comparison.report import verdict_markdown
 from training.registry.register import with_retries
+from training.run_files import Losses, Registered
 from training.tracking.looks import only_a_look
 from training.tracking.plots import write_plots
 from training.tracking.redact import public_link, redact_text
@@ -70,7 +71,7 @@ def show_pictures(run_dir: Path) -> None:
 
 
 @only_a_look("the links")
-def show_links(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> dict[str, str] | None:
+def show_links(run_dir: Path, tracked: TrackedRun, version: Registered) -> dict[str, str] | None:
     """From here to MLflow and back; returns the links by name, in Markdown."""
     links = links_of(run_dir, tracked, version)
     rows = "".join(f"| {name} | {link} |\n" for name, link in links.items())
@@ -78,7 +79,7 @@ def show_links(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> d
     return links
 
 
-def links_of(run_dir: Path, tracked: TrackedRun, version: dict[str, Any]) -> dict[str, str]:
+def links_of(run_dir: Path, tracked: TrackedRun, version: Registered) -> dict[str, str]:
     """Model, MLflow run, Prefect run, directory. MLflow's links open its training pages, not those of GenAI."""
     model = f"{version['name']} version {version['version']}"
     where = addresses(tracked, version["uri"])
@@ -102,7 +103,7 @@ def addresses(tracked: TrackedRun, version: str) -> dict[str, str]:
 
 
 @only_a_look("the table of losses")
-def show_evaluation(losses: dict[str, Any]) -> None:
+def show_evaluation(losses: Losses) -> None:
     """Held-out loss before and after training."""
     table = [
         {"held-out loss": moment, **{source: f"{loss:.4f}" for source, loss in by_source.items()}}
@@ -112,12 +113,12 @@ def show_evaluation(losses: dict[str, Any]) -> None:
 
 
 @only_a_look("the artifact of the model")
-def show_model(version: dict[str, Any]) -> None:
+def show_model(version: Registered) -> None:
     """The registered version, and what it says."""
     create_markdown_artifact(model_markdown(version), key="model", description="The registered model, loaded back")
 
 
-def model_markdown(version: dict[str, Any]) -> str:
+def model_markdown(version: Registered) -> str:
     """Prompt and text as code: what a model writes may hold any character that means something to Markdown or HTML."""
     head = f"**{version['name']}**, version {version['version']} (`{version['uri']}`)"
     prompt, text = version["prompt"].strip(), version["sample"].strip()

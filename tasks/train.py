@@ -12,6 +12,8 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import task_run
 
 from data_prep.errors import PandaError
+from data_prep.plan.order import steps_per_epoch
+from data_prep.plan.reader import open_plan
 from tasks.reporting import StageProgress, show_evaluation, show_pictures
 from tasks.stage import retry_helps, stage
 from training import run_files
@@ -20,6 +22,8 @@ from training.launch.commands import EVALUATE
 from training.launch.events import Event
 from training.launch.exits import ExitReason
 from training.launch.launcher import ExitReport
+from training.launch.run_config import read_config
+from training.run_files import Losses, Trained
 from training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -41,7 +45,7 @@ def lost_through_no_fault(_task: Any, _run: Any, state: State[Any]) -> bool:
     return retry_helps(state.result(raise_on_failure=False))
 
 
-def _training_in_words(trained: dict[str, Any]) -> str:
+def _training_in_words(trained: Trained) -> str:
     speed = trained["tokens"] / trained["seconds"] if trained["seconds"] else 0
     steps = f"{trained['steps']:,} steps, {trained['target_tokens']:,} target tokens"
     if trained["first_loss"] is None:  # nothing to do: the checkpoint was at the end already
@@ -49,7 +53,7 @@ def _training_in_words(trained: dict[str, Any]) -> str:
     return f"{steps}, loss {trained['first_loss']:.4f} -> {trained['last_loss']:.4f}, {speed:,.0f} tokens/s"
 
 
-def losses_in_words(losses: dict[str, dict[str, float]]) -> str:
+def losses_in_words(losses: Losses) -> str:
     """``held-out loss 8.3000 -> 2.1000`` over all sources."""
     before, after = losses["before"].get("all"), losses["after"].get("all")
     if before is None or after is None:
@@ -60,10 +64,16 @@ def losses_in_words(losses: dict[str, dict[str, float]]) -> str:
 @stage(
     "train", says=_training_in_words, retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=lost_through_no_fault
 )
-def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any]:
-    """Run the training worker on every rank until it is done; a retry goes on from the newest checkpoint."""
+def train(run_dir: Path, settings: TrainSettings, resume: bool) -> Trained:
+    """Run the training worker on every rank until it is done; a retry goes on from the newest checkpoint.
+
+    A run that was trained to its end, and failed later, is not trained, evaluated and saved again.
+    """
     progress = StageProgress("training")
     resume = resume or (task_run.run_count or 1) > 1
+    if resume and is_trained(run_dir, settings):
+        logger.info("%s was trained to its end before", run_dir.name)
+        return trained_before(run_dir)
 
     def on_event(event: Event) -> None:
         if event["event"] == "step":
@@ -77,16 +87,32 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> dict[str, Any
 
 
 @stage("evaluate", says=losses_in_words, retries=1, retry_delay_seconds=10, retry_condition_fn=lost_through_no_fault)
-def evaluate(run_dir: Path, settings: TrainSettings, trained: dict[str, Any]) -> dict[str, dict[str, float]]:
-    """Held-out loss by moment and source, ``{"before": {"all": 8.3}, "after": {...}}``; after = what lies on disk."""
-    alone = settings.model_copy(update={"num_processes": 1})
-    _require_completed("evaluation", launcher.use(EVALUATE, run_dir, alone, logger.info), run_dir)
+def evaluate(run_dir: Path, settings: TrainSettings, trained: Trained, everything: bool = False) -> Losses:
+    """Held-out loss by moment and source, ``{"before": {"all": 8.3}, "after": {...}}``; after = what lies on disk.
+
+    :param everything: compute all rows with the weights on disk, instead of a sample that shows that they are the same.
+    """
+    arguments = ["--all"] if everything else []
+    _require_completed("evaluation", launcher.use(EVALUATE, run_dir, settings, logger.info, *arguments), run_dir)
     losses = evaluated_before(run_dir, trained)
     show_evaluation(losses)
     return losses
 
 
-def trained_before(run_dir: Path) -> dict[str, Any]:
+def is_trained(run_dir: Path, settings: TrainSettings) -> bool:
+    """Whether training has come to its end and left a model, and these settings ask for no other number of steps."""
+    path = run_dir / run_files.TRAINED
+    if not (path.exists() and (run_dir / run_files.MODEL).is_dir()):
+        return False
+    trained = run_files.read_json(path)
+    if "rows_per_step" not in trained:  # of an older run
+        return False
+    num_rows = open_plan(read_config(run_dir / run_files.CONFIG).plan_dir, "train").num_rows
+    wanted = settings.total_steps(steps_per_epoch(num_rows, trained["rows_per_step"]))
+    return wanted == trained.get("total_steps", trained["steps"])
+
+
+def trained_before(run_dir: Path) -> Trained:
     """What training said in an earlier execution of this run."""
     path = run_dir / run_files.TRAINED
     if not path.exists():
@@ -96,7 +122,7 @@ def trained_before(run_dir: Path) -> dict[str, Any]:
     return run_files.read_json(path)
 
 
-def evaluated_before(run_dir: Path, trained: dict[str, Any]) -> dict[str, dict[str, float]]:
+def evaluated_before(run_dir: Path, trained: Trained) -> Losses:
     """The losses of an earlier execution of this run."""
     path = run_dir / run_files.EVALUATION
     if not path.exists():
@@ -112,5 +138,5 @@ def _require_completed(what: str, report: ExitReport, run_dir: Path) -> None:
         raise TrainingFailed(what, report, run_dir)
 
 
-def _losses(by_source: dict[str, dict[str, float]]) -> dict[str, float]:
+def _losses(by_source: Losses) -> dict[str, float]:
     return {source: numbers["loss"] for source, numbers in by_source.items()}

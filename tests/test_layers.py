@@ -3,10 +3,12 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
 
+from flows.cli.main import VERBS
 from training import run_files
 from training.tracking import tags
 
@@ -26,7 +28,8 @@ FLOORS = {
     ],
     "training": [
         "errors settings lean_imports run_files", "rendezvous", "distributed devices", "launch models", "engines",
-        "planning", "trainer", "tracking", "comparison", "export", "registry", "serving", "worker evaluate compare",
+        "planning", "trainer", "tracking", "comparison", "export", "registry", "serving",
+        "worker evaluate compare gpu_check",
     ],
     "configs": ["errors settings", "field_types guide_names", "load", "cli", "docs"],
     "tasks": ["stage reporting cluster", "prepare train register gate"],
@@ -37,6 +40,11 @@ TRAINS = {"trainer", "engines", "models", "planning", "launch", "worker"}
 USES_WHAT_WAS_TRAINED = {"tracking", "registry", "comparison", "export", "serving"}
 MAX_MODULES = 12
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]
+ALL_SOURCES = [
+    *SOURCES,
+    ROOT / "train.py",
+    *(p for name in ("tests", "benchmarks") for p in sorted((ROOT / name).rglob("*.py"))),
+]
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -112,6 +120,60 @@ def test_no_modules_import_each_other(package):
             break
         reach = further
     assert not {name for name, targets in reach.items() if name in targets}
+
+
+@cache
+def defined_in(module: str) -> set[str] | None:
+    """Names at the top level of a module of ours, and what lies below it; None: there is no such module."""
+    place = ROOT / module.replace(".", "/")
+    path = place / "__init__.py" if place.is_dir() else place.with_suffix(".py")
+    if not (path.exists() or place.is_dir()):
+        return None
+    names = {below.stem for below in place.glob("*") if below.suffix == ".py" or below.is_dir()}
+    nodes = list(ast.parse(path.read_text(encoding="utf-8")).body) if path.exists() else []
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            names.add(node.name)
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        nodes.extend(ast.iter_child_nodes(node))
+    return names
+
+
+def unresolved(node: ast.AST) -> list[str]:
+    """What an import, or the text that a test replaces something by, names and we do not have."""
+    if isinstance(node, ast.ImportFrom) and node.module and not node.level:
+        wanted = [(node.module, alias.name) for alias in node.names]
+    elif isinstance(node, ast.Import):
+        wanted = [(alias.name, "") for alias in node.names]
+    elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr == "setattr":
+        wanted = [tuple(node.args[0].value.rsplit(".", 1))] if node.args and _is_text(node.args[0]) else []
+    else:
+        return []
+    mine = [(module, name) for module, name in wanted if (ROOT / module.split(".")[0] / "__init__.py").exists()]
+    return [f"{module}.{name}" for module, name in mine if not is_there(module, name)]
+
+
+def is_there(module: str, name: str) -> bool:
+    known = defined_in(module)
+    return known is not None and (not name or name in known)
+
+
+@pytest.mark.parametrize("path", ALL_SOURCES, ids=name_of)
+def test_every_import_of_ours_is_there(path):
+    """Also in a function that no test calls: mypy takes what it cannot find for somebody else's."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    wrong = {node.lineno: names for node in ast.walk(tree) if (names := unresolved(node))}
+    assert not wrong, f"{path}: {wrong}"
+
+
+def test_every_verb_is_there():
+    for module, _, function in (where.partition(":") for where, _ in VERBS.values()):
+        assert is_there(f"flows.{module}", function)
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=name_of)

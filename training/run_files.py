@@ -6,7 +6,7 @@ handle a small file. Old runs have these names, so they never change. Cost: none
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 from data_prep.store import write_atomically
 
@@ -32,6 +32,32 @@ CORPUS_REPORT = f"{REPORT}/corpus.json"  # the files of the corpus, with their h
 ENVIRONMENT_REPORT = f"{REPORT}/environment.json"  # Python and the packages
 GATE_RECORDS = f"{REPORT}/gate_records.jsonl"  # the loss of every held-out record under every model
 LOSS_PLOT, SPEED_PLOT = f"{REPORT}/loss.png", f"{REPORT}/speed.png"
+
+
+Losses = dict[str, dict[str, float]]
+"""Held-out loss by moment (before, after) and source; `all` of them together."""
+
+
+class Trained(TypedDict):
+    """What is read of train.json; it also has the rest of the trainer's progress."""
+
+    steps: int
+    tokens: int
+    target_tokens: int
+    seconds: float
+    first_loss: float | None  # None: there was nothing left to do
+    last_loss: float | None
+    eval_before: Losses
+
+
+class Registered(TypedDict):
+    """A version of this run, the prompt it was asked, and what it wrote."""
+
+    name: str
+    version: int
+    uri: str
+    prompt: str
+    sample: str
 
 
 def read_json(path: Path) -> Any:

@@ -12,6 +12,7 @@ from pydantic import Field, model_validator
 from data_prep.settings import SeedSettings, Settings, Target, name_or_target
 
 OPTIMIZERS = ("AdamW", "LAMB", "Adafactor")
+TIME_TO_SAVE = 0.9  # of `stop_deadline_seconds`; the rest is for the end of the processes
 SCHEDULES = ("linear", "cosine", "constant", "poly", "warmup")
 Decay = Annotated[float, Field(ge=0, lt=1)]
 
@@ -168,7 +169,10 @@ class CheckpointSettings(Settings):
         0, ge=0, description="Stop after so many evaluations without a lower held-out loss; 0 = never."
     )
     stop_deadline_seconds: float = Field(
-        25, gt=0, description="Seconds a cancelled run has to write a checkpoint before its ranks are killed."
+        25,
+        gt=0,
+        description="Seconds a cancelled run has to write a checkpoint before its ranks are killed; where the last "
+        "one took longer, it ends at once and says how many steps are lost.",
     )
     callbacks: list[Target] | None = Field(
         None,

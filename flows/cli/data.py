@@ -36,7 +36,7 @@ _MODELS = Switch("models", "Tell which registered versions were trained on it in
 _DISCARD = Switch("discard", "Remove damaged directories; the next preparation builds just these again.")
 _FIELDS = {*CorpusSettings.model_fields, *TokenizeSettings.model_fields, *PackSettings.model_fields,
            "model", "ckpt_path", "delta_base", "cache_dir", "output_dir"}  # fmt: skip
-_COURSE_FIELDS = {"per_gpu_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"}
+_BATCH_FIELDS = {"per_gpu_train_batch_size", "gradient_accumulation_steps", "num_train_epochs"}
 
 
 def prepare(argv: list[str]) -> int:
@@ -86,7 +86,7 @@ def why(argv: list[str]) -> int:
         return why_models(argv)
     places = [text for text in argv[:1] if not text.startswith("-")]
     text, switches = "Tell the story of a record: panda why FILE:LINE, or --text TEXT.", [_TEXT, _WORLD, _MODELS]
-    line, loaded = configure("panda why", text, argv[len(places) :], [*_SWITCHES, *switches], _FIELDS | _COURSE_FIELDS)
+    line, loaded = configure("panda why", text, argv[len(places) :], [*_SWITCHES, *switches], _FIELDS | _BATCH_FIELDS)
     settings = loaded.settings
     if not places and not line.switches.text:
         raise PandaError("why: give FILE:LINE first, or --text TEXT")

@@ -1,6 +1,6 @@
 """What data preparation will do and why: per stage reused or to do; exact rows when the tokens exist, else estimates.
 
-In: settings, the configuration of the last run. Out: `DataForecast`. Nothing is tokenized; a pack plan is made when
+In: settings, the configuration of the last run. Out: `DataEstimate`. Nothing is tokenized; a pack plan is made when
 only it is missing, since it is an index and costs seconds. Cost: the hashing of the corpus (5 GB/s a core).
 """
 
@@ -17,7 +17,8 @@ import pyarrow as pa
 from configs.settings import PandaSettings
 from data_prep import store
 from data_prep.errors import NoCorpusError
-from data_prep.plan.build import plan_fingerprint, plan_rows
+from data_prep.pipeline import ORDER, run_stages
+from data_prep.plan.build import PlanResult, plan_fingerprint, plan_rows
 from data_prep.plan.ledger import LEDGER_FILE
 from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.files import UnitSpec, find_files, plan_units
@@ -49,7 +50,7 @@ PLAN_SETTINGS = (*PackSettings.model_fields, "deduplicate", "near_duplicate_thre
 
 @dataclass(frozen=True)
 class Stage:
-    """One line of the forecast; `done` of `total` units are there."""
+    """One line of the estimate; `done` of `total` units are there."""
 
     name: str
     done: int
@@ -62,7 +63,7 @@ class Stage:
 
 
 @dataclass
-class DataForecast:
+class DataEstimate:
     """Counts of the training rows; exact when they come from a plan."""
 
     stages: list[Stage] = field(default_factory=list)
@@ -76,7 +77,7 @@ class DataForecast:
     report: dict[str, Any] = field(default_factory=dict)
 
 
-def forecast_data(settings: PandaSettings, tokenizer_dir: Path | None, last: dict[str, Any]) -> DataForecast:
+def estimate_data(settings: PandaSettings, tokenizer_dir: Path | None, last: dict[str, Any]) -> DataEstimate:
     """Look at every stage in turn; the first one with something to do makes the rest an estimate.
 
     Without a corpus there are no rows: what a model needs can be asked before there is data.
@@ -84,53 +85,93 @@ def forecast_data(settings: PandaSettings, tokenizer_dir: Path | None, last: dic
     :param tokenizer_dir: of the base model; None = one is trained on the corpus, or the base model is not here yet.
     :param last: the configuration of the last run.
     """
-    corpus, cache = CorpusSettings.of(settings), Path(settings.cache_dir)
+    look = Look(settings, tokenizer_dir, last)
     try:
-        specs = plan_units(find_files(corpus), corpus, settings.prepare_workers or 1, tokenizer_dir, cache)
+        run_stages(look)
     except NoCorpusError:
-        return DataForecast(stages=[Stage("records", 0, 1, "no corpus yet")])
-    forecast = DataForecast(corpus_bytes=sum(spec.size for spec in specs))
-    missing = [spec for spec in specs if store.find(cache / "records" / spec.fingerprint) is None]
-    forecast.stages.append(Stage("records", len(specs) - len(missing), len(specs), _why_records(missing, specs, last)))
-    if missing:
-        return _estimated(forecast, settings, specs, tokenizer_dir)
-    records = shard_records(corpus, cache, tokenizer_dir=tokenizer_dir)
-    tokenizer_dir = tokenizer_dir or _trained_tokenizer(settings, records)
-    if tokenizer_dir is None:
-        forecast.stages.append(Stage("tokens", 0, len(records.units), "the tokenizer is not there yet"))
-        forecast.tokens = round(records_bytes(records) / TEXT_BYTES_PER_TOKEN)
-        return _with_rows(forecast, settings, ("plan",))
-    return _from_records(forecast, settings, records, tokenizer_dir, last)
+        return DataEstimate(stages=[Stage("records", 0, 1, "no corpus yet")])
+    except _ToDo:
+        _estimate_rows(look.found, settings)
+    return look.found
 
 
-def _from_records(
-    forecast: DataForecast, settings: PandaSettings, records: RecordsResult, tokenizer_dir: Path, last: dict[str, Any]
-) -> DataForecast:
-    cache = Path(settings.cache_dir)
-    tokenizer = load_tokenizer(tokenizer_dir, cache)
-    template = load_template(settings.template, tokenizer)
-    found = [store.find(cache / "tokens" / unit_fingerprint(unit, tokenizer, template)) for unit in records.units]
-    done = sum(one is not None for one in found)
-    why = "" if done == len(found) else _why_changed(last, settings, TOKEN_SETTINGS, "records without tokens yet")
-    forecast.stages.append(Stage("tokens", done, len(found), why))
-    if done < len(found):
-        forecast.tokens, forecast.target_tokens = _sampled(records, tokenizer, template)
-        return _with_rows(forecast, settings, ("plan",))
-    tokens = tokenize_records(records, TokenizeSettings.of(settings), tokenizer_dir, cache)
-    return _exact(forecast, settings, tokens, last)
+class _ToDo(Exception):
+    """A stage has something to do; those after it wait for it."""
 
 
-def _exact(forecast: DataForecast, settings: PandaSettings, tokens: TokensResult, last: dict[str, Any]) -> DataForecast:
-    corpus, pack, cache = CorpusSettings.of(settings), PackSettings.of(settings), Path(settings.cache_dir)
-    there = store.find(cache / "plans" / plan_fingerprint(tokens, corpus, pack)) is not None
-    why = "" if there else _why_changed(last, settings, PLAN_SETTINGS, "new tokens") + "; made just now"
-    planned = plan_rows(tokens, corpus, pack, cache)
-    forecast.stages.append(Stage("plan", int(there), 1, why))
-    forecast.exact = True
-    forecast.plan_dir, forecast.report = Path(planned.path), planned.report
-    forecast.rows, forecast.tokens = planned.report["rows"], planned.report["tokens"]
-    forecast.target_tokens, forecast.utilisation = planned.report["target_tokens"], planned.report["utilisation"]
-    return forecast
+@dataclass
+class Look:
+    """The stages of `data_prep.pipeline`: what each of them would find, and why; a plan is made."""
+
+    settings: PandaSettings
+    tokenizer_dir: Path | None
+    last: dict[str, Any]
+    found: DataEstimate = field(default_factory=DataEstimate)
+
+    @property
+    def cache(self) -> Path:
+        return Path(self.settings.cache_dir)
+
+    def records(self) -> RecordsResult:
+        corpus, found = CorpusSettings.of(self.settings), self.found
+        num_workers = self.settings.prepare_workers or 1
+        specs = plan_units(find_files(corpus), corpus, num_workers, self.tokenizer_dir, self.cache)
+        found.corpus_bytes = sum(spec.size for spec in specs)
+        missing = [spec for spec in specs if store.find(self.cache / "records" / spec.fingerprint) is None]
+        why = _why_records(missing, specs, self.last)
+        found.stages.append(Stage("records", len(specs) - len(missing), len(specs), why))
+        if missing:
+            found.tokens = round(_text_bytes(specs) * _tokens_per_byte(specs, self.tokenizer_dir, self.cache))
+            raise _ToDo
+        return shard_records(corpus, self.cache, tokenizer_dir=self.tokenizer_dir)
+
+    def tokenizer(self, records: RecordsResult) -> Path:
+        known = self.tokenizer_dir or _trained_tokenizer(self.settings, records)
+        if known is None:
+            self.found.stages.append(Stage("tokens", 0, len(records.units), "the tokenizer is not there yet"))
+            self.found.tokens = round(records_bytes(records) / TEXT_BYTES_PER_TOKEN)
+            raise _ToDo
+        return known
+
+    def tokens(self, records: RecordsResult, tokenizer_dir: Path) -> TokensResult:
+        tokenizer = load_tokenizer(tokenizer_dir, self.cache)
+        template = load_template(self.settings.template, tokenizer)
+        fingerprints = [unit_fingerprint(unit, tokenizer, template) for unit in records.units]
+        done = sum(store.find(self.cache / "tokens" / one) is not None for one in fingerprints)
+        to_do = done < len(fingerprints)
+        why = self._why_changed(TOKEN_SETTINGS, "records without tokens yet") if to_do else ""
+        self.found.stages.append(Stage("tokens", done, len(fingerprints), why))
+        if to_do:
+            self.found.tokens, self.found.target_tokens = _sampled(records, tokenizer, template)
+            raise _ToDo
+        return tokenize_records(records, TokenizeSettings.of(self.settings), tokenizer_dir, self.cache)
+
+    def plan(self, tokens: TokensResult) -> PlanResult:
+        corpus, pack, found = CorpusSettings.of(self.settings), PackSettings.of(self.settings), self.found
+        there = store.find(self.cache / "plans" / plan_fingerprint(tokens, corpus, pack)) is not None
+        why = "" if there else self._why_changed(PLAN_SETTINGS, "new tokens") + "; made just now"
+        planned = plan_rows(tokens, corpus, pack, self.cache)
+        found.stages.append(Stage("plan", int(there), 1, why))
+        found.exact, found.plan_dir, found.report = True, Path(planned.path), planned.report
+        found.rows, found.tokens = planned.report["rows"], planned.report["tokens"]
+        found.target_tokens, found.utilisation = planned.report["target_tokens"], planned.report["utilisation"]
+        return planned
+
+    def _why_changed(self, names: tuple[str, ...], otherwise: str) -> str:
+        """The settings that differ from the last run's, as ``template: plain -> alpaca``."""
+        now, last = self.settings.model_dump(mode="json"), self.last
+        changed = [f"{name}: {last[name]} -> {now[name]}" for name in names if name in last and last[name] != now[name]]
+        return ", ".join(changed) or otherwise
+
+
+def _estimate_rows(estimate: DataEstimate, settings: PandaSettings) -> None:
+    """Rows that the estimated tokens fill, and the stages that come later."""
+    kept = 1 - settings.validation_fraction
+    later = ORDER[len(estimate.stages) :]
+    estimate.stages += [Stage(name, 0, 1, "comes after the stage before it") for name in later]
+    estimate.tokens = round(estimate.tokens * kept)
+    estimate.target_tokens = None if estimate.target_tokens is None else round(estimate.target_tokens * kept)
+    estimate.rows = math.ceil(estimate.tokens / (settings.max_seq_length * USUAL_UTILISATION))
 
 
 def _sampled(records: RecordsResult, tokenizer: LoadedTokenizer, template: Template) -> tuple[int, int]:
@@ -168,24 +209,6 @@ def _copied(part: pa.ListArray) -> pa.ListArray:
 def records_bytes(records: RecordsResult) -> int:
     """Bytes of text in the valid records."""
     return sum(unit.text_bytes for unit in records.units)
-
-
-def _estimated(
-    forecast: DataForecast, settings: PandaSettings, specs: list[UnitSpec], tokenizer_dir: Path | None
-) -> DataForecast:
-    """Tokens from the size of the corpus and the tokens of a sample of it, where the records are not there yet."""
-    forecast.tokens = round(_text_bytes(specs) * _tokens_per_byte(specs, tokenizer_dir, Path(settings.cache_dir)))
-    return _with_rows(forecast, settings, ("tokens", "plan"))
-
-
-def _with_rows(forecast: DataForecast, settings: PandaSettings, stages: tuple[str, ...]) -> DataForecast:
-    """Rows that the estimated tokens fill, and the stages that come later."""
-    kept = 1 - settings.validation_fraction
-    forecast.stages += [Stage(name, 0, 1, "comes after the stage before it") for name in stages]
-    forecast.tokens = round(forecast.tokens * kept)
-    forecast.target_tokens = None if forecast.target_tokens is None else round(forecast.target_tokens * kept)
-    forecast.rows = math.ceil(forecast.tokens / (settings.max_seq_length * USUAL_UTILISATION))
-    return forecast
 
 
 def _text_bytes(specs: list[UnitSpec]) -> float:
@@ -262,10 +285,3 @@ def _files(count: int, word: str = "") -> str:
 def _some(names: list[str]) -> str:
     shown = ", ".join(Path(name).name for name in names[:MAX_NAMES])
     return shown + (f" and {len(names) - MAX_NAMES} more" if len(names) > MAX_NAMES else "")
-
-
-def _why_changed(last: dict[str, Any], settings: PandaSettings, names: tuple[str, ...], otherwise: str) -> str:
-    """The settings that differ from the last run's, as ``template: plain -> alpaca``."""
-    now = settings.model_dump(mode="json")
-    changed = [f"{name}: {last[name]} -> {now[name]}" for name in names if name in last and last[name] != now[name]]
-    return ", ".join(changed) or otherwise

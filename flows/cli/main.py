@@ -16,11 +16,7 @@ from configs.cli import (
     PLAN_SWITCHES,
     PRINT_CONFIG,
     VERBOSE,
-    CommandLine,
-    Switch,
-    build_parser,
     configure,
-    parse,
 )
 from data_prep.errors import PandaError
 
@@ -100,13 +96,6 @@ def _is_for_people(record: logging.LogRecord) -> bool:
     if not record.name.startswith("prefect"):
         return True
     return record.levelno > logging.INFO and not record.getMessage().startswith(STATES_OF_PREFECT)
-
-
-def read_arguments(
-    prog: str, text: str, argv: list[str], switches: list[Switch], settings: set[str] | None = None
-) -> CommandLine:
-    """Parse argv for one command; `settings` limits the flags to those the command uses."""
-    return parse(build_parser(prog, text, switches, settings), argv)
 
 
 def _train(argv: list[str]) -> int:

@@ -15,9 +15,9 @@ import logging
 import os
 import shlex
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
@@ -28,15 +28,20 @@ from configs.settings import PandaSettings
 from data_prep.errors import PandaError
 from flows.cli.console import plain_table, stdout_console
 from flows.parts import preflight
+from flows.parts.run_dir import Summary
 from flows.stack.prefect_home import address
 from flows.stack.prefect_server import connected, unusable
+from training.run_files import Losses, Registered
 from training.settings import TrackingSettings
 from training.tracking.redact import public_link, redact_text
 from training.tracking.run import tracking_uri
 from training.tracking.sync import TRAINING_VIEW
 
+if TYPE_CHECKING:
+    from training.comparison.job import GateResult
 
-def print_json(value: dict[str, Any]) -> None:
+
+def print_json(value: Mapping[str, Any]) -> None:
     print(json.dumps(value, ensure_ascii=False, default=str), flush=True)
 
 
@@ -85,7 +90,7 @@ def use_sample_corpus_if_nothing_else(loaded: Loaded) -> None:
         write_sample(Path("dataset"))
 
 
-def call_flow(parameters: dict[str, Any]) -> dict[str, Any]:
+def call_flow(parameters: dict[str, Any]) -> Summary:
     """Run the flow to its end; its failure is raised here, a user's error as the `PandaError` it is."""
     os.environ.setdefault("DO_NOT_TRACK", "1")
     with contextlib.redirect_stdout(sys.stderr), connected() as wait_for_server:  # stdout is for results
@@ -115,7 +120,7 @@ def everything_sent() -> Iterator[None]:
         EventsWorker.drain_all(timeout=10)
 
 
-def show(summary: dict[str, Any], settings: PandaSettings) -> None:
+def show(summary: Summary, settings: PandaSettings) -> None:
     """Data report, losses, model, a text it generates, seconds per stage, and where to look further."""
     console = stdout_console()
     if summary["outcome"]["name"] != "Completed":
@@ -137,7 +142,7 @@ def show(summary: dict[str, Any], settings: PandaSettings) -> None:
             console.print(f"  {command}", markup=False, soft_wrap=True)
 
 
-def _print_data(console: Console, summary: dict[str, Any]) -> None:
+def _print_data(console: Console, summary: Summary) -> None:
     """The data report, and which of its stages had nothing to do."""
     from tasks.reporting import report_rows  # imports Prefect, which must find the address of its server first
 
@@ -147,21 +152,21 @@ def _print_data(console: Console, summary: dict[str, Any]) -> None:
         console.print(f"Reused from an earlier run: {', '.join(reused)}")
 
 
-def _print_model(console: Console, model: dict[str, Any]) -> None:
+def _print_model(console: Console, model: Registered) -> None:
     """The registered version, and what it says."""
     console.print(f"Registered [bold]{model['name']}[/bold] version {model['version']}   {model['uri']}")
     console.print("Loaded back from the registry, it goes on like this:")
     console.print(f"  > {model['prompt'].strip()}\n  {model['sample'].strip()}", markup=False)
 
 
-def _print_gate(console: Console, gate: dict[str, Any]) -> None:
+def _print_gate(console: Console, gate: "GateResult") -> None:
     """Champion or not, and why."""
     console.print("It is the champion now:" if gate["promoted"] else "It stays challenger:", style="bold")
     for reason in gate["reasons"]:
         console.print(f"  {reason}", markup=False)
 
 
-def ui_commands(settings: PandaSettings, summary: dict[str, Any]) -> list[str]:
+def ui_commands(settings: PandaSettings, summary: Summary) -> list[str]:
     """The commands that open the two UIs, each with the address of this run."""
     there = address()
     page = f"{there.url.removesuffix('/api')}/runs/flow-run/{summary['prefect_flow_run_id']}"
@@ -173,7 +178,7 @@ def ui_commands(settings: PandaSettings, summary: dict[str, Any]) -> list[str]:
     return [prefect, f"{link}{pages} (MLflow)" if link else mlflow]
 
 
-def _losses(losses: dict[str, dict[str, float]]) -> list[tuple[str, str]]:
+def _losses(losses: Losses) -> list[tuple[str, str]]:
     return [(f"{source} {moment}", f"{loss:.4f}") for moment, by in losses.items() for source, loss in by.items()]
 
 

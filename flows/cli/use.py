@@ -25,7 +25,7 @@ from flows.cli.registry import Verb, parse_verb
 from flows.cli.run import print_json
 from training.export.export import to_gguf
 from training.registry.benchmark import Questions, Score, ask, record
-from training.registry.publish import publish
+from training.registry.publish import Asked, publish
 from training.registry.versions import Version
 
 if TYPE_CHECKING:
@@ -36,6 +36,7 @@ GGUF = Switch("gguf", "Also write a GGUF file, with llama.cpp's converter.")
 MAX_NEW_TOKENS = Switch("max_new_tokens", "Tokens of an answer at most (256).", {"type": int, "default": 256})
 TEMPERATURE = Switch("temperature", "0 = always the likeliest token (0).", {"type": float, "default": 0.0})
 SYSTEM = Switch("system", "System message in front of the conversation.", {"metavar": "TEXT"})
+TRUST = frozenset({"trust_remote_code"})  # the setting of training: given there, it is to be given here
 HOST = Switch("host", "Address to listen on (127.0.0.1: this machine only).", {"default": "127.0.0.1"})
 PORT = Switch("port", "Port to listen on (8000).", {"type": int, "default": 8000})
 
@@ -43,10 +44,11 @@ PORT = Switch("port", "Port to listen on (8000).", {"type": int, "default": 8000
 def export(argv: list[str]) -> int:
     """Write a version as a plain model directory."""
     text = "Write a version to a new directory for transformers, vLLM and others; an adapter is merged into its base."
-    verb = parse_verb("panda export VERSION DIRECTORY", text, argv, (BASE, GGUF))
+    verb = parse_verb("panda export VERSION DIRECTORY", text, argv, (BASE, GGUF), TRUST)
     base = Path(verb.switches.base) if verb.switches.base else None
     version = verb.registry.resolve(verb.words[0])
-    done = publish(verb.registry, version, Path(verb.words[1]), verb.cache_dir, base)
+    asked = Asked(Path(verb.words[1]), verb.cache_dir, base, verb.settings.trust_remote_code)
+    done = publish(verb.registry, version, asked)
     gguf = to_gguf(Path(done.path)) if verb.switches.gguf else None
     if verb.switches.json:
         print_json({"version": version.uri, **done.as_dict(), "gguf": gguf and str(gguf)})
@@ -61,7 +63,7 @@ def export(argv: list[str]) -> int:
 def chat(argv: list[str]) -> int:
     """Talk to a version."""
     text = "Talk to a version in the terminal."
-    verb = parse_verb("panda chat VERSION", text, argv, (MAX_NEW_TOKENS, TEMPERATURE, SYSTEM, BASE))
+    verb = parse_verb("panda chat VERSION", text, argv, (MAX_NEW_TOKENS, TEMPERATURE, SYSTEM, BASE), TRUST)
     version = verb.registry.resolve(verb.words[0])
     from training.serving.chat import HELP
     from training.serving.chat import chat as talk
@@ -86,7 +88,7 @@ def _lines() -> Iterator[str]:
 def serve(argv: list[str]) -> int:
     """Offer an OpenAI-compatible endpoint."""
     text = "Serve a version to OpenAI clients at http://HOST:PORT/v1; for many of them at once, export it for vLLM."
-    verb = parse_verb("panda serve VERSION", text, argv, (HOST, PORT, BASE))
+    verb = parse_verb("panda serve VERSION", text, argv, (HOST, PORT, BASE), TRUST)
     version = verb.registry.resolve(verb.words[0])
     with bind(verb.switches.host, verb.switches.port) as bound:
         from training.serving.server import Names
@@ -145,7 +147,8 @@ def _load(verb: Verb, version: Version) -> "Deployed":
     from training.serving.deployed import load
 
     base = Path(verb.switches.base) if verb.switches.base else None
-    return load(verb.registry.files(version, verb.cache_dir), verb.cache_dir, base)
+    files = verb.registry.files(version, verb.cache_dir)
+    return load(files, verb.cache_dir, base, verb.settings.trust_remote_code)
 
 
 SWITCHES = (
@@ -161,14 +164,16 @@ SWITCHES = (
 
 def benchmark(argv: list[str]) -> int:
     """Ask a version, write down what it scored."""
-    verb = parse_verb("panda benchmark VERSION", "Ask a version lm-eval's tasks; scores go to MLflow.", argv, SWITCHES)
+    verb = parse_verb(
+        "panda benchmark VERSION", "Ask a version lm-eval's tasks; scores go to MLflow.", argv, SWITCHES, TRUST
+    )
     given = verb.switches
     if not given.tasks:
         raise PandaError("name the tasks, for example --tasks hellaswag,arc_easy")
     version = verb.registry.resolve(verb.words[0])
     questions = Questions(
         [name.strip() for name in given.tasks.split(",")], given.task_dir, given.num_fewshot, given.limit,
-        given.chat_template, given.batch_size,
+        given.chat_template, given.batch_size, verb.settings.trust_remote_code,
     )  # fmt: skip
     scores, report = ask(verb.registry.files(version, verb.cache_dir), questions, given.base)
     record(verb.registry, version, scores, report)

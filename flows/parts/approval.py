@@ -27,6 +27,7 @@ from tasks.reporting import addresses
 from training.comparison import approval
 from training.comparison.approval import APPROVED, NO_ANSWER, REFUSED, WAITING, Approval
 from training.comparison.job import Answered, GateResult
+from training.run_files import Losses
 from training.tracking.run import TrackedRun
 
 POLL_SECONDS = 5
@@ -45,9 +46,7 @@ class Decision(RunInput):
     comment: str = Field("", description="Kept with the version, whatever the answer is.")
 
 
-def ask(
-    settings: PandaSettings, tracked: TrackedRun, verdict: GateResult, losses: dict[str, dict[str, float]]
-) -> Answered | None:
+def ask(settings: PandaSettings, tracked: TrackedRun, verdict: GateResult, losses: Losses) -> Answered | None:
     """Wait for the answer, if the gate says that there is something to decide."""
     waits = not verdict.get("settled") and "approval" in verdict and verdict["approval"]["answer"] == WAITING
     if not (settings.require_approval and waits):
@@ -62,9 +61,7 @@ def ask(
     return answered.as_verdict
 
 
-def _ask(
-    settings: PandaSettings, tracked: TrackedRun, verdict: GateResult, losses: dict[str, dict[str, float]]
-) -> Approval:
+def _ask(settings: PandaSettings, tracked: TrackedRun, verdict: GateResult, losses: Losses) -> Approval:
     version = verdict["candidate"]
     where = {"Prefect run": str(flow_run.ui_url or flow_run.id), **addresses(tracked, version)}
     text = approval.question(verdict, losses, where)

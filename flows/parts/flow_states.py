@@ -16,6 +16,7 @@ from prefect.client.schemas.objects import State
 from prefect.states import Cancelled, Completed, Failed
 
 from data_prep.errors import PandaError
+from flows.parts.run_dir import Summary
 from tasks.train import losses_in_words
 from training.launch.exits import ExitReason, reason_of_error
 from training.launch.launcher import ExitReport
@@ -30,13 +31,13 @@ NAMES = {
 }
 
 
-class Ended(Exception):
+class EarlyExit(Exception):
     """The run is over before its last stage, and that is no failure: tracking is told so by `report`."""
 
     report = ExitReport(ExitReason.completed)
 
-    def __init__(self, name: str, message: str, summary: dict[str, Any]):
-        self.name, self.summary = name, told(summary, name, message)
+    def __init__(self, name: str, message: str, summary: Summary):
+        self.name, self.summary = name, with_outcome(summary, name, message)
         super().__init__(message)
 
 
@@ -54,17 +55,17 @@ def failed(error: PandaError) -> State[Any]:
     return Failed(name=NAMES[reason], message=str(error), data=error)
 
 
-def told(summary: dict[str, Any], name: str = "Completed", message: str | None = None) -> dict[str, Any]:
+def with_outcome(summary: Summary, name: str = "Completed", message: str | None = None) -> Summary:
     """The summary, which says itself how the run ended."""
     return {**summary, "outcome": {"name": name, "message": message or _message(summary)}}
 
 
-def completed(summary: dict[str, Any]) -> State[Any]:
-    """A summary that has been told its outcome is the result of the run."""
+def completed(summary: Summary) -> State[Any]:
+    """A summary with its outcome is the result of the run."""
     return Completed(**summary["outcome"], data=summary)
 
 
-def _message(summary: dict[str, Any]) -> str:
+def _message(summary: Summary) -> str:
     model = summary["model"]
     return f"{model['name']} version {model['version']}, {losses_in_words(summary['losses'])}"
 

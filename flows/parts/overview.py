@@ -10,14 +10,17 @@ from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
 
+from flows.parts.run_dir import Summary
+from training.comparison.job import GateResult
 from training.comparison.report import comparison_markdown
 from training.registry.versions import Registry
+from training.run_files import Losses, Trained
 from training.tracking.run import TrackedRun
 
 logger = logging.getLogger(__name__)
 
 
-def show(summary: dict[str, Any], links: dict[str, str] | None = None) -> None:
+def show(summary: Summary, links: dict[str, str] | None = None) -> None:
     """The artifact `overview`; one that cannot be made is a warning: the model is there."""
     try:
         text = _whole(summary, links)
@@ -26,7 +29,7 @@ def show(summary: dict[str, Any], links: dict[str, str] | None = None) -> None:
         logger.warning("no overview of the run in Prefect", exc_info=True)
 
 
-def tell_mlflow(tracked: TrackedRun, summary: dict[str, Any], links: dict[str, str]) -> None:
+def tell_mlflow(tracked: TrackedRun, summary: Summary, links: dict[str, str]) -> None:
     """The same as the description of the run and of the version; one that cannot be written is a warning."""
     tracked.describe(story(summary, links))
     try:
@@ -36,13 +39,13 @@ def tell_mlflow(tracked: TrackedRun, summary: dict[str, Any], links: dict[str, s
         logger.warning("no description of %s in MLflow", summary["model"]["uri"], exc_info=True)
 
 
-def _whole(summary: dict[str, Any], links: dict[str, str] | None) -> str:
+def _whole(summary: Summary, links: dict[str, str] | None) -> str:
     """The story, and the tables of the comparison where there was one."""
     tables = comparison_markdown(summary["gate"]) if "gate" in summary else ""
     return story(summary, links) + (f"\n\n## Comparison\n\n{tables}" if tables else "")
 
 
-def story(summary: dict[str, Any], links: dict[str, str] | None = None) -> str:
+def story(summary: Summary, links: dict[str, str] | None = None) -> str:
     """Markdown: outcome, data -> loss -> gate, links."""
     sections = [_outcome(summary)]
     if "data" in summary:
@@ -58,7 +61,7 @@ def story(summary: dict[str, Any], links: dict[str, str] | None = None) -> str:
     return "\n\n".join(section for section in sections if section)
 
 
-def _outcome(summary: dict[str, Any]) -> str:
+def _outcome(summary: Summary) -> str:
     """What the run has come to, in a line."""
     if "model" in summary:
         model = summary["model"]
@@ -69,7 +72,7 @@ def _outcome(summary: dict[str, Any]) -> str:
     return ""
 
 
-def verdict_of(summary: dict[str, Any]) -> str:
+def verdict_of(summary: Summary) -> str:
     """What the gate has made of the version."""
     return "champion" if summary["gate"]["promoted"] else "challenger"
 
@@ -96,14 +99,14 @@ def _by_reason(counts: dict[str, int]) -> str:
     return f"{sum(counts.values()):,}" + (f" ({reasons})" if reasons else "")
 
 
-def _training(trained: dict[str, Any]) -> list[tuple[str, str]]:
+def _training(trained: Trained) -> list[tuple[str, str]]:
     rows = [("steps", f"{trained['steps']:,}"), ("target tokens", f"{trained['target_tokens']:,}")]
     if trained["first_loss"] is not None:
         rows.append(("loss", f"{trained['first_loss']:.4f} → {trained['last_loss']:.4f}"))
     return [*rows, ("duration", f"{trained['seconds']:,.0f} s")]
 
 
-def _losses(losses: dict[str, dict[str, float]]) -> str:
+def _losses(losses: Losses) -> str:
     """A row per source, all of them together last; nothing held out is said plainly."""
     before, after = losses["before"], losses["after"]
     rows = [(name, _loss(before.get(name)), _loss(after.get(name))) for name in dict.fromkeys([*before, *after])]
@@ -114,7 +117,7 @@ def _loss(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
 
-def _gate(gate: dict[str, Any]) -> str:
+def _gate(gate: GateResult) -> str:
     reasons = "\n".join(f"- {reason}" for reason in gate["reasons"])
     return f"{'It is the champion now' if gate['promoted'] else 'It stays challenger'}:\n\n{reasons}"
 

@@ -32,8 +32,7 @@ def check(settings: PandaSettings, chosen: set[str]) -> None:
     problems = [*_corpus_problems(settings, chosen), *_output_problems(settings), *_training_problems(settings)]
     problems += [f"{name}: {problem}" for name, value in settings if isinstance(value, (dict, list))
                  for problem in problems_of(value)]  # fmt: skip
-    if base_checkpoint(settings) is None and settings.architecture is None:
-        problems.append(f"model={settings.model!r}: neither a checkpoint (ckpt_path) nor an architecture to start from")
+    problems += nothing_to_start_from(settings)
     if settings.replay_share < 1 and not settings.replay_of and settings.init_from != "champion":
         problems.append(
             f"replay_share={settings.replay_share}: the base model has not seen the old records; "
@@ -41,6 +40,13 @@ def check(settings: PandaSettings, chosen: set[str]) -> None:
         )
     if problems:
         raise ConfigError(problems)
+
+
+def nothing_to_start_from(settings: PandaSettings) -> list[str]:
+    """Neither weights nor the shape of new ones."""
+    if base_checkpoint(settings) is not None or settings.architecture is not None:
+        return []
+    return [f"model={settings.model!r}: neither a checkpoint (ckpt_path) nor an architecture to start from"]
 
 
 def _training_problems(settings: PandaSettings) -> list[str]:

@@ -14,7 +14,7 @@ import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import yaml
 
@@ -23,7 +23,11 @@ from configs.load import Loaded, load
 from configs.settings import PandaSettings, UnattendedSettings
 from training import run_files
 from training.launch.exits import ExitReason
+from training.run_files import Losses, Registered, Trained
 from training.tracking import run_record
+
+if TYPE_CHECKING:
+    from training.comparison.job import GateResult
 
 logger = logging.getLogger(__name__)
 
@@ -31,6 +35,31 @@ AFTER_DATA = ("train", "evaluate", "register", "gate")
 """Stages that go on in a run directory that is there."""
 NOT_THE_WORK = {"run_name", "resume", "paths", "prepare_workers", "prepare_cluster", *UnattendedSettings.model_fields}
 """What may differ between a run and the one it goes on with."""
+
+
+class Outcome(TypedDict):
+    """The name of the final state, and its message."""
+
+    name: str
+    message: str
+
+
+class Summary(TypedDict, total=False):
+    """summary.json, and what `--json` prints; a run that ends early has less. In the order in which it comes to be."""
+
+    run_dir: str
+    prefect_flow_run_id: str
+    records: dict[str, Any]
+    tokens: int
+    target_tokens: int
+    data: dict[str, Any]  # the report of the plan
+    mlflow_run_id: str | None
+    training: Trained
+    seconds: dict[str, float]
+    losses: Losses
+    model: Registered
+    gate: "GateResult"
+    outcome: Outcome
 
 
 @dataclass(frozen=True)
@@ -159,6 +188,6 @@ def write_config(run: RunDir, settings: PandaSettings, paths: dict[str, Path | N
     logger.info("all settings of this run: %s (--conf_path takes such a file)", run.config)
 
 
-def write_summary(run: RunDir, summary: dict[str, Any]) -> None:
+def write_summary(run: RunDir, summary: Summary) -> None:
     """Write ``summary.json``, the last file of a run."""
     run_files.write_atomically(run.summary, json.dumps(summary, ensure_ascii=False, indent=2) + "\n")

@@ -14,15 +14,19 @@ from prefect.runtime import deployment, flow_run
 
 from configs.settings import PandaSettings, RunSettings
 from data_prep import store
+from data_prep.pipeline import run_stages
 from data_prep.plan.build import PlanResult
+from data_prep.records.shard import RecordsResult
 from data_prep.store import fingerprint
+from data_prep.tokens.tokenize import TokensResult
 from flows.parts.champion import champion_directory
-from flows.parts.flow_states import Ended, Stopwatch
-from flows.parts.run_dir import RunDir
+from flows.parts.flow_states import EarlyExit, Stopwatch
+from flows.parts.run_dir import AFTER_DATA, RunDir, Summary
 from tasks.prepare import base_model, plan, shard, tokenize, tokenizer
 from training import run_files
 from training.models.hub import base_checkpoint
 from training.registry.lineage import corpus_files
+from training.run_files import Losses
 from training.tracking import run_record
 from training.tracking.run import RunMetadata
 from training.tracking.run_record import HELD_OUT, HELD_OUT_CONTEXT, Dataset
@@ -54,20 +58,43 @@ class Prepared:
         return {"plan_dir": Path(self.plan.path), "model_dir": self.model_dir, "tokenizer_dir": self.tokenizer_dir}
 
 
+@dataclass
+class FlowStages:
+    """The stages of `data_prep.pipeline` as Prefect tasks, each timed; `until_stage` may end the run after one."""
+
+    settings: PandaSettings
+    watch: Stopwatch
+    corpus: str = ""
+    model_dir: Path | None = None
+
+    def records(self) -> RecordsResult:
+        with self.watch("records"):
+            records = shard(self.settings)
+        until(self.settings, "records", {"records": records.model_dump(mode="json", exclude={"units"})})
+        self.corpus = records.fingerprint
+        return records
+
+    def tokenizer(self, records: RecordsResult) -> Path:
+        with self.watch("base model"):
+            self.model_dir = starting_point(self.settings)
+            return self.model_dir or tokenizer(self.settings, records)
+
+    def tokens(self, records: RecordsResult, tokenizer_dir: Path) -> TokensResult:
+        with self.watch("tokenize"):
+            tokens = tokenize(self.settings, records, tokenizer_dir)
+        until(self.settings, "tokenize", {"tokens": tokens.tokens, "target_tokens": tokens.target_tokens})
+        return tokens
+
+    def plan(self, tokens: TokensResult) -> PlanResult:
+        with self.watch("plan"):
+            return plan(self.settings, tokens)
+
+
 def prepare_data(settings: PandaSettings, watch: Stopwatch) -> Prepared:
     """Run the stages; `until_stage` may end the run here."""
-    with watch("records"):
-        records = shard(settings)
-    until(settings, "records", {"records": records.model_dump(mode="json", exclude={"units"})})
-    with watch("base model"):
-        model_dir = starting_point(settings)
-        tokenizer_dir = model_dir or tokenizer(settings, records)
-    with watch("tokenize"):
-        tokens = tokenize(settings, records, tokenizer_dir)
-    until(settings, "tokenize", {"tokens": tokens.tokens, "target_tokens": tokens.target_tokens})
-    with watch("plan"):
-        planned = plan(settings, tokens)
-    return Prepared(planned, records.fingerprint, model_dir, tokenizer_dir)
+    stages = FlowStages(settings, watch)
+    planned = run_stages(stages)
+    return Prepared(planned, stages.corpus, stages.model_dir, Path(planned.tokenizer_dir))
 
 
 def starting_point(settings: PandaSettings) -> Path | None:
@@ -97,10 +124,10 @@ def prepared_before(run: RunDir) -> Prepared:
     return Prepared(planned, corpus, model_dir, Path(paths["tokenizer_dir"]))
 
 
-def until(settings: PandaSettings, stage: str, summary: dict[str, Any]) -> None:
+def until(settings: PandaSettings, stage: str, summary: Summary) -> None:
     """End the run after the stage the user named."""
     if settings.until_stage == stage:
-        raise Ended("Prepared" if stage in ("records", "tokenize", "plan") else "Stopped", f"until {stage}", summary)
+        raise EarlyExit("Stopped" if stage in AFTER_DATA else "Prepared", f"until {stage}", summary)
 
 
 def run_metadata(settings: PandaSettings, corpus: str, plan: PlanResult) -> RunMetadata:
@@ -138,7 +165,7 @@ def config_hash(settings: PandaSettings) -> str:
     return fingerprint(config=settings.model_dump(mode="json", exclude=set(RunSettings.model_fields)))
 
 
-def version_tags(known: RunMetadata, losses: dict[str, dict[str, float]]) -> dict[str, str]:
+def version_tags(known: RunMetadata, losses: Losses) -> dict[str, str]:
     """Tags of the model version: what it was made of, and how good it is."""
     lineage = {name: value for name, value in known.tags.items() if value}
     return lineage | {EVAL_LOSS_TAG + source: f"{loss:.6f}" for source, loss in losses["after"].items()}

@@ -11,6 +11,7 @@ from urllib.parse import urlsplit
 
 import psutil
 
+from training.launch import processes
 from training.launch.processes import LOOPBACK
 
 OWNER = "PANDA_STACK"  # in the environment of everything a service starts: state directory and service
@@ -44,10 +45,10 @@ def project_of(url: str) -> Path | None:
 
 
 def is_orphan(url: str) -> bool:
-    """Whether it is a server whose keeper is gone: about to end, not one to rely on."""
+    """Whether it is a server whose process manager is gone: about to end, not one to rely on."""
     with contextlib.suppress(psutil.Error):
         process = listener(url)
-        return bool(process and OWNER in process.environ() and process.ppid() == 1)
+        return bool(process and OWNER in process.environ() and processes.is_orphan(process))
     return False
 
 

@@ -1,7 +1,7 @@
 """The background process that owns the stack: starts the services, starts again what dies, ends all of it on SIGTERM.
 
 In: the state directory and a spec of services. Out: `state.json` there, rewritten whenever something changes, and a log
-per service. A lock on `lock` is held while the keeper lives, so that "is it up" cannot be answered wrongly by a stale
+per service. A lock on `lock` is held while it lives, so that "is it up" cannot be answered wrongly by a stale
 pid file, not even after a power cut. No Prefect here: 20 MB, one wake-up a second.
 
 Ending: flow runs get SIGTERM first and 28 s for a checkpoint, then the worker, then the servers.
@@ -30,13 +30,14 @@ RUN_GRACE_SECONDS = 28.0  # cancelled ranks have stop_deadline_seconds (25) to w
 SERVICE_GRACE_SECONDS = 10.0
 LONGEST_BACKOFF_SECONDS = 60.0
 WORKER = "worker"
+MANAGER, LOG = "keeper", "keeper.log"  # its pid in state.json, its log: an earlier version may have started it
 
 
 @dataclass
-class Kept:
+class Managed:
     """One service and what became of it."""
 
-    service: Service
+    spec: Service
     log: Path
     process: subprocess.Popen | None = None
     started: float = 0.0
@@ -48,17 +49,17 @@ class Kept:
         """What `panda status` shows."""
         pid = self.process.pid if self.process else None
         facts = {"started": self.started, "num_exits": self.num_exits, "last_exit_code": self.last_exit_code}
-        return {"name": self.service.name, "address": self.service.address, "base": self.service.base, "pid": pid} | (
+        return {"name": self.spec.name, "address": self.spec.address, "base": self.spec.base, "pid": pid} | (
             facts | {"log": str(self.log)}
         )
 
 
 @dataclass
-class Keeper:
+class ProcessManager:
     """The stack, in the order in which it starts."""
 
     state_dir: Path
-    kept: list[Kept]
+    services: list[Managed]
     stopping: bool = False
     written: str = field(default="", repr=False)
 
@@ -75,45 +76,46 @@ class Keeper:
 
     def look_after(self) -> None:
         """Note who has died; start who is due and whose predecessors answer."""
-        for kept in self.kept:
-            if kept.process and kept.process.poll() is not None:
-                kept.num_exits += 1
-                kept.last_exit_code = kept.process.returncode
-                kept.process = None
-                kept.next_start = time.time() + min(2.0 ** (kept.num_exits - 1), LONGEST_BACKOFF_SECONDS)
-            if kept.process is None and time.time() >= kept.next_start and self._may_start(kept):
-                kept.process = start(kept.service, kept.log)
-                kept.started = time.time()
+        for service in self.services:
+            if service.process and service.process.poll() is not None:
+                service.num_exits += 1
+                service.last_exit_code = service.process.returncode
+                service.process = None
+                service.next_start = time.time() + min(2.0 ** (service.num_exits - 1), LONGEST_BACKOFF_SECONDS)
+            if service.process is None and time.time() >= service.next_start and self._may_start(service):
+                service.process = start(service.spec, service.log)
+                service.started = time.time()
         self.write_state()
 
-    def _may_start(self, kept: Kept) -> bool:
+    def _may_start(self, service: Managed) -> bool:
         """The worker waits for the servers; they wait for nobody."""
-        others = [other.service.base for other in self.kept if other.service.base]
-        return kept.service.name != WORKER or all(answers(base) for base in others)
+        others = [other.spec.base for other in self.services if other.spec.base]
+        return service.spec.name != WORKER or all(answers(base) for base in others)
 
     def end(self) -> None:
         """End everything, last started first."""
-        for kept in reversed(self.kept):
-            if kept.process:
-                if kept.service.name == WORKER:
-                    stop_engines(kept.process.pid, RUN_GRACE_SECONDS)
-                stop(kept.process, SERVICE_GRACE_SECONDS)
-                kept.process = None
+        for service in reversed(self.services):
+            if service.process:
+                if service.spec.name == WORKER:
+                    stop_engines(service.process.pid, RUN_GRACE_SECONDS)
+                stop(service.process, SERVICE_GRACE_SECONDS)
+                service.process = None
         (self.state_dir / "state.json").unlink(missing_ok=True)
 
     def write_state(self) -> None:
         """Rewrite state.json when it would change."""
-        text = json.dumps({"keeper": os.getpid(), "services": [kept.as_dict() for kept in self.kept]}, indent=2)
+        state = {MANAGER: os.getpid(), "services": [service.as_dict() for service in self.services]}
+        text = json.dumps(state, indent=2)
         if text != self.written:
             write_atomically(self.state_dir / "state.json", text, 0o600)
             self.written = text
 
 
 def spawn(state_dir: Path, services: list[Service]) -> None:
-    """Start a keeper in the background, in a session of its own: it outlives us and our terminal."""
+    """Start a process manager in the background, in a session of its own: it outlives us and our terminal."""
     state_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
     write_atomically(state_dir / "spec.json", json.dumps([asdict(service) for service in services]), 0o600)
-    with open(state_dir / "keeper.log", "ab", opener=private) as log:
+    with open(state_dir / LOG, "ab", opener=private) as log:
         subprocess.Popen(
             [sys.executable, "-m", "flows.stack.process_manager", str(state_dir)],
             env={**os.environ, "PYTHONPATH": python_path()},
@@ -125,7 +127,7 @@ def spawn(state_dir: Path, services: list[Service]) -> None:
 
 
 def is_up(state_dir: Path) -> bool:
-    """Whether a keeper lives: it holds the lock."""
+    """Whether a process manager lives: it holds the lock."""
     if not (state_dir / "lock").exists():
         return False
     with contextlib.suppress(BlockingIOError), _lock(state_dir):
@@ -134,7 +136,7 @@ def is_up(state_dir: Path) -> bool:
 
 
 def read_state(state_dir: Path) -> dict[str, Any] | None:
-    """What the living keeper has written; None while there is none."""
+    """What the living process manager has written; None while there is none."""
     with contextlib.suppress(FileNotFoundError):
         if is_up(state_dir):
             return json.loads((state_dir / "state.json").read_text(encoding="utf-8"))
@@ -150,13 +152,13 @@ def _lock(state_dir: Path) -> Iterator[None]:
 
 
 def main(state_dir: Path) -> None:
-    """The keeper's own process. A second one finds the lock taken and leaves."""
+    """The process manager's own process. A second one finds the lock taken and leaves."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a background shell job has it ignored, for all children
     spec = json.loads((state_dir / "spec.json").read_text(encoding="utf-8"))
     services = [Service(**service) for service in spec]
     logs = [state_dir / f"{service.name.replace(' ', '-')}.log" for service in services]
     with contextlib.suppress(BlockingIOError), _lock(state_dir):
-        Keeper(state_dir, [Kept(*pair) for pair in zip(services, logs, strict=True)]).run()
+        ProcessManager(state_dir, [Managed(*pair) for pair in zip(services, logs, strict=True)]).run()
 
 
 if __name__ == "__main__":

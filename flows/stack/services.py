@@ -21,7 +21,7 @@ import psutil
 from flows.stack.listeners import OWNER, port_of
 from flows.stack.prefect_home import set_by_user
 from training.launch.commands import python_path
-from training.launch.processes import LOOPBACK, descendants, die_with_parent, is_alive, marked
+from training.launch.processes import LOOPBACK, descendants, die_with_parent, is_alive, is_orphan, marked
 
 POOL = "panda"
 LEFTOVER_GRACE_SECONDS = 28.0  # a flow run among them may be writing a checkpoint
@@ -123,7 +123,7 @@ def end_leftovers(owner: str, grace_seconds: float = LEFTOVER_GRACE_SECONDS) -> 
     orphans = []
     for process in marked(OWNER, owner):
         with contextlib.suppress(psutil.Error):
-            if process.ppid() == 1:
+            if is_orphan(process):
                 process.terminate()
                 orphans.append(process)
     for survivor in psutil.wait_procs(orphans, grace_seconds)[1]:

@@ -1,7 +1,7 @@
 """`panda up`, `panda down`, `panda status`: everything a deployment needs, on this machine, in the background.
 
-In: flags, prefect.toml, PREFECT_API_URL. Out: Prefect server, MLflow server and a worker, owned by a keeper
-(`process_manager`), state and logs in `.panda/`; deployments and automations on the server. Each can be repeated. A
+In: flags, prefect.toml, PREFECT_API_URL. Out: Prefect server, MLflow server and a worker, owned by
+`process_manager`; state and logs in `.panda/`; deployments and automations on the server. Each can be repeated. A
 Prefect server that answers already, or lives on another machine, is used as it is, but not that of another project.
 Without a prefect.yaml in the working directory, only the servers. Cost: `up` 11 to 30 s, then 3 s.
 """
@@ -90,11 +90,12 @@ def down(argv: list[str]) -> int:
     if state is None:
         print("nothing is running")
         return 0
-    os.kill(state["keeper"], signal.SIGTERM)
+    manager = state[process_manager.MANAGER]
+    os.kill(manager, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
     while process_manager.is_up(state_dir):
         if time.monotonic() > deadline:
-            raise StackError(f"the keeper (pid {state['keeper']}) is still up after {STOP_SECONDS:.0f} s")
+            raise StackError(f"the process manager (pid {manager}) is still up after {STOP_SECONDS:.0f} s")
         time.sleep(0.2)
     print("stopped")
     return 0
@@ -249,14 +250,14 @@ def _welcome(state_dir: Path, there: Address, usual: str) -> str:
     beside = Path(sys.executable).with_name("prefect")
     prefect = "prefect" if shutil.which("prefect") or not beside.exists() else os.path.relpath(beside)
     elsewhere = f"PREFECT_API_URL={there.url} " if usual != there.url else ""
+    run = ["Next:", f"  {elsewhere}{prefect} deployment run panda-train/default --watch"]
     return "\n".join(
         [
             f"Prefect UI   {there.url.removesuffix('/api')}",
             *_login(there),
             f"MLflow UI    {ours.get('mlflow server')}/#/experiments{TRAINING_VIEW}",
             f"Logs         {os.path.relpath(state_dir)}",
-            "Next:",
-            f"  {elsewhere}{prefect} deployment run panda-train/default --watch",
+            *(run if Path("prefect.yaml").exists() else ()),
         ]
     )
 

@@ -18,6 +18,7 @@ from configs.docs import completion_script
         (["panda", "plan", "--zero_stage", ""], ["0", "1", "2", "3"]),
         (["panda", "plan", "--use_lora", "t"], ["true"]),
         (["panda", "plan", "--preset", "q"], ["qlora"]),
+        (["panda", "plan", "--tokens_per"], ["--tokens_per_second"]),
         (["panda", "plan", "--conf_path", "mine"], ["mine.yaml"]),
     ],
 )

@@ -18,7 +18,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from configs.settings import PandaSettings
-from data_prep.errors import CorpusError
+from data_prep.errors import CorpusError, PandaError
 from flows.cli import run as report
 from flows.cli.run import call_flow
 from flows.panda_evaluate import panda_evaluate
@@ -27,6 +27,7 @@ from tasks import register as tasks_sample_prompt
 from tests.support.ranks_here import running_here
 from tests.support.tiny_models import save_tokenizer
 from tests.training.registry.test_register import older_key
+from training import evaluate
 from training.launch import commands, launcher
 from training.registry import loaded_back
 from training.registry.promotion import promote
@@ -215,6 +216,29 @@ def test_no_look_at_a_model_costs_it(folder, monkeypatch, caplog):
     assert [look for look in looks if f"going on without {look}" not in caplog.text] == []
 
 
+def test_what_fails_in_the_evaluation_goes_on_from_there(folder, monkeypatch):
+    """No step is trained again, nothing loaded by a trainer, no model written anew."""
+    where = {"output_dir": str(folder / "outputs"), "run_name": "evaluated"}
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "load_for_inference", broken)
+        with pytest.raises(PandaError, match="broken"):
+            run(folder, "both", True, registered_model_name="evaluated", run_name="evaluated")
+    run_dir = folder / "outputs" / "evaluated"
+    files = (run_dir / "train.json", run_dir / "metrics.jsonl", run_dir / "model" / "model.safetensors")
+    before = [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
+    monkeypatch.setattr("training.trainer.run.train_run", broken)
+    summary = call_flow({"resume": True, **where})
+    assert summary["model"]["version"] == 1 and summary["training"]["steps"] == 1 and summary["losses"]["after"]
+    assert before == [(path.stat().st_mtime_ns, path.read_bytes()) for path in files]
+
+
+def test_settings_that_ask_for_more_steps_go_on_training(folder):
+    name = {"run_name": "more", "registered_model_name": "more"}
+    assert run(folder, "both", True, **name)["training"]["steps"] == 1
+    resumed = call_flow({"resume": True, "run_name": "more", "output_dir": str(folder / "outputs"), "max_steps": 2})
+    assert resumed["training"]["steps"] == 2 and resumed["model"]["version"] == 2
+
+
 def test_killed_in_the_gate_by_older_code_and_resumed_by_newer_it_is_one_version(folder, monkeypatch):
     """What the older code left is made by hand from a whole run: its key, no step, no verdict."""
     name = {"registered_model_name": "upgraded", "run_name": "upgraded"}
@@ -222,6 +246,8 @@ def test_killed_in_the_gate_by_older_code_and_resumed_by_newer_it_is_one_version
     first = run(folder, "both", True, **name)
     run_dir = Path(first["run_dir"])
     as_older_code_left_it(here, here.resolve(first["model"]["uri"]), run_dir)
+
+    (run_dir / "train.json").unlink()  # older code, killed in the gate, is followed by training that has nothing to do
 
     def newer(_config, directory: Path) -> None:
         (directory / "chat_template.jinja").write_text("{# newer #}")

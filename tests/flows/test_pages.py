@@ -14,10 +14,11 @@ from prefect.client.schemas.filters import ArtifactFilter, FlowRunFilter, LogFil
 from prefect.logging.handlers import APILogWorker
 from prefect.settings import PREFECT_LOGGING_TO_API_ENABLED, temporary_settings
 
+from configs.load import load
 from data_prep.errors import CorpusError
 from flows.cli import console
 from flows.parts import overview
-from flows.parts.form import CHANGED_FIRST, add_result
+from flows.parts.form import CHANGED_FIRST, add_result, flow_of_settings, read, run_title
 from flows.parts.lifetime import begin
 from tasks.reporting import model_markdown
 from tasks.stage import stage
@@ -70,6 +71,15 @@ class TestRun:
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run]}))
         assert [(task.name, task.state.message) for task in tasks] == [("count", "1907 records")]
         assert "Finished in state Completed('1907 records')" in logs_of(client, run)
+
+    def test_the_configuration_is_composed_once(self, client, monkeypatch):
+        """For the name of the run and for the run; a later one reads its files anew."""
+        composed = []
+        monkeypatch.setattr("flows.parts.form.load", lambda *given: composed.append(given) or load(*given))
+        function = lambda **parameters: read(parameters, goes_on=True).settings.model  # noqa: E731  # has no name to Prefect
+        tiny = flow_of_settings(function, names={"model"}, name="tiny", flow_run_name=run_title)
+        assert [tiny(model=name) for name in ("panda-tiny", "llama-7b")] == ["panda-tiny", "llama-7b"]
+        assert [given["model"] for given, *_ in composed] == ["panda-tiny", "llama-7b"]
 
     def test_a_mistake_of_the_user_has_no_traceback(self, client, caplog):
         @flow(name="failing")

@@ -12,6 +12,7 @@ import yaml
 from data_prep.pipeline import prepare
 from data_prep.plan.reader import open_plan
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
+from tests.support.ranks_here import alone
 from tests.support.tokenizers import bytes_core, save
 from training.compare import run_job
 from training.comparison.job import read_job, write_job
@@ -161,7 +162,8 @@ def add_version(
         version = register(run_dir, run_id, NAME, tags | ({PARENT_TAG: parent} if parent else {}), tracked.uri)
         resolved = registry.resolve(version.uri)
         write_job(job_of(registry, resolved, run_dir, GateSettings(**gate).model_dump()), run_dir)
-        verdict = run_job(read_config(run_dir / "config.yaml"), read_job(run_dir))
+        with alone() as ranks:
+            verdict = run_job(read_config(run_dir / "config.yaml"), read_job(run_dir), ranks)
         settle(registry, resolved, verdict, answer)
         (run_dir / "gate.json").write_text(json.dumps(verdict))
     return Registered(registry.resolve(version.uri), verdict, run_dir)

@@ -8,10 +8,12 @@ import importlib
 import os
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+from training.distributed import Ranks, join, leave, this_rank
 from training.launch import launcher
 from training.launch.exits import ExitReason
 from training.launch.launcher import ExitReport
@@ -38,3 +40,15 @@ def running_here(*modules: str) -> Callable[..., ExitReport]:
         return ExitReport(ExitReason.completed)
 
     return run_commands
+
+
+@contextmanager
+def alone() -> Iterator[Ranks]:
+    """This process as rank 0 of 1."""
+    with mock.patch.dict(os.environ, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}):
+        ranks = this_rank()
+        join(ranks)
+        try:
+            yield ranks
+        finally:
+            leave()

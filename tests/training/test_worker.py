@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from tests.support import tiny
 from tests.support.plans import example, write_plan
@@ -42,7 +42,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_records(tmp
     assert "is not finite; no update was made" in said or "no update was made. Look at these records" in said
     assert "memory.json:" in said
     assert "step 2:" in said
-    weights = load_file(run / "checkpoints" / "step-000001" / "state-00000.safetensors")
+    weights = load_file(run / "checkpoints" / "step-000001" / "state-00000-00000.safetensors")
     assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
 
@@ -129,14 +129,29 @@ def note(record, path):
         file.write(f"{record['step']}\n")
 
 
+@pytest.mark.distributed
 def test_evaluation_of_what_was_deployed(tmp_path):
+    """The numbers of training, once the weights on disk have given the losses of a sample again; or all of it anew."""
     run = tiny.write_run(tmp_path, max_steps=3)
     tiny.train(run, 1)
-    assert tiny.wait(tiny.start(run, 1, module="training.evaluate")) == [0], tiny.logs(run)
-    deployed = json.loads((run / "evaluation.json").read_text())
-    trained = json.loads((run / "train.json").read_text())["eval_after"]
-    assert deployed["all"]["loss"] == pytest.approx(trained["all"]["loss"], rel=1e-5)
-    assert deployed.keys() == trained.keys()
+    trained = json.loads((run / "train.json").read_text())
+    assert evaluated(run, 2) == trained["eval_after"]
+    everything = evaluated(run, 1, "--all")
+    assert everything.keys() == trained["eval_after"].keys()
+    assert everything["all"]["loss"] == pytest.approx(trained["eval_after"]["all"]["loss"], rel=1e-5)
+    weights = run / "model" / "model.safetensors"
+    tensors = load_file(weights)
+    tensors["model.layers.0.mlp.up_proj.weight"] *= -3
+    save_file(tensors, weights, metadata={"format": "pt"})
+    assert tiny.wait(tiny.start(run, 1, module="training.evaluate")) == [81]
+    assert "RUN/model is not the model that was trained" in tiny.logs(run)
+
+
+def evaluated(run_dir: Path, world_size: int, *arguments: str) -> dict:
+    """What the process writes."""
+    codes = tiny.wait(tiny.start(run_dir, world_size, *arguments, module="training.evaluate"))
+    assert codes == [0] * world_size, tiny.logs(run_dir)
+    return json.loads((run_dir / "evaluation.json").read_text())
 
 
 def test_unpacked_rows_train_the_same_example_losses(tmp_path):

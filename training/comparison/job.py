@@ -16,12 +16,16 @@ from training.errors import ModelError
 
 @dataclass(frozen=True)
 class ModelUnderTest:
-    """A model to score. `template`: the setting it was trained with; `problem`: why its files cannot be had."""
+    """A model to score. `template`: the setting it was trained with; `problem`: why its files cannot be had.
+
+    `quantised`: an adapter was trained on weights in 4 bits, on which it is asked too.
+    """
 
     name: str
     template: str | dict[str, Any]
     model_dir: str | None = None
     problem: str | None = None
+    quantised: bool = False
 
     @property
     def files(self) -> Path:

@@ -3,18 +3,21 @@
 In: a model with its tokenizer (whole weights or adapter), held-out records as text. Out: `Scores`, and the generations.
 The records are encoded with the model's own tokenizer and template; the loss of a record is summed over its target, so
 it means the same under any tokenizer. Generation is greedy, so that the same model gives the same text, of which is
-said whether it ends, says something, and does not repeat itself without end. Cost: the weights once in memory, one
-forward pass over the records, rows of similar length together, and one batched generation of `MAX_NEW_TOKENS` tokens.
+said whether it ends, says something, and does not repeat itself without end. All ranks call this together: they share
+the records, whose losses are the same whatever the number of ranks, because the same rows are computed together; and
+all of them write the same texts, because with sharded weights each token needs all of them. Cost: one forward pass over
+the records, rows of similar length together, and one batched generation of `MAX_NEW_TOKENS` tokens.
 """
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+from transformers import StoppingCriteria, StoppingCriteriaList
 
 from data_prep.plan.reader import IGNORED, Batch, target_ranges
 from data_prep.tokenizer import LoadedTokenizer
@@ -24,10 +27,10 @@ from data_prep.tokens.tokenize import Recipe, load_tools
 from training.comparison.heldout import HeldOut
 from training.comparison.job import ModelUnderTest
 from training.comparison.statistics import Scores
-from training.devices import any_device
+from training.distributed import Ranks
+from training.engines.inference import UsedModel
 from training.launch.heartbeat import Heartbeat
-from training.models.build import load_deployed
-from training.models.loss import CausalLMLoss, causal_model, micro_batch
+from training.models.loss import causal_model, micro_batch
 
 MAX_NEW_TOKENS = 96
 SHORT_TARGET_TOKENS = 8  # up to here an answer can be expected to be exact
@@ -59,41 +62,49 @@ class Part:
     length: int
 
 
-def score(
-    one: ModelUnderTest, held_out: HeldOut, micro_batch_rows: int, dtype: torch.dtype, cache_dir: Path
-) -> tuple[Scores, list[Generation]]:
+@dataclass(frozen=True)
+class Asking:
+    """How models are asked: rows of a micro-batch, ranks, where converted tokenizers are kept."""
+
+    micro_batch_rows: int
+    ranks: Ranks
+    cache_dir: Path
+
+
+def score(model: UsedModel, one: ModelUnderTest, held_out: HeldOut, asking: Asking) -> tuple[Scores, list[Generation]]:
     """Scores of a model, and its generations.
 
-    :raises ModelError: its files cannot be had.
+    :param one: where its tokenizer is, and the template it was trained with
     """
-    tools = load_tools(Recipe(one.files, cache_dir, json.dumps(one.template, sort_keys=True), "reference"))
+    tools = load_tools(Recipe(one.files, asking.cache_dir, json.dumps(one.template, sort_keys=True), "reference"))
     shard = tokenize_columns(held_out.roles, held_out.texts, tools.tokenizer, tools.template, tools.engine).shard
-    model = load_deployed(one.files, dtype).to(any_device())
-    longest = min(LONGEST_ROW, getattr(causal_model(model).config, "max_position_embeddings", LONGEST_ROW))
-    losses, tokens = record_losses(model, shard, micro_batch_rows, longest)
+    longest = min(LONGEST_ROW, getattr(causal_model(model.model).config, "max_position_embeddings", LONGEST_ROW))
+    losses, tokens = record_losses(model, shard, asking, longest)
     num_new = min(MAX_NEW_TOKENS, longest // 2)
     prompts, targets = prompts_of(shard, held_out.prompts(NUM_PROMPTS), longest - num_new)
-    generations = generate(model, tools.tokenizer, prompts, targets, num_new)
+    generations = generate(model, tools.tokenizer, prompts, targets, num_new, asking.ranks)
     return Scores(losses, tokens, check_columns(generations)), generations
 
 
-def record_losses(
-    model: nn.Module, shard: TokenShard, micro_batch_rows: int, longest: int
-) -> tuple[np.ndarray, np.ndarray]:
+def record_losses(model: UsedModel, shard: TokenShard, asking: Asking, longest: int) -> tuple[np.ndarray, np.ndarray]:
     """Summed loss and number of target tokens of each example: ``(n,) float64``, ``(n,) int64``."""
-    device = next(model.parameters()).device
-    totals = torch.zeros(shard.num_examples, dtype=torch.float64)
-    counts = torch.zeros(shard.num_examples, dtype=torch.int64)
-    losses_of = CausalLMLoss(model)
+    ranks, size = asking.ranks, asking.micro_batch_rows
+    totals = torch.zeros(2, shard.num_examples, dtype=torch.float64)  # losses, target tokens
     rows = sorted(parts_of(shard, longest), key=lambda part: part.length)
-    alive = Heartbeat("held-out records", len(rows), "rows")
-    with torch.inference_mode():
-        for first in range(0, len(rows), micro_batch_rows):
-            alive(first)
-            batch = micro_batch(batch_of(shard, rows[first : first + micro_batch_rows]), ())
-            totals.index_add_(0, batch.sources, losses_of(batch.to(device), "each").double().cpu())
-            counts += torch.bincount(batch.sources, minlength=len(counts))
-    return totals.numpy(), counts.numpy()
+    batches = [rows[first : first + size] for first in range(0, len(rows), size)]
+    num_passes = -(-len(batches) // ranks.world_size)  # of every rank: sharded weights need all of them
+    alive = Heartbeat("held-out records", num_passes, "micro-batches")
+    with torch.no_grad():
+        for done in range(num_passes):
+            alive(done)
+            mine = done * ranks.world_size + ranks.rank
+            batch = micro_batch(batch_of(shard, batches[min(mine, len(batches) - 1)]), ())
+            losses = model(batch.to(ranks.device), "each").double().cpu()
+            if mine < len(batches):
+                totals[0].index_add_(0, batch.sources, losses)
+                totals[1] += torch.bincount(batch.sources, minlength=shard.num_examples)
+    losses_and_tokens = np.array(ranks.sum(*totals.flatten().tolist())).reshape(2, -1)
+    return losses_and_tokens[0], losses_and_tokens[1].astype(np.int64)
 
 
 def parts_of(shard: TokenShard, longest: int) -> list[Part]:
@@ -131,13 +142,14 @@ def prompts_of(shard: TokenShard, records: list[int], longest: int) -> tuple[lis
     return prompts, targets
 
 
-@torch.inference_mode()
-def generate(
-    model: nn.Module,
+@torch.no_grad()
+def generate(  # noqa: PLR0913, PLR0917
+    model: UsedModel,
     tokenizer: LoadedTokenizer,
     prompts: list[list[int]],
     targets: list[list[int]],
-    num_new: int = MAX_NEW_TOKENS,
+    num_new: int,
+    ranks: Ranks,
 ) -> list[Generation]:
     """Greedy generations after prompts (ids), of `num_new` tokens at most; `targets` are the ids of the right answers.
 
@@ -146,18 +158,31 @@ def generate(
     if not prompts:
         return []
     ids, mask = left_padded([prompt or [tokenizer.eos_id] for prompt in prompts], tokenizer.pad_id)
-    device = next(model.parameters()).device
-    generation: Callable[..., Tensor] = model.generate  # type: ignore[assignment]  # nn.Module says Tensor
-    output = generation(
-        input_ids=ids.to(device),
-        attention_mask=mask.to(device),
+    alive = Heartbeat("answers", num_new, "tokens")
+    output = model.generate(
+        input_ids=ids.to(ranks.device),
+        attention_mask=mask.to(ranks.device),
         max_new_tokens=num_new,
         do_sample=False,
         pad_token_id=tokenizer.pad_id,
         eos_token_id=sorted(tokenizer.stop_ids),
+        synced_gpus=ranks.world_size > 1,  # a rank whose answers have ended goes on with the others
+        stopping_criteria=StoppingCriteriaList([_Alive(alive, ids.shape[1])]),
     )
     new = output[:, ids.shape[1] :].tolist()
     return [checked(tokenizer, *pair) for pair in zip(new, targets, strict=True)]
+
+
+class _Alive(StoppingCriteria):
+    """Stops nothing; says that a token more is there."""
+
+    def __init__(self, alive: Heartbeat, num_prompt: int):
+        self.alive = alive
+        self.num_prompt = num_prompt
+
+    def __call__(self, input_ids: Tensor, scores: Tensor, **_: Any) -> Tensor:
+        self.alive(input_ids.shape[1] - self.num_prompt)
+        return torch.zeros(len(input_ids), dtype=torch.bool, device=input_ids.device)
 
 
 def left_padded(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:

@@ -15,7 +15,7 @@ uses (30 to 40 s the first time); neither happens here.
 import math
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import ModuleType
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from training.devices import any_device, compute_dtype, uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, set_learning_rate, trainable
+from training.engines.engine import WEIGHT, Piece, Stored, saved, set_learning_rate, share, trainable
 from training.engines.optimizers import build_optimizer, restored_states
 from training.launch.heartbeat import Heartbeat
 from training.lean_imports import UNUSED, without
@@ -190,55 +190,92 @@ class DeepSpeedEngine:
     def trained(self) -> list[str]:
         return list(self._parameters)
 
-    def read(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def read(self) -> Iterator[tuple[str, dict[str, Piece]]]:
         if self.stage and self.base.state:
             self._link_states()
+        kinds: dict[int, Callable[[Any], Iterator[tuple[str, Piece]]]]
+        kinds = {0: self._whole_states, 1: self._fragments, 2: self._fragments, 3: self._partitions}
         for name, parameter in self._parameters.items():
-            yield name, {key: value.cpu() for key, value in self._states(parameter)}
+            yield name, dict(kinds[self.stage](parameter))
 
     @cached_property
     def _parameters(self) -> dict[str, nn.Parameter]:
         return dict(trainable(self.module))
 
-    def _states(self, parameter: nn.Parameter) -> Iterator[tuple[str, Tensor]]:
-        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+    def _whole_states(self, parameter: nn.Parameter) -> Iterator[tuple[str, Piece]]:
+        """ZeRO 0: every rank has all; each gives a part of it."""
+        yield WEIGHT, share(parameter, self.ranks)
+        for key, value in self.base.state.get(parameter, {}).items():
+            yield key, share(torch.as_tensor(value), self.ranks)
 
-        if not self.stage:
-            yield WEIGHT, parameter.detach()
-            yield from ((key, torch.as_tensor(value)) for key, value in self.base.state[parameter].items())
+    def _fragments(self, parameter: Any) -> Iterator[tuple[str, Piece]]:
+        """ZeRO 1 and 2: a rank's stretch of all parameters, laid end to end, may have none of this one's numbers."""
+        yield from self._numbers()
+        fragment = parameter._hp_mapping
+        if fragment is None:
             return
-        yield WEIGHT, safe_get_full_fp32_param(parameter)
-        shard_state: dict[str, Any] = next(iter(self.base.state.values()), {})
-        for key, value in shard_state.items():
-            if torch.is_tensor(value) and value.dim():
-                yield key, safe_get_full_optimizer_state(parameter, key)
-            else:
-                yield key, torch.as_tensor(value)
+        start, shape = fragment.lp_fragment_address.start, tuple(parameter.shape)
+        yield WEIGHT, Piece(fragment.hp_fragment, start, shape)
+        for key, value in (fragment.optim_fragment or {}).items():
+            yield key, Piece(value, start, shape)
 
-    def write(self, name: str, state: dict[str, Tensor]) -> None:
+    def _partitions(self, parameter: Any) -> Iterator[tuple[str, Piece]]:
+        """ZeRO 3: every rank has a part of every parameter."""
+        yield from self._numbers()
+        start, length = self._partition(parameter)
+        for key in (None, *self._state_keys()):
+            value, _ = self.engine.optimizer._get_fp32_opt_state_partition(parameter, True, key)
+            yield key or WEIGHT, Piece(value[:length], start, tuple(parameter.ds_shape))
+
+    def _partition(self, parameter: Any) -> tuple[int, int]:
+        """(first number, how many) of this rank; all ranks have as many, the last ones' are padded."""
+        size = parameter.ds_tensor.ds_numel
+        start = min(size * self.ranks.rank, parameter.ds_numel)
+        return start, min(size, parameter.ds_numel - start)
+
+    @property
+    def _shard_state(self) -> dict[str, Any]:
+        """The states of a flat shard: those of all shards have the same names and numbers."""
+        return next(iter(self.base.state.values()), {})
+
+    def _state_keys(self) -> list[str]:
+        return [key for key, value in self._shard_state.items() if torch.is_tensor(value) and value.dim()]
+
+    def _numbers(self) -> Iterator[tuple[str, Piece]]:
+        """Of a parameter's states those that are no tensors of its shape: the steps made."""
+        for key, value in self._shard_state.items():
+            if not (torch.is_tensor(value) and value.dim()):
+                yield key, share(torch.as_tensor(value), self.ranks)
+
+    def write(self, name: str, states: Mapping[str, Stored]) -> None:
         parameter = self._parameters[name]
         if not self.stage:
-            self._write_plain(parameter, state)
+            self._write_whole(parameter, states)
             return
-        self._allocate_states(state)
-        for key, value in state.items():
-            if value.dim() or key == WEIGHT:
-                self._write_shard(parameter, value.to(self.ranks.device), None if key == WEIGHT else key)
-        self._refresh_compute_copy(parameter, state[WEIGHT].to(self.ranks.device))
+        self._allocate_states(states)
+        tensors = {
+            None if key == WEIGHT else key: stored for key, stored in states.items() if stored.shape or key == WEIGHT
+        }
+        if self.stage == 3:
+            self._write_partition(parameter, tensors)
+        else:
+            self._write_fragment(parameter, tensors)
 
-    def _write_plain(self, parameter: nn.Parameter, state: dict[str, Tensor]) -> None:
+    def _write_whole(self, parameter: nn.Parameter, states: Mapping[str, Stored]) -> None:
         with torch.no_grad():
-            parameter.copy_(state[WEIGHT])
+            parameter.copy_(states[WEIGHT].whole())
         device = self.ranks.device
-        self.base.state[parameter] = restored_states(state, self.base, device, lambda value: value.to(device))
+        self.base.state[parameter] = restored_states(
+            states, self.base, device, lambda stored: stored.whole().to(device)
+        )
 
-    def _allocate_states(self, state: dict[str, Tensor]) -> None:
+    def _allocate_states(self, states: Mapping[str, Stored]) -> None:
         """Give every flat shard the states that a first update would create, and tell DeepSpeed about them."""
         if self.base.state:
             return
         zero = self.engine.optimizer
         for shard in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:
-            self.base.state[shard] = restored_states(state, self.base, shard.device, partial(_zeros, shard))
+            self.base.state[shard] = restored_states(states, self.base, shard.device, partial(_zeros, shard))
         self._link_states()
 
     def _link_states(self) -> None:
@@ -247,36 +284,34 @@ class DeepSpeedEngine:
             self.engine.optimizer._hp_optimizer_states_linked = False
             self.engine.optimizer._lazy_init_hp_params_optimizer_state()
 
-    def _write_shard(self, parameter: Any, value: Tensor, key: str | None) -> None:
-        if self.stage < 3:
-            parameter.set_full_hp_param(value, key)
-            return
-        optimizer = self.engine.optimizer
-        length, rank = parameter.ds_tensor.ds_numel, self.ranks.rank
-        missing = length * self.ranks.world_size - value.numel()  # the last rank's piece is padded
-        padded = torch.nn.functional.pad(value.flatten(), (0, missing))
-        optimizer.set_local_hp_param(padded[rank * length : (rank + 1) * length], parameter, key)
-
-    def _refresh_compute_copy(self, parameter: nn.Parameter, value: Tensor) -> None:
-        """The weights that the forward pass reads are a second copy of the float32 shards."""
+    def _write_fragment(self, parameter: Any, tensors: Mapping[str | None, Stored]) -> None:
+        """The float32 shard, and the weights that the forward pass reads, which every rank has whole."""
+        fragment = parameter._hp_mapping
         with torch.no_grad():
-            if self.stage < 3:
-                parameter.copy_(value)
-                return
-            from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+            for key, stored in tensors.items() if fragment is not None else ():
+                address = fragment.lp_fragment_address
+                fragment.get_hp_fragment(key).copy_(stored.part(address.start, address.numel))
+            parameter.copy_(tensors[None].whole())
 
-            with GatheredParameters([parameter], modifier_rank=0):
-                if self.ranks.is_first:
-                    parameter.copy_(value)
+    def _write_partition(self, parameter: Any, tensors: Mapping[str | None, Stored]) -> None:
+        """The float32 shard, and that of the weights in the type of the computation."""
+        start, length = self._partition(parameter)
+        padding = parameter.ds_tensor.ds_numel - length
+        for key, stored in tensors.items():
+            mine = torch.nn.functional.pad(stored.part(start, length), (0, padding))
+            self.engine.optimizer.set_local_hp_param(mine, parameter, key)
+            if key is None:
+                parameter.partition()  # small ones are kept gathered, with the values of before
+                parameter.ds_tensor.data.copy_(mine)
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
+    def weights(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-        for name, value in self.module.model.state_dict(keep_vars=True).items():
+        for name, value in saved(self.module, trained_only):
             with GatheredParameters([value] if self.stage == 3 and hasattr(value, "ds_id") else []):
                 yield name, value.detach().cpu().clone()
 
 
-def _zeros(shard: Tensor, state: Tensor) -> Tensor:
+def _zeros(shard: Tensor, stored: Stored) -> Tensor:
     """A flat shard's state before the states of its parameters are written into it."""
     return torch.zeros_like(shard)

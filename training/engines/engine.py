@@ -3,11 +3,12 @@
 DeepSpeed (`deepspeed.py`) and FSDP2 (`fsdp.py`) implement it. Both average gradients over the ranks; the
 loop undoes that by multiplying the loss by `averaging`, so that gradients are sums, as if one rank had done it all.
 
-`read` and `write` speak of whole parameters by name, not of shards: a checkpoint of N ranks therefore resumes on M.
-Cost: every trainable parameter is gathered once, one at a time, to every rank.
+`read` and `write` speak of pieces of whole parameters, by name and place: a checkpoint of N ranks therefore resumes on
+M. No rank is asked for what another one has, and nothing is gathered. `weights` gathers, one tensor at a time.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -17,6 +18,27 @@ from training.distributed import Ranks
 from training.models.loss import CausalLMLoss, causal_model
 
 WEIGHT = "weight"  # key of the parameter itself, float32, beside its optimizer state
+
+
+@dataclass(frozen=True)
+class Piece:
+    """This rank's part of a weight or of an optimizer state: contiguous numbers of the flattened tensor, maybe none."""
+
+    value: Tensor  # ``(n,)``, where the engine keeps it: copy it before the next step
+    start: int  # the first of them in the whole tensor
+    shape: tuple[int, ...]  # of the whole tensor; () for a number, such as the steps made
+
+
+class Stored(Protocol):
+    """A weight or a state in a checkpoint."""
+
+    shape: tuple[int, ...]
+
+    def part(self, start: int, length: int) -> Tensor:
+        """``(length,)`` numbers of the flattened tensor, on the CPU."""
+
+    def whole(self) -> Tensor:
+        """All of it, in its shape."""
 
 
 class Engine(Protocol):
@@ -42,14 +64,14 @@ class Engine(Protocol):
     def trained(self) -> list[str]:
         """Names of the parameters that `read` gives."""
 
-    def read(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
-        """(name, {weight, optimizer state}) of every trainable parameter, whole, on the CPU. All ranks together."""
+    def read(self) -> Iterator[tuple[str, dict[str, Piece]]]:
+        """(name, {weight, optimizer states}) of every trainable parameter: together the ranks have each number once."""
 
-    def write(self, name: str, state: dict[str, Tensor]) -> None:
-        """Put back what `read` gave, into this rank's shard."""
+    def write(self, name: str, states: Mapping[str, Stored]) -> None:
+        """Put back what `read` gave, on whichever ranks: takes the ranges of this rank's shard."""
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole weight on the CPU) of every tensor that is saved with a model. All ranks together."""
+    def weights(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole weight on the CPU) of every tensor of the model, or of the trained ones. All ranks together."""
 
 
 def model_name(name: str) -> str:
@@ -67,6 +89,19 @@ def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
     """The layers that transformers says must not be split."""
     names = set(causal_model(module.model)._no_split_modules or ())
     return [part for part in module.modules() if type(part).__name__ in names]
+
+
+def saved(module: CausalLMLoss, trained_only: bool) -> list[tuple[str, Tensor]]:
+    """(name inside the model, its tensor as it is) of what is saved with a model, or of what of that is trained."""
+    tensors = module.model.state_dict(keep_vars=True).items()
+    return [(name, value) for name, value in tensors if value.requires_grad or not trained_only]
+
+
+def share(value: Tensor, ranks: Ranks) -> Piece:
+    """This rank's part of what every rank has whole."""
+    flat = value.detach().reshape(-1)
+    start, end = (flat.numel() * rank // ranks.world_size for rank in (ranks.rank, ranks.rank + 1))
+    return Piece(flat[start:end], start, tuple(value.shape))
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:

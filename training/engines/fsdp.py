@@ -11,7 +11,7 @@ the files; a 4-bit weight is quantised whole by every rank, which keeps its part
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,16 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from training.devices import uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, decoder_layers, set_learning_rate, trainable
+from training.engines.engine import (
+    WEIGHT,
+    Piece,
+    Stored,
+    decoder_layers,
+    saved,
+    set_learning_rate,
+    share,
+    trainable,
+)
 from training.engines.optimizers import build_optimizer, restored_states, whole
 from training.launch.heartbeat import Heartbeat
 from training.models.deferred import Value, Values, check_filled, make_shardable, replace
@@ -84,21 +93,45 @@ class FsdpEngine:
     def trained(self) -> list[str]:
         return list(self.parameters)
 
-    def read(self) -> Iterator[tuple[str, dict[str, Tensor]]]:
+    def read(self) -> Iterator[tuple[str, dict[str, Piece]]]:
         for name, parameter in self.parameters.items():
-            states = {WEIGHT: parameter.detach(), **self.optimizer.state[parameter]}
-            yield name, {key: whole(torch.as_tensor(value)).cpu() for key, value in states.items()}
+            states = {WEIGHT: parameter.detach(), **self.optimizer.state.get(parameter, {})}
+            yield name, {key: self._piece(torch.as_tensor(value), parameter) for key, value in states.items()}
 
-    def write(self, name: str, state: dict[str, Tensor]) -> None:
+    def _piece(self, value: Any, parameter: Any) -> Piece:
+        """This rank's rows of what is cut as the parameter is; its share of anything else."""
+        if getattr(value, "placements", None) != parameter.placements or value.shape != parameter.shape:
+            return share(whole(value), self.ranks)
+        return Piece(value.to_local().reshape(-1), self._first_number(parameter), tuple(value.shape))
+
+    def _first_number(self, parameter: Any) -> int:
+        """Where this rank's rows begin in the flattened parameter; every rank has as many, but for the last ones."""
+        rows = parameter.shape[0]
+        first = min(self.ranks.rank * math.ceil(rows / self.ranks.world_size), rows)
+        return first * (parameter.numel() // max(rows, 1))
+
+    def write(self, name: str, states: Mapping[str, Stored]) -> None:
         parameter = self.parameters[name]
         with torch.no_grad():
-            parameter.copy_(_like(state[WEIGHT], parameter))
+            parameter.copy_(self._placed(states[WEIGHT], parameter))
         self.optimizer.state[parameter] = restored_states(
-            state, self.optimizer, parameter.device, lambda value: _like(value, parameter)
+            states, self.optimizer, parameter.device, lambda stored: self._placed(stored, parameter)
         )
 
-    def weights(self) -> Iterator[tuple[str, Tensor]]:
-        for name, value in self.module.model.state_dict().items():
+    def _placed(self, stored: Stored, parameter: Any) -> Tensor:
+        """A state on the device, cut as the parameter is; nothing is sent, every rank reads what it keeps."""
+        if stored.shape != tuple(parameter.shape):
+            moved = stored.whole().to(parameter.device)
+            return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        local = parameter.to_local()
+        mine = stored.part(self._first_number(parameter), local.numel()).to(parameter.device).view(local.shape)
+        return DTensor.from_local(
+            mine, parameter.device_mesh, parameter.placements,
+            run_check=False, shape=parameter.shape, stride=parameter.stride(),
+        )  # fmt: skip
+
+    def weights(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+        for name, value in saved(self.module, trained_only):
             yield name, whole(value.detach()).cpu().clone()
 
 
@@ -123,9 +156,9 @@ def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPr
 
 def _untied_ends(module: CausalLMLoss) -> list[nn.Module]:
     """Embedding and output layer, as units of their own: whole only while they are needed. Tied ones are the root's."""
-    causal = causal_model(module.model)
-    embedding, head = causal.get_input_embeddings(), causal.get_output_embeddings()
-    return [embedding, head] if module.head is head and head.weight is not embedding.weight else []
+    embedding: Any = causal_model(module.model).get_input_embeddings()
+    head = module.head  # None where the model's own forward pass computes it
+    return [] if head is None or head.weight is embedding.weight else [embedding, head]
 
 
 def _fill_shard(parameter: Any, value: Value, ranks: Ranks) -> None:
@@ -140,9 +173,3 @@ def _fill_shard(parameter: Any, value: Value, ranks: Ranks) -> None:
         stride=parameter.stride(),
     )  # fmt: skip
     replace(parameter, shard)
-
-
-def _like(value: Tensor, parameter: Any) -> Tensor:
-    """This rank's shard of a whole tensor, cut as the parameter is; every rank has the whole, nothing is sent."""
-    moved = value.to(parameter.device)
-    return distribute_tensor(moved, parameter.device_mesh, parameter.placements, src_data_rank=None)

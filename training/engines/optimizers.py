@@ -6,14 +6,14 @@ bitsandbytes', imported only when asked for (up to 15 s on a cold disk). Cost: t
 """
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_prep.targets import load_target
-from training.engines.engine import WEIGHT
+from training.engines.engine import WEIGHT, Stored
 from training.settings import OptimizerSettings
 
 
@@ -155,12 +155,15 @@ def build_optimizer(
 
 
 def restored_states(
-    state: dict[str, Tensor], optimizer: torch.optim.Optimizer, device: torch.device, place: Callable[[Tensor], Tensor]
+    states: Mapping[str, Stored],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    place: Callable[[Stored], Tensor],
 ) -> dict[str, Tensor | int]:
-    """The states of a parameter on `device`, from those of a checkpoint; `place` puts the tensors among them there."""
+    """The states of a parameter on `device`, from those of a checkpoint; `place` reads the tensors among them there."""
     return {
-        key: place(value) if value.dim() else restored_number(value, optimizer, device)
-        for key, value in state.items()
+        key: place(stored) if stored.shape else restored_number(stored.whole(), optimizer, device)
+        for key, stored in states.items()
         if key != WEIGHT
     }
 

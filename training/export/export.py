@@ -17,7 +17,7 @@ from typing import Any
 
 from data_prep.errors import PandaError
 from training.export.merge import merge
-from training.export.parity import Difference, difference
+from training.export.parity import Difference, Tuned, difference
 from training.models.hub import base_of, resolve_checkpoint
 from training.models.transformers4 import write_for_transformers4
 from training.tracking.looks import only_a_look
@@ -46,13 +46,17 @@ class Exported:
         return asdict(self)
 
 
-def export(
-    model_dir: Path,
-    target: Path,
-    prompts: list[list[int]],
-    card: Callable[[Exported], str],
-    base: Path | None = None,
-) -> Exported:
+@dataclass(frozen=True)
+class Source:
+    """What is exported, and the prompts to compare on. `base`: of an adapter, where it has moved."""
+
+    model_dir: Path
+    prompts: list[list[int]]
+    base: Path | None = None
+    trust_remote_code: bool = False
+
+
+def export(source: Source, target: Path, card: Callable[[Exported], str]) -> Exported:
     """Write `target`, which must not exist; `card` writes the README from what came out."""
     if target.exists():
         raise ExportError(f"{target} is there already; choose another directory or remove it")
@@ -60,7 +64,7 @@ def export(
     with tempfile.TemporaryDirectory(prefix=f".{target.name}-", dir=target.parent) as directory:
         unfinished = Path(directory) / "model"
         unfinished.mkdir()
-        done = _fill(unfinished, model_dir, prompts, base)
+        done = _fill(unfinished, source)
         done = Exported(str(target), done.kind, done.base_model, done.difference)
         with only_a_look("the model card"):
             (unfinished / "README.md").write_text(card(done), encoding="utf-8")
@@ -68,17 +72,17 @@ def export(
     return done
 
 
-def _fill(unfinished: Path, model_dir: Path, prompts: list[list[int]], base: Path | None) -> Exported:
-    reference = base_of(model_dir)
+def _fill(unfinished: Path, source: Source) -> Exported:
+    model_dir, reference = source.model_dir, base_of(source.model_dir)
     if reference is None:
         shutil.copytree(model_dir, unfinished, dirs_exist_ok=True)  # no links: what is exported may be edited
         write_for_transformers4(unfinished)
         return Exported(str(unfinished), "copied")
-    base_dir = base or find_base(reference)
-    how = merge(model_dir, base_dir, unfinished)
+    base_dir = source.base or find_base(reference)
+    how = merge(model_dir, base_dir, unfinished, source.trust_remote_code)
     copy_companions(model_dir, base_dir, unfinished)
     write_for_transformers4(unfinished)
-    found = difference(unfinished, model_dir, base_dir, prompts)
+    found = difference(unfinished, Tuned(model_dir, base_dir, source.trust_remote_code), source.prompts)
     if found.mean_kl > MAX_MEAN_KL or found.top1_agreement < MIN_TOP1_AGREEMENT:
         raise ExportError(
             f"merging {model_dir} into {base_dir} gives another model: mean KL {found.mean_kl:.2e} "

@@ -2,8 +2,8 @@
 
 In: the adapter's and the base's directories (safetensors). Out: safetensors with the names, shards and dtypes of the
 base; the sum is computed in float32 and rounded once. What this file does not know (DoRA, biases, transposed layers
-of GPT-2, renamed weights) is merged by peft in memory instead. Cost: memory for a few tensors, whatever the size
-of the model; reading and writing the weights once.
+of GPT-2, renamed weights) is merged by peft in memory instead, if there is enough. Cost: memory for a few tensors,
+whatever the size of the model; reading and writing the weights once.
 
 LoRA: arXiv 2106.09685; rank-stabilised scale alpha / sqrt(r): arXiv 2312.03732.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
@@ -25,6 +26,7 @@ from training.models.hub import ADAPTER
 from training.models.shards import rewrite_shards, tensors_of
 
 PREFIX = "base_model.model."
+SPARE = 1.1
 PLAIN = {"use_dora": False, "bias": "none", "fan_in_fan_out": False, "lora_bias": False, "target_parameters": None}
 
 
@@ -81,7 +83,7 @@ def _target_of(name: str) -> tuple[str, str]:
     return bare, "" if "lora_" in bare or not name.startswith(PREFIX) else "whole"
 
 
-def merge(adapter_dir: Path, base_dir: Path, target: Path) -> str:
+def merge(adapter_dir: Path, base_dir: Path, target: Path, trust_remote_code: bool = False) -> str:
     """Write the merged weights into `target`; returns how: "streamed" or "in memory"."""
     config = json.loads((base_dir / "config.json").read_text())
     if config.get("quantization_config"):
@@ -91,8 +93,24 @@ def merge(adapter_dir: Path, base_dir: Path, target: Path) -> str:
         rewrite_shards(base_dir, target, adapter.apply)
         shutil.copyfile(base_dir / "config.json", target / "config.json")
         return "streamed"
-    merge_in_memory(adapter_dir, base_dir, target)
+    check_memory(adapter_dir, base_dir, psutil.virtual_memory().available)
+    merge_in_memory(adapter_dir, base_dir, target, trust_remote_code)
     return "in memory"
+
+
+def check_memory(adapter_dir: Path, base_dir: Path, available_bytes: int) -> None:
+    """Refuse, before anything is loaded, a merge of a whole float32 model for which there is no room.
+
+    :raises ModelError: it needs more than is available.
+    """
+    needed = SPARE * sum(4 * math.prod(info.shape) for info in tensors_of(base_dir).values())
+    if needed > available_bytes:
+        raise ModelError(
+            f"{adapter_dir}: an adapter of this kind is merged by peft, with the whole model in memory as float32: "
+            f"{needed / 1e9:.1f} GB, and {available_bytes / 1e9:.1f} GB are available. Use it unmerged "
+            "(panda serve, panda chat), export on a machine with more memory, or train a LoRA adapter without "
+            "use_dora and bias, which is merged one tensor after the other"
+        )
 
 
 def can_stream(adapter: Adapter, base_dir: Path) -> bool:
@@ -102,12 +120,13 @@ def can_stream(adapter: Adapter, base_dir: Path) -> bool:
     return known and adapter.names <= tensors_of(base_dir).keys()
 
 
-def merge_in_memory(adapter_dir: Path, base_dir: Path, target: Path) -> None:
+def merge_in_memory(adapter_dir: Path, base_dir: Path, target: Path, trust_remote_code: bool = False) -> None:
     """peft's own merge of the whole model, in float32; saved in the base's dtype."""
     from peft import PeftModel
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    dtype = AutoConfig.from_pretrained(base_dir).dtype or torch.float32
-    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32, use_safetensors=True)
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code}
+    dtype = AutoConfig.from_pretrained(base_dir, **options).dtype or torch.float32
+    base = AutoModelForCausalLM.from_pretrained(base_dir, dtype=torch.float32, use_safetensors=True, **options)
     model = PeftModel.from_pretrained(base, adapter_dir).merge_and_unload(safe_merge=True)
     model.to(dtype).save_pretrained(target)

@@ -1,19 +1,20 @@
 """How much two models differ in what they say next: KL divergence and top-1 agreement on the same prompts.
 
-In: a model, an adapter and its base, token ids of prompts. Out: `Difference`. One model is in memory at a time; of the
-first only the log-probabilities at the last positions are kept. Cost: one forward pass a prompt and model.
+In: a model, an adapter and its base, token ids of prompts. Out: `Difference`. Layers are read from the files one after
+the other, while all prompts pass through them together; of the first model only the log-probabilities at the last
+positions are kept. Cost: both models' files are read once, memory for one layer, embeddings and output layer.
 """
 
 import gc
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM
 
 from training.devices import any_device
+from training.models.build import empty_deployed
+from training.models.streamed import streamed
 
 TIE_NATS = 0.01  # two tokens this close in log-probability are equally likely: rounding may swap them
 POSITIONS = 32  # last positions of each prompt that are compared: 8 prompts x 32 x 128k words = 130 MB
@@ -29,11 +30,20 @@ class Difference:
     num_positions: int
 
 
-def difference(merged: Path, adapter: Path, base: Path, prompts: list[list[int]]) -> Difference:
+@dataclass(frozen=True)
+class Tuned:
+    """An adapter and its base."""
+
+    adapter: Path
+    base: Path
+    trust_remote_code: bool = False
+
+
+def difference(merged: Path, tuned: Tuned, prompts: list[list[int]]) -> Difference:
     """Compare a merged model with base and adapter, in float32."""
-    q = log_probabilities(load(merged), prompts)
+    q = log_probabilities(load(merged, None, tuned.trust_remote_code), prompts)
     gc.collect()
-    p = log_probabilities(load(base, adapter), prompts)
+    p = log_probabilities(load(tuned.adapter, tuned.base, tuned.trust_remote_code), prompts)
     kl = torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in zip(p, q, strict=True)]).clamp(min=0)
     same = torch.cat([agrees(a, b) for a, b in zip(p, q, strict=True)])
     return Difference(kl.mean().item(), kl.max().item(), same.float().mean().item(), len(kl))
@@ -45,22 +55,23 @@ def agrees(p: Tensor, q: Tensor) -> Tensor:
     return mine >= q.max(-1).values - TIE_NATS
 
 
-def load(model_dir: Path, adapter: Path | None = None) -> nn.Module:
-    """A model in float32, with an adapter on it if there is one."""
-    model: Any = AutoModelForCausalLM.from_pretrained(model_dir, dtype=torch.float32, use_safetensors=True)
-    if adapter:
-        from peft import PeftModel
-
-        model = PeftModel.from_pretrained(model, adapter)
-    return model.to(any_device()).eval()
+def load(model_dir: Path, base: Path | None = None, trust_remote_code: bool = False) -> nn.Module:
+    """A model in float32, or an adapter on its base, whose layers are read when they are called."""
+    empty = empty_deployed(model_dir, torch.float32, base, trust_remote_code=trust_remote_code)
+    return streamed(empty, any_device())
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def log_probabilities(model: nn.Module, prompts: list[list[int]]) -> list[Tensor]:
-    """For each prompt ``(up to POSITIONS, vocabulary) float32``, on the CPU."""
-    result = []
-    for ids in prompts:
-        batch = torch.tensor([ids], device=next(model.parameters()).device)
-        logits = model(input_ids=batch, use_cache=False, logits_to_keep=POSITIONS).logits
-        result.append(logits[0].float().log_softmax(-1).cpu())
-    return result
+    """For each prompt ``(up to POSITIONS, vocabulary) float32``, on the CPU; all of them pass together, filled up."""
+    longest = max(map(len, prompts))
+    wanted = [range(max(0, len(ids) - POSITIONS), len(ids)) for ids in prompts]
+    columns = sorted({column for some in wanted for column in some})
+    device = any_device()
+    batch = torch.tensor([[*ids, *[ids[-1]] * (longest - len(ids))] for ids in prompts], device=device)
+    kept = torch.tensor(columns, device=device)
+    logits = model(input_ids=batch, use_cache=False, logits_to_keep=kept).logits
+    place = {column: i for i, column in enumerate(columns)}
+    return [
+        logits[row, [place[column] for column in some]].float().log_softmax(-1).cpu() for row, some in enumerate(wanted)
+    ]

@@ -59,6 +59,7 @@ class Checkpoint(TypedDict):
     after_step: int
     path: str
     seconds: float
+    stall_seconds: float  # what training waited for
 
 
 class Model(TypedDict):

@@ -151,12 +151,16 @@ def run_commands(commands: list[Command], settings: TrainSettings, listener: Lis
     rate_limit = RateLimit(listener.on_log)
     limited = Listener(listener.on_event, rate_limit)
     kills_before = num_oom_kills()
-    with supervised(commands, settings.stop_deadline_seconds) as supervisor:
-        while read_facts(attempt, supervisor):
-            relay(attempt, watchdog, limited)
-            if not attempt.stall and (silence := watchdog.overdue()):
-                end_stalled(attempt, supervisor, silence, watchdog.allowance)
-            time.sleep(POLL_SECONDS)
+    try:
+        with supervised(commands, settings.stop_deadline_seconds) as supervisor:
+            while read_facts(attempt, supervisor):
+                relay(attempt, watchdog, limited)
+                if not attempt.stall and (silence := watchdog.overdue()):
+                    end_stalled(attempt, supervisor, silence, watchdog.allowance)
+                time.sleep(POLL_SECONDS)
+    except BaseException:
+        tell_last_words(attempt, listener.on_log)
+        raise
     while relay(attempt, watchdog, limited):
         pass
     rate_limit.account()
@@ -223,6 +227,14 @@ def relay(attempt: Attempt, watchdog: Watchdog, listener: Listener) -> int:
             else:
                 listener.on_event(event)
     return num_lines
+
+
+def tell_last_words(attempt: Attempt, on_log: Callable[[str], None]) -> None:
+    """What the ranks of a cancelled run have said since: whether there was time for a checkpoint."""
+    for name, tail in attempt.tails.items():
+        for event in map(event_of, tail.new_lines()):
+            if event and event["event"] == "exit":
+                on_log(f"[{name}] {event['message']}")
 
 
 def end_stalled(attempt: Attempt, supervisor: subprocess.Popen, silence: float, allowance: float) -> None:

@@ -61,6 +61,12 @@ def marked(variable: str, value: str) -> list[psutil.Process]:
     return found
 
 
+def is_orphan(process: psutil.Process) -> bool:
+    """Whether the parent is gone: init has adopted the process, or the systemd of a user's session."""
+    parent = process.parent()
+    return parent is None or parent.pid == 1 or parent.name() == "systemd"
+
+
 def signal_all(pids: Iterable[int], number: int) -> None:
     """Send a signal to processes, some of which may be gone."""
     for pid in pids:

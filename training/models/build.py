@@ -8,10 +8,10 @@ copy of the weights in CPU memory of rank 0 while saving; a model from scratch o
 peft and bitsandbytes are imported only when asked for: they take up to 20 s on a cold disk.
 """
 
-import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,10 @@ from training.errors import ModelError
 from training.lean_imports import silence_vain_warnings
 from training.models import attention
 from training.models.deferred import Values, deferring
+from training.models.hub import base_of
 from training.models.loss import causal_model
 from training.models.transformers4 import write_for_transformers4
+from training.models.weight_files import write_streamed
 from training.settings import TrainSettings
 
 silence_vain_warnings()
@@ -176,14 +178,14 @@ def _with_attention(settings: TrainSettings, build: Callable[[str | None], PreTr
 def vocabulary_size(tokenizer_dir: str) -> int:
     from transformers import AutoTokenizer
 
-    return len(AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True))
+    return len(AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True, trust_remote_code=False))
 
 
 def special_tokens(tokenizer_dir: str) -> dict[str, int | None]:
     """Ids of bos, eos and pad, for the model's configuration."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_dir, local_files_only=True, trust_remote_code=False)
     return {f"{name}_token_id": getattr(tokenizer, f"{name}_token_id") for name in ("bos", "eos", "pad")}
 
 
@@ -203,13 +205,19 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer_dir: str) -> None:
         )
 
 
-def save_model(model: Any, state: dict[str, Tensor], tokenizer_dir: str, directory: Path) -> None:
-    """Write the model, or peft's wrapper of one, for deployment; rank 0 only.
+def save_model(
+    model: Any, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], tokenizer_dir: str, directory: Path
+) -> None:
+    """Write the model, or the adapter of peft's wrapper of one, for deployment; rank 0 only.
 
-    :param state: whole weights by name, gathered by the engine
+    :param weights: whole weights and their names, which the engine gathers; those of a model are written as they come
     """
-    directory.mkdir(parents=True, exist_ok=True)
-    model.save_pretrained(directory, state_dict=state)
+    pairs = weights.items() if isinstance(weights, Mapping) else weights
+    if causal_model(model) is not model:
+        directory.mkdir(parents=True, exist_ok=True)
+        model.save_pretrained(directory, state_dict=dict(pairs))
+    else:
+        write_streamed(model, pairs, directory)
     copy_tokenizer(tokenizer_dir, directory)
     generation = causal_model(model).generation_config or GenerationConfig()
     tokens: dict[str, Any] = {name: value for name, value in special_tokens(tokenizer_dir).items() if value is not None}
@@ -242,36 +250,83 @@ def check_saved(directory: Path) -> None:
             raise ModelError(f"{file}: {len(empty)} tensors are empty, first {empty[0]}; the model was not gathered")
 
 
-def load_deployed(directory: Path, dtype: torch.dtype | str = torch.float32, base_dir: Path | None = None) -> nn.Module:
+def load_deployed(
+    directory: Path,
+    dtype: torch.dtype | str = torch.float32,
+    base_dir: Path | None = None,
+    trust_remote_code: bool = False,
+) -> nn.Module:
     """What `save_model` wrote, whole, in CPU memory, in evaluation mode."""
-    model, values = empty_deployed(directory, dtype, base_dir)
-    values.fill(torch.device("cpu"))
-    return model
+    empty = empty_deployed(directory, dtype, base_dir, trust_remote_code=trust_remote_code)
+    empty.values.fill(torch.device("cpu"))
+    return empty.model
+
+
+@dataclass
+class Empty:
+    """A model, and the values of what is still empty of it."""
+
+    model: Any
+    values: Values
 
 
 def empty_deployed(
-    directory: Path, dtype: torch.dtype | str, base_dir: Path | None = None, settings: TrainSettings | None = None
-) -> tuple[nn.Module, Values]:
-    """What `save_model` wrote, in evaluation mode, and the values of what is still empty of it.
+    directory: Path,
+    dtype: torch.dtype | str,
+    base_dir: Path | None = None,
+    quantised: bool = False,
+    trust_remote_code: bool = False,
+) -> Empty:
+    """What `save_model` wrote, in evaluation mode: the whole model, or base (`base_dir` where it moved) and adapter."""
+    base = base_of(directory)
+    empty = empty_weights(base_dir or Path(base or directory), dtype, quantised and bool(base), trust_remote_code)
+    if base:
+        put_adapter(empty, "default", directory)
+    empty.model.eval()
+    return empty
 
-    The whole model, or base (`base_dir` where it moved) and adapter. By the settings of its training the base is in
-    4 bits again, and code that comes with it is trusted.
+
+def empty_weights(directory: Path, dtype: torch.dtype | str, quantised: bool, trust_remote_code: bool) -> Empty:
+    """The model of a directory, without adapters, to be filled with its weights or with 4 bits of each.
+
+    :raises ModelError: a tensor is not in the files (transformers would draw random numbers), or code would run that
+        nobody trusts.
     """
-    adapter = directory / "adapter_config.json"
-    base = json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else str(directory)
-    options: dict[str, Any] = {"trust_remote_code": True} if settings and settings.trust_remote_code else {}
-    if settings and settings.use_quant and adapter.is_file():
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "output_loading_info": True}
+    if quantised:
         assert isinstance(dtype, torch.dtype), "4-bit weights compute in a type that is known"
         options["quantization_config"] = four_bits(dtype)
     values = Values()
-    with deferring(values):
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            str(base_dir or base), dtype=dtype, local_files_only=True, use_safetensors=True, **options
-        )
-    keep_differentiable(model)
-    if adapter.is_file():
-        from peft import PeftModel
+    try:
+        with deferring(values):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                str(directory), dtype=dtype, local_files_only=True, use_safetensors=True, **options
+            )
+    except ValueError as error:
+        if trust_remote_code or "trust_remote_code" not in str(error):
+            raise
+        raise ModelError(
+            f"{directory}: the code of this model comes with its files, and runs only with --trust_remote_code"
+        ) from error
+    model, found = loaded
+    missing = sorted(found["missing_keys"])
+    if missing:
+        raise ModelError(f"{directory}: {len(missing)} tensors of the model are not in its files, first {missing[0]}")
+    return Empty(keep_differentiable(model), values)
 
-        with values.standing_in():
-            model = PeftModel.from_pretrained(model, directory)
-    return model.eval(), values
+
+def put_adapter(empty: Empty, name: str, directory: Path) -> None:
+    """Give the model one adapter more, under a name.
+
+    :raises ModelError: it cannot be read, or belongs to another model.
+    """
+    from peft import PeftModel
+
+    try:
+        with empty.values.standing_in():
+            if hasattr(empty.model, "peft_config"):
+                empty.model.load_adapter(directory, adapter_name=name)
+            else:
+                empty.model = PeftModel.from_pretrained(empty.model, directory, adapter_name=name)
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ModelError(f"{directory}: no adapter of this model ({error})") from error

@@ -24,6 +24,13 @@ class Hardware:
     is_gpu: bool
     bf16: bool
     memory_bytes: float | None = None  # of each rank; None = not known
+    host_bytes: float | None = None  # CPU memory of each rank on a GPU; None = not known
+    machines: int = 1
+
+    @property
+    def ranks_here(self) -> int:
+        """Ranks of one machine."""
+        return self.ranks // self.machines
 
     @property
     def element_bytes(self) -> int:
@@ -41,10 +48,20 @@ class Hardware:
             return num_bytes * (1 + GPU_FRAGMENTATION) + GPU_CONTEXT_BYTES
         return num_bytes + CPU_PROCESS_BYTES
 
+    def tensors_in(self, num_bytes: float) -> float:
+        """What of that is tensors: the other way round."""
+        if self.is_gpu:
+            return (num_bytes - GPU_CONTEXT_BYTES) / (1 + GPU_FRAGMENTATION)
+        return num_bytes - CPU_PROCESS_BYTES
+
     def fits(self, num_bytes: float) -> bool:
         """Whether a rank has room for that much; a memory that is not known has."""
         share = FITS if self.is_gpu else FITS_CPU
         return self.memory_bytes is None or num_bytes <= share * self.memory_bytes
+
+    def host_fits(self, num_bytes: float) -> bool:
+        """Whether there is so much CPU memory for each rank on a GPU."""
+        return self.host_bytes is None or num_bytes <= FITS * self.host_bytes
 
 
 def first_gpu() -> tuple[float | None, bool]:

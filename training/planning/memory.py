@@ -1,6 +1,6 @@
-"""How much memory training takes on each rank, part by part, and the smallest change that makes it fit.
+"""How much memory a step of training takes on each rank, part by part.
 
-In: `ModelShape`, the training settings, what the ranks run on. Out: `Memory`; changes of settings; bytes on disk.
+In: `ModelShape`, the training settings, what the ranks run on. Out: `Memory`; bytes on disk. Other phases: `phases.py`.
 Pure arithmetic, microseconds: the engine's rules (ZeRO: arXiv 1910.02054, QLoRA: arXiv 2305.14314) applied to counts.
 `benchmarks/memory.py` compares it with measured peaks, DeepSpeed's estimators and published footprints.
 
@@ -8,14 +8,10 @@ A step has two moments that can be the peak: the backward pass of the last layer
 update (a copy of the gradients is). The larger one is the estimate.
 """
 
-import itertools
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from training.engines.deepspeed import REDUCE_BUCKET_ELEMENTS, live_elements
 from training.models.loss import CHUNK_ELEMENTS
-from training.planning import compatibility
 from training.planning.hardware import Hardware
 from training.planning.model_shape import ModelShape
 from training.settings import CheckpointSettings, TrainSettings
@@ -50,36 +46,10 @@ class Memory:
         return held + max(self.activations + self.logits, self.update)
 
 
-@dataclass(frozen=True)
-class Change:
-    """A way to need less memory. `cost`: what is given up, from nothing (1) to another kind of training (32)."""
-
-    name: str
-    cost: int
-    values: Callable[[TrainSettings], dict[str, Any]]
-
-
-def _one_row_at_a_time(settings: TrainSettings) -> dict[str, Any]:
-    """The same rows in a step, one at a time: the same loss."""
-    rows = settings.per_gpu_train_batch_size
-    return {"per_gpu_train_batch_size": 1, "gradient_accumulation_steps": settings.gradient_accumulation_steps * rows}
-
-
-CHANGES = (
-    Change("batch", 1, _one_row_at_a_time),
-    Change("checkpointing", 2, lambda s: {"gradient_checkpointing": True}),
-    Change("zero 3", 4, lambda s: {"strategy": "deepspeed", "zero_stage": 3}),
-    Change("offload optimizer", 6, lambda s: {"offload_optimizer": True}),
-    Change("offload parameters", 9, lambda s: {"strategy": "deepspeed", "zero_stage": 3, "offload_parameters": True}),
-    Change("lora", 16, lambda s: {"use_lora": True}),
-    Change("qlora", 32, lambda s: {"use_lora": True, "use_quant": True, "zero_stage": min(s.zero_stage, 2)}),
-)
-
-
 def estimate(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> Memory:
     """Memory of each rank at the peak of a step."""
     engines = {-1: _fsdp, 0: _plain, 1: _zero12, 2: _zero12, 3: _zero3}
-    parts = engines[_stage(settings)](shape, settings, hardware)
+    parts = engines[stage_of(settings)](shape, settings, hardware)
     parts["activations"] = activations(shape, settings)
     parts["logits"] = _logits(shape, settings, hardware)
     parts["update"] = _update_gradients(shape, settings, hardware)
@@ -88,35 +58,8 @@ def estimate(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> 
     return Memory(**parts, host=_host(shape, settings, hardware))
 
 
-def fitting_change(  # all that decides what fits
-    shapes: Callable[[TrainSettings], ModelShape],
-    settings: TrainSettings,
-    hardware: Hardware,
-    model_config: dict[str, Any] | None,
-    packing: bool,
-) -> tuple[dict[str, Any], Memory] | None:
-    """The cheapest set of changed settings with which a rank fits into its memory; None when there is none."""
-    for values in _candidates(settings):
-        changed = settings.model_copy(update=values)
-        if compatibility.problems(changed, model_config, packing):
-            continue
-        needed = estimate(shapes(changed), changed, hardware)
-        if hardware.fits(needed.total):
-            return {name: value for name, value in values.items() if value != getattr(settings, name)}, needed
-    return None
-
-
-def _candidates(settings: TrainSettings) -> Iterator[dict[str, Any]]:
-    """Combinations of changes, the cheapest first."""
-    sets = [chosen for size in range(1, 5) for chosen in itertools.combinations(CHANGES, size)]
-    for chosen in sorted(sets, key=lambda chosen: sum(change.cost for change in chosen)):
-        values: dict[str, Any] = {}
-        for change in chosen:
-            values |= change.values(settings)
-        yield values
-
-
-def _stage(settings: TrainSettings) -> int:
+def stage_of(settings: TrainSettings) -> int:
+    """ZeRO stage; -1 for FSDP."""
     return settings.zero_stage if settings.strategy == "deepspeed" else -1
 
 
@@ -134,7 +77,7 @@ def _sharded_bytes(shape: ModelShape, hardware: Hardware, element: int) -> float
     return frozen / hardware.ranks + constants + dequantised
 
 
-def _state_bytes(settings: TrainSettings) -> float:
+def state_bytes(settings: TrainSettings) -> float:
     """Bytes of optimizer state for each trained parameter."""
     if settings.bit_training:
         return EIGHT_BIT_STATE_BYTES
@@ -149,7 +92,7 @@ def _plain(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> di
     return {
         "weights": _frozen_bytes(shape, hardware) + trainable * FLOAT32 + autocast,
         "gradients": trainable * FLOAT32,
-        "optimizer": trainable * _state_bytes(settings),
+        "optimizer": trainable * state_bytes(settings),
         "engine": reduced,
     }
 
@@ -167,7 +110,7 @@ def _zero12(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> d
     return {
         "weights": _frozen_bytes(shape, hardware) + trainable * element,
         "gradients": gradients,
-        "optimizer": share * (FLOAT32 + _state_bytes(settings)) * on_rank,
+        "optimizer": share * (FLOAT32 + state_bytes(settings)) * on_rank,
         "engine": bucket * FLOAT32,
     }
 
@@ -183,7 +126,7 @@ def _zero3(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> di
     return {
         "weights": 0 if settings.offload_parameters else weights,
         "gradients": share * FLOAT32 * on_rank,
-        "optimizer": share * (FLOAT32 + _state_bytes(settings)) * on_rank,
+        "optimizer": share * (FLOAT32 + state_bytes(settings)) * on_rank,
         "engine": min(shape.parameters, live_elements(shape.parameters)) * element + copies * bucket * FLOAT32,
     }
 
@@ -194,7 +137,7 @@ def _fsdp(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> dic
     return {
         "weights": _sharded_bytes(shape, hardware, FLOAT32) + trained * FLOAT32,
         "gradients": trained * FLOAT32,
-        "optimizer": trained * _state_bytes(settings),
+        "optimizer": trained * state_bytes(settings),
         "engine": 3 * max(shape.largest_layer, shape.vocabulary * shape.hidden_size) * hardware.element_bytes,
     }
 
@@ -220,18 +163,22 @@ def _logits(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> f
 
 def _update_gradients(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
     """Gradients laid end to end for the update, where the engine copies them: ZeRO 1 and 2 in float32, and ZeRO 3."""
-    stage, share = _stage(settings), shape.trainable / hardware.ranks
+    stage, share = stage_of(settings), shape.trainable / hardware.ranks
     if stage < 1 or settings.offload_optimizer or (stage < 3 and hardware.bf16):
         return 0.0
     return (min(share, SUB_GROUP_ELEMENTS) if stage == 3 else share) * FLOAT32
 
 
 def _host(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
-    """CPU memory of a rank on a GPU, for what is offloaded; weights are read from their files tensor by tensor."""
+    """CPU memory of a rank on a GPU: for what is offloaded, and for the copy of its part of a checkpoint.
+
+    Weights are read from their files tensor by tensor.
+    """
     share = shape.trainable / hardware.ranks
-    states = share * (2 * FLOAT32 + _state_bytes(settings)) if settings.offload_optimizer else 0
+    states = share * (2 * FLOAT32 + state_bytes(settings)) if settings.offload_optimizer else 0
     weights = shape.parameters / hardware.ranks * hardware.element_bytes if settings.offload_parameters else 0
-    return states + weights
+    copy = share * CHECKPOINT_BYTES if hardware.is_gpu else 0
+    return states + weights + copy
 
 
 def disk_bytes(num_trained: int, num_saved: int, settings: CheckpointSettings) -> int:

@@ -29,7 +29,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from transformers import AutoModelForCausalLM
 
-from training.devices import compute_dtype, load_dtype
+from training.devices import load_dtype
 from training.distributed import Ranks
 from training.engines import fsdp
 from training.engines.optimizers import whole
@@ -164,7 +164,7 @@ def _model(settings: TrainSettings, wanted: Rehearsal, ranks: Ranks) -> nn.Modul
         if settings.use_lora:
             model = add_adapter(model, settings)
         if settings.use_quant:
-            _quantise(model, causal, compute_dtype(settings, ranks.device))
+            _quantise(model, causal)
     if settings.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
@@ -250,8 +250,8 @@ class _QuantisedLinear(nn.Linear):
         return _FourBits.apply(inputs, self.weight, (self.out_features, self.in_features))
 
 
-def _quantise(model: nn.Module, causal: Any, dtype: torch.dtype) -> None:
-    """All linear layers but the head and the adapter's; what is frozen besides is in the type of the computation."""
+def _quantise(model: nn.Module, causal: Any) -> None:
+    """All linear layers but the head and the adapter's."""
     for name, part in list(model.named_modules()):
         if type(part) is nn.Linear and part is not causal.get_output_embeddings() and "lora_" not in name:
             num_bytes = part.weight.numel() // 2
@@ -259,9 +259,6 @@ def _quantise(model: nn.Module, causal: Any, dtype: torch.dtype) -> None:
             constants = math.ceil(2 * num_bytes * (NF4_BYTES - 0.5))
             part.register_buffer("constants", torch.empty(constants, dtype=torch.uint8))
             part.__class__ = _QuantisedLinear
-    for parameter in model.parameters():
-        if not parameter.requires_grad and parameter.dtype == torch.float32:
-            parameter.data = parameter.data.to(dtype)
 
 
 def main() -> None:

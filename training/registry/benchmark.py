@@ -39,6 +39,7 @@ class Questions:
     limit: int | None = None
     chat: bool = False  # through the model's chat template
     batch_size: int = 8
+    trust_remote_code: bool = False  # code that comes with the model
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,10 @@ def ask(model_dir: Path, questions: Questions, base: Path | None = None) -> tupl
 
     manager = TaskManager(include_path=str(questions.task_dir) if questions.task_dir else None)
     _check_known(questions.tasks, manager.all_tasks)
+    args = model_args(model_dir, base, questions.trust_remote_code)
     try:
         report = simple_evaluate(
-            model="hf", model_args=model_args(model_dir, base), tasks=list(questions.tasks), task_manager=manager,
+            model="hf", model_args=args, tasks=list(questions.tasks), task_manager=manager,
             num_fewshot=questions.num_fewshot, limit=questions.limit, batch_size=questions.batch_size,
             apply_chat_template=questions.chat, log_samples=False,
             device=any_device().type,
@@ -83,10 +85,10 @@ def ask(model_dir: Path, questions: Questions, base: Path | None = None) -> tupl
     return list(scores_of(report)), report
 
 
-def model_args(model_dir: Path, base: Path | None) -> dict[str, Any]:
+def model_args(model_dir: Path, base: Path | None, trust_remote_code: bool = False) -> dict[str, Any]:
     """lm-eval's description of the model: an adapter on its base, with the tokenizer it was trained with."""
     reference = base_of(model_dir)
-    common = {"tokenizer": str(model_dir), "dtype": "auto", "trust_remote_code": False}
+    common = {"tokenizer": str(model_dir), "dtype": "auto", "trust_remote_code": trust_remote_code}
     if reference is None:
         return {"pretrained": str(model_dir), **common}
     return {"pretrained": str(base or find_base(reference)), "peft": str(model_dir), **common}

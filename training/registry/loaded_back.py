@@ -16,6 +16,8 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import safe_open
 
+from data_prep.errors import PandaError
+from data_prep.tokenizer import load_tokenizer
 from training import run_files
 from training.errors import CheckpointError, ModelError
 from training.launch.exits import run_rank
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 SAMPLE_TOKENS = 48
+SHARED_TOKENS = 16  # of a large model: for each token every rank gathers all weights
 
 
 def load_served(model_uri: str, uri: str | None = None) -> Any:
@@ -52,11 +55,11 @@ def load_back(config: RunConfig, job: Job) -> Found:
     :raises ModelError: it cannot be loaded at all, or is another model than RUN/model.
     """
     stored, model_dir = Path(job.package) / WEIGHTS, config.run_dir / run_files.MODEL
-    if int(os.environ.get("RANK", "0")) == 0:
+    if is_first():
         wrong = other_tensors(stored, model_dir)
         if wrong:
             raise ModelError(f"loaded back from MLflow it is another model: {wrong}")
-    return whole(job, model_dir)
+    return whole(job, model_dir) if job.whole else sharded(config, job, stored)
 
 
 def other_tensors(stored: Path, model_dir: Path) -> str | None:
@@ -89,6 +92,25 @@ def whole(job: Job, model_dir: Path) -> Found:
     with only_a_look("a text of the model"):
         text = generate(served, job.prompt, SAMPLE_TOKENS)
     return Found(text)
+
+
+def sharded(config: RunConfig, job: Job, stored: Path) -> Found:
+    """Loaded as it was trained, over the ranks: its forward passes write the text."""
+    from training.comparison.scores import generate as write
+    from training.distributed import join, leave, this_rank
+    from training.engines.inference import load_for_inference
+
+    ranks = this_rank()
+    join(ranks)
+    try:
+        model = load_for_inference(stored, config.settings, ranks)
+        tokenizer = load_tokenizer(stored)
+        (written,) = write(model, tokenizer, [tokenizer.core.encode(job.prompt).ids], [[]], SHARED_TOKENS, ranks)
+        return Found(written.text)
+    except (PandaError, OSError, ValueError, KeyError) as error:
+        raise ModelError(f"it cannot be loaded back from MLflow: {type(error).__name__}: {error}") from error
+    finally:
+        leave()
 
 
 def difference(served: Any, model_dir: Path) -> str | None:
@@ -139,7 +161,13 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     found = load_back(read_config(arguments.config), Job(**run_files.read_json(arguments.job)))
-    run_files.write_json(arguments.job.with_name(FOUND), asdict(found))
+    if is_first():
+        run_files.write_json(arguments.job.with_name(FOUND), asdict(found))
+
+
+def is_first() -> bool:
+    """Whether this is the rank that compares and writes."""
+    return int(os.environ.get("RANK", "0")) == 0
 
 
 if __name__ == "__main__":

@@ -120,7 +120,7 @@ def rollback(registry: Registry, name: str) -> tuple[Version, Version]:
 def job_of(registry: Registry, version: Version, run_dir: Path, gate: dict[str, Any]) -> Job:
     """What the gate is to compare. The champion's files are fetched only where MLflow does not keep them here."""
     config = yaml.safe_load((run_dir / run_files.CONFIG).read_text(encoding="utf-8"))
-    cache_dir, template = Path(config["cache_dir"]), config["template"]
+    cache_dir, template, quantised = Path(config["cache_dir"]), config["template"], config.get("use_quant", False)
     champion = registry.champion(version.name)
     if champion and champion.version == version.version:  # tried again after the alias has moved
         champion = None
@@ -128,17 +128,19 @@ def job_of(registry: Registry, version: Version, run_dir: Path, gate: dict[str, 
     return Job(
         gate=gate,
         cache_dir=str(cache_dir),
-        candidate=ModelUnderTest(version.uri, template, str(run_dir / run_files.MODEL)),
+        candidate=ModelUnderTest(version.uri, template, str(run_dir / run_files.MODEL), quantised=quantised),
         champion=_champion_model(registry, champion, cache_dir, template) if champion else None,
         champion_plan=_champion_plan(registry, champion, cache_dir) if champion else None,
-        base=ModelUnderTest(base, template, base) if base else None,
+        base=ModelUnderTest(base, template, base, quantised=quantised) if base else None,
     )
 
 
 def _champion_model(registry: Registry, champion: Version, cache_dir: Path, template: Any) -> ModelUnderTest:
-    template = config_of(registry, champion).get("template", template)
+    config = config_of(registry, champion)
+    template, quantised = config.get("template", template), config.get("use_quant", False)
     try:
-        return ModelUnderTest(champion.uri, template, str(registry.files(champion, cache_dir)))
+        files = str(registry.files(champion, cache_dir))
+        return ModelUnderTest(champion.uri, template, files, quantised=quantised)
     except (RegistryError, OSError) as error:
         return ModelUnderTest(champion.uri, template, problem=str(error))
 

@@ -20,7 +20,7 @@ from huggingface_hub import ModelCardData
 from data_prep.plan.reader import open_plan
 from training import run_files
 from training.comparison.statistics import interval_of
-from training.export.export import Exported, export
+from training.export.export import Exported, Source, export
 from training.registry.lineage import MARKER, config_of, plan_of
 from training.registry.versions import Registry, Version
 from training.tracking.tags import BENCHMARK_TAG, CORPUS_TAG, EVAL_LOSS_TAG, PLAN_TAG, tagged
@@ -34,8 +34,19 @@ SHOWN = ("learning_rate", "lr_scheduler", "optimizer", "num_train_epochs", "max_
          "use_quant")  # fmt: skip
 
 
-def publish(registry: Registry, version: Version, target: Path, cache_dir: Path, base: Path | None = None) -> Exported:
-    """Write the version to `target`."""
+@dataclass(frozen=True)
+class Asked:
+    """Where to, and with what. `base`: of an adapter, where it has moved."""
+
+    target: Path
+    cache_dir: Path
+    base: Path | None = None
+    trust_remote_code: bool = False
+
+
+def publish(registry: Registry, version: Version, asked: Asked) -> Exported:
+    """Write the version to `asked.target`."""
+    target, cache_dir = asked.target, asked.cache_dir
     model_dir = registry.files(version, cache_dir)
     config = config_of(registry, version)
     facts = CardFacts(
@@ -46,7 +57,8 @@ def publish(registry: Registry, version: Version, target: Path, cache_dir: Path,
         registry.json_artifact(version, run_files.GATE),
     )
     prompts = held_out_prompts(plan_of(version, config, cache_dir)) or sentence_prompts(model_dir)
-    exported = export(model_dir, target, prompts, lambda done: model_card(facts, done), base)
+    source = Source(model_dir, prompts, asked.base, asked.trust_remote_code)
+    exported = export(source, target, lambda done: model_card(facts, done))
     (target / MARKER).write_text(json.dumps({"version": version.uri}), encoding="utf-8")
     if config:
         settings = {name: value for name, value in config.items() if name not in ("paths", "resume", "run_name")}
@@ -71,7 +83,7 @@ def sentence_prompts(model_dir: Path) -> list[list[int]]:
     """A few sentences as the model's tokenizer sees them."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(model_dir, local_files_only=True, trust_remote_code=False)
     return [tokenizer(text).input_ids for text in SENTENCES]
 
 

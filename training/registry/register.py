@@ -28,6 +28,7 @@ import yaml
 
 from training import run_files
 from training.errors import MlflowAway, ModelError
+from training.launch.run_config import read_config
 from training.models.hub import base_of
 from training.registry.proof import WEIGHTS, local_path, prove
 from training.tracking.logged_models import NOT_IN_NAMES, REGISTERED, deployed_step
@@ -264,17 +265,18 @@ def ensure_registered_model(client: "MlflowClient", name: str) -> None:
 
 
 def write_package(model_dir: Path, package: Path) -> None:
-    """Write the MLflow model directory `package`; it must not exist."""
+    """Write the MLflow model directory `package`; it must not exist. Code of the model is trusted as in training."""
     from mlflow.pyfunc import save_model
 
-    base = base_of(model_dir)
+    base, config = base_of(model_dir), model_dir.with_name(run_files.CONFIG)
+    trusted = config.is_file() and read_config(config).settings.trust_remote_code
     with warnings.catch_warnings():  # the input example is saved apart
         warnings.filterwarnings("ignore", message="(?s).*input example was not provided.*")
         save_model(
             path=str(package),
             python_model=str(SERVED_MODEL),
             signature=signature(),
-            model_config={"base_model": base} if base else {},
+            model_config={**({"base_model": base} if base else {}), **({"trust_remote_code": True} if trusted else {})},
             pip_requirements=requirements(is_adapter=base is not None),
             metadata={"panda": {"kind": "adapter" if base else "full", "base_model": base}},
         )

@@ -27,14 +27,15 @@ class ServedModel(PythonModel):
     def load_context(self, context: Any) -> None:
         """Load what `context.artifacts["model"]` holds: whole weights, or an adapter and the base it refers to."""
         directory = context.artifacts["model"]
-        self.tokenizer = AutoTokenizer.from_pretrained(directory)
+        trusted = bool((context.model_config or {}).get("trust_remote_code"))  # as training did
+        self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
         if Path(directory, "adapter_config.json").exists():
             from peft import PeftModel
 
-            base = load_weights(find_base(context.model_config["base_model"]))
+            base = load_weights(find_base(context.model_config["base_model"]), trusted)
             self.model = PeftModel.from_pretrained(base, directory)
         else:
-            self.model = load_weights(directory)
+            self.model = load_weights(directory, trusted)
         self.model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
 
     def predict(self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None) -> Any:
@@ -97,13 +98,18 @@ class ServedModel(PythonModel):
         return str(self.tokenizer.decode(new, skip_special_tokens=True)), len(new), reason
 
 
-def load_weights(directory: str) -> Any:
-    """The model of a directory or hub id, in the precision it was saved in; no pickles, no remote code.
+def load_weights(directory: str, trusted: bool) -> Any:
+    """The model of a directory or hub id, in the precision it was saved in; no pickles, its own code only if trusted.
 
     Weights that are not in the files would be random numbers, which transformers only mentions: they are an error here.
     """
     loaded: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype="auto", use_safetensors=True, low_cpu_mem_usage=True, output_loading_info=True
+        directory,
+        dtype="auto",
+        use_safetensors=True,
+        low_cpu_mem_usage=True,
+        output_loading_info=True,
+        trust_remote_code=trusted,
     )
     model, found = loaded
     missing = sorted(found["missing_keys"])

@@ -6,12 +6,14 @@ the first stop string. Cost: the weights in memory, in the precision they were s
 CPU (bfloat16 is many times slower there); an adapter is not merged, so this is the model that the gate has seen.
 """
 
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+import psutil
 import torch
 from tokenizers import Tokenizer
 from tokenizers.decoders import DecodeStream
@@ -32,8 +34,10 @@ from training.errors import ModelError
 from training.export.export import find_base
 from training.models.build import load_deployed
 from training.models.hub import base_of
+from training.models.shards import tensors_of
 
 BASE_VARIABLE = "PANDA_BASE_MODEL"  # also what a registered version itself looks at
+BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "U8": 1}
 UNKNOWN_CONTEXT = 32768  # tokens; for architectures without a table of positions, whose memory does not grow either
 
 Reason = Literal["stop", "length", "cancelled"]
@@ -92,13 +96,14 @@ class Deployed:
         return Written(ending.num_tokens, "stop" if text.end() else ending.reason or "length")
 
 
-def load(model_dir: Path, cache_dir: Path, base: Path | None = None) -> Deployed:
+def load(model_dir: Path, cache_dir: Path, base: Path | None = None, trust_remote_code: bool = False) -> Deployed:
     """A deployed model on a GPU if there is one. `base`: where the base of an adapter is, if it has moved."""
     device = any_device()
     tokenizer = load_tokenizer(model_dir, cache_dir)
-    model: Any = load_deployed(
-        model_dir, "auto" if device.type == "cuda" else torch.float32, _base_dir(model_dir, base)
-    ).to(device)
+    base_dir = _base_dir(model_dir, base)
+    check_room(base_dir or model_dir, device, *room_of(device))
+    dtype = "auto" if device.type == "cuda" else torch.float32
+    model: Any = load_deployed(model_dir, dtype, base_dir, trust_remote_code).to(device)
     model.generation_config.cache_implementation = None  # a static cache would be one for all answers at once
     config = model.config.get_text_config()
     return Deployed(
@@ -109,6 +114,28 @@ def load(model_dir: Path, cache_dir: Path, base: Path | None = None) -> Deployed
         pad_id=tokenizer.pad_id,
         context_length=getattr(config, "max_position_embeddings", None) or UNKNOWN_CONTEXT,
     )
+
+
+def room_of(device: torch.device) -> tuple[int, int]:
+    """Bytes that are free for a model, and bytes a weight at least takes there."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0], 1
+    return psutil.virtual_memory().available, 4  # as float32
+
+
+def check_room(weights_dir: Path, device: torch.device, free_bytes: int, bytes_a_weight: int) -> None:
+    """Refuse what has no room before anything is loaded.
+
+    :raises ModelError: the weights need more than is free.
+    """
+    infos = tensors_of(weights_dir).values()
+    needed = sum(max(bytes_a_weight, BYTES.get(info.dtype, 4)) * math.prod(info.shape) for info in infos)
+    if needed > free_bytes:
+        raise ModelError(
+            f"{weights_dir}: its weights need {needed / 1e9:.1f} GB, and {free_bytes / 1e9:.1f} GB are free on "
+            f"this {device.type}. One device holds the model here; panda export writes it for servers that use several "
+            "(vllm serve DIRECTORY --tensor-parallel-size N)"
+        )
 
 
 def _base_dir(model_dir: Path, base: Path | None) -> Path | None:

@@ -19,6 +19,7 @@ from training.tracking.redact import what_it_says
 
 logger = logging.getLogger(__name__)
 
+MIN_BYTES = 10_000_000  # of a smaller checkpoint the time is that of its files, not of its bytes
 MIN_STEPS = 2
 """The first step of a run is slow; a run of fewer steps says nothing."""
 
@@ -43,6 +44,25 @@ def past_speed(output_dir: Path, settings: TrainSettings, tracking: TrackingSett
         if _alike(_read(path), settings) and (speed := _speed_of(path.parent / run_files.METRICS)):
             return Speed(speed, f"run {path.parent.name}")
     return _from_mlflow(settings, tracking) if tracking.mlflow_tracking_uri else None
+
+
+@dataclass(frozen=True)
+class DiskSpeed:
+    """Bytes per second at which a checkpoint was written, all ranks together, and whose."""
+
+    bytes_per_second: float
+    source: str
+
+
+def past_disk_speed(output_dir: Path) -> DiskSpeed | None:
+    """That of the newest checkpoint of the runs here which was large enough to tell."""
+    markers = output_dir.glob(f"*/{run_files.CHECKPOINTS}/step-*/complete.json")
+    for path in sorted(markers, key=lambda path: path.stat().st_mtime, reverse=True):
+        marker = run_files.read_json(path)
+        size = sum(file["bytes"] for file in marker["files"].values())
+        if size >= MIN_BYTES and marker.get("seconds"):
+            return DiskSpeed(size / marker["seconds"], f"run {path.parents[2].name}")
+    return None
 
 
 def _alike(config: dict[str, Any], settings: TrainSettings) -> bool:

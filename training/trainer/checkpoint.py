@@ -2,43 +2,39 @@
 
 On disk, below ``RUN/checkpoints``::
 
-    step-000120/  state-00000.safetensors ...   "<parameter>|weight", "<parameter>|exp_avg", ... whole, float32
-                  complete.json                 step, progress, sizes and hashes of the files; written last
+    step-000120/  state-00000-00000.safetensors ...  pieces of "<parameter>|weight", "<parameter>|exp_avg", ...:
+                                                     those of rank 0; state-00001-... are those of rank 1
+                  complete.json                      step, progress, sizes and hashes of the files; written last
 
-Only trained parameters are in it, so a LoRA checkpoint holds no base weights. Written to a temporary name, fsynced,
-then renamed; a directory without a valid `complete.json` is not a checkpoint. The newest valid one is resumed, a
-damaged one is skipped with a warning, and old ones are deleted only after a newer one is complete. No pickle is read
-or written.
+Only trained parameters are in it, so a LoRA checkpoint holds no base weights. `saver.py` writes it, beside training;
+`state_files.py` has the files' format. A directory without a valid `complete.json` is not a checkpoint. The newest
+valid one is resumed, a damaged one is skipped with a warning, and old ones are deleted only after a newer one is
+complete. No pickle is read or written. Format 1, whole tensors written by one rank, is read as well.
 
 Random numbers are not in it: every micro-batch seeds dropout from (seed, step, rows), see `step.py`.
 
-Cost: every trained parameter is gathered once and written by rank 0, in files of at most 1 GiB (so that is the memory
-it takes); 12 bytes a trained parameter with AdamW. One writer is slower than one per rank on a large cluster, but N
-ranks resume on M and ZeRO resumes on FSDP without a conversion.
+Cost: 12 bytes a trained parameter with AdamW. On resume each rank hashes a part of the files, and reads the ranges
+that its shard needs: N ranks resume on M and ZeRO resumes on FSDP without a conversion.
 """
 
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
-from safetensors import safe_open
-from safetensors.torch import save_file
-from torch import Tensor
-
-from data_prep.store import fsync, hash_file
+from data_prep.store import hash_file
 from training.distributed import Ranks
 from training.engines.engine import Engine
 from training.errors import CheckpointError
 from training.launch.heartbeat import Heartbeat
+from training.trainer.state_files import read_index
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)
 COMPLETE = "complete.json"
-FILE_BYTES = 1 << 30
-SEPARATOR = "|"
 
 log = logging.getLogger(__name__)
 
@@ -73,119 +69,91 @@ def name_of(step: int) -> str:
     return f"step-{step:06d}"
 
 
-def save(engine: Engine, progress: Progress, root: Path, ranks: Ranks) -> Path:
-    """Write a checkpoint; all ranks together, rank 0 writes. One that is there already and whole is kept."""
-    final = root / name_of(progress.step)
-    exists = ranks.max(float(ranks.is_first and is_complete(final)))[0]
-    if not exists:
-        temporary = root / f".{final.name}-{os.getpid()}"
-        if ranks.is_first:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-        _write_states(engine, temporary if ranks.is_first else None)
-        if ranks.is_first:
-            _finish(temporary, final, progress)
-    ranks.barrier()
-    return final
+def step_of(directory: Path) -> int:
+    """Steps of the checkpoint in a directory of this name."""
+    return int(directory.name.rpartition("-")[2])
 
 
-def _write_states(engine: Engine, directory: Path | None) -> None:
-    """Gather one parameter at a time; rank 0 (which has a directory) writes a file whenever 1 GiB is together."""
-    tensors: dict[str, Tensor] = {}
-    number, size = 0, 0
-    alive = Heartbeat("writing a checkpoint", len(engine.trained()), "tensors")
-    for done, (name, state) in enumerate(engine.read()):
-        alive(done)
-        if directory is None:
-            continue
-        tensors |= {f"{name}{SEPARATOR}{key}": value.contiguous().clone() for key, value in state.items()}
-        size += sum(value.nbytes for value in state.values())
-        if size >= FILE_BYTES:
-            _write_file(tensors, directory, number)
-            tensors, number, size = {}, number + 1, 0
-    if directory is not None and tensors:
-        _write_file(tensors, directory, number)
+def marker(progress: Progress, num_ranks: int) -> dict[str, Any]:
+    """What `complete.json` says, without the files."""
+    return {"format_version": FORMAT_VERSION, "progress": asdict(progress), "ranks": num_ranks, "files": {}}
 
 
-def _write_file(tensors: dict[str, Tensor], directory: Path, number: int) -> None:
-    path = directory / f"state-{number:05d}.safetensors"
-    save_file(tensors, path)
-    fsync(path)
-
-
-def _finish(temporary: Path, final: Path, progress: Progress) -> None:
-    files = {path.name: {"bytes": path.stat().st_size, "xxh3": hash_file(path)} for path in sorted(temporary.iterdir())}
-    marker = {"format_version": FORMAT_VERSION, "progress": asdict(progress), "files": files}
-    (temporary / COMPLETE).write_text(json.dumps(marker, indent=1))
-    fsync(temporary / COMPLETE)
-    fsync(temporary)
-    if final.exists():  # incomplete or damaged: `save` keeps a whole one
-        shutil.rmtree(final)
-    temporary.rename(final)
-    fsync(final.parent)
-
-
-def is_complete(directory: Path) -> bool:
-    """True when the marker is there and every file has its size and hash; says what is wrong otherwise."""
-    marker = directory / COMPLETE
-    if not marker.is_file():
-        return False
+def read_marker(directory: Path) -> dict[str, Any] | None:
+    """What `complete.json` says of files that have their sizes; None where it is not there, or with a warning."""
+    if not (directory / COMPLETE).is_file():
+        return None
     try:
-        content = json.loads(marker.read_text())
-        if content["format_version"] != FORMAT_VERSION:
-            raise ValueError(f"format version {content['format_version']}, this program reads {FORMAT_VERSION}")
-        for name, expected in content["files"].items():
-            file = directory / name
-            if file.stat().st_size != expected["bytes"] or hash_file(file) != expected["xxh3"]:
-                raise ValueError(f"{name} is damaged")
+        content = json.loads((directory / COMPLETE).read_text())
+        if content["format_version"] not in READABLE:
+            raise ValueError(f"format version {content['format_version']}, this program reads up to {FORMAT_VERSION}")
+        check_sizes(directory, content["files"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         log.warning("%s: skipped, not a whole checkpoint (%s)", directory, error)
-        return False
-    return True
+        return None
+    return content
 
 
-def newest(root: Path) -> Path | None:
-    """The newest checkpoint that is whole, or None."""
-    return next((path for path in sorted(root.glob("step-*"), reverse=True) if is_complete(path)), None)
+def check_sizes(directory: Path, files: dict[str, Any]) -> None:
+    """:raises OSError, ValueError: a file is missing or of another size."""
+    for name, expected in files.items():
+        size = (directory / name).stat().st_size
+        if size != expected["bytes"]:
+            raise ValueError(f"{name} is damaged: {size} bytes instead of {expected['bytes']}")
 
 
-def newest_of_all(root: Path, ranks: Ranks) -> Path | None:
-    """The newest whole checkpoint, as rank 0 sees it; the others wait and take its word."""
-    found = newest(root) if ranks.is_first else None
-    step = ranks.max(float(read_progress(found).step) if found else -1.0)[0]
-    return root / name_of(int(step)) if step >= 0 else None
+def newest(root: Path, ranks: Ranks) -> Path | None:
+    """The newest checkpoint that is whole, or None. All ranks together: each hashes a part of the files."""
+    steps = sorted((step_of(path) for path in root.glob("step-*")), reverse=True) if ranks.is_first else []
+    for step in _as_first_sees(steps, ranks):
+        if _is_whole(root / name_of(step), ranks):
+            return root / name_of(step)
+    return None
+
+
+def _as_first_sees(steps: list[int], ranks: Ranks) -> Iterator[int]:
+    """The steps that rank 0 has listed, one by one; the others take its word."""
+    remaining = iter(steps)
+    while (step := int(ranks.max(float(next(remaining, -1)))[0])) >= 0:
+        yield step
+
+
+def _is_whole(directory: Path, ranks: Ranks) -> bool:
+    """True when the marker is there and every file has its size and hash; says what is wrong otherwise."""
+    content = read_marker(directory)
+    files = list((content or {"files": {}})["files"].items())[ranks.rank :: ranks.world_size]
+    alive = Heartbeat("checking a checkpoint", len(files), "files")
+    damaged = content is None
+    for done, (name, expected) in enumerate(files):
+        alive(done)
+        if hash_file(directory / name) != expected["xxh3"]:
+            log.warning("%s: skipped, not a whole checkpoint (%s is damaged)", directory, name)
+            damaged = True
+    return not ranks.max(float(damaged))[0]
 
 
 def read_progress(directory: Path) -> Progress:
     return Progress(**json.loads((directory / COMPLETE).read_text())["progress"])
 
 
+def seconds_of(directory: Path) -> float | None:
+    """How long a checkpoint took to be written; format 1 does not say."""
+    return json.loads((directory / COMPLETE).read_text()).get("seconds")
+
+
 def load(engine: Engine, directory: Path) -> None:
-    """Put a checkpoint into the engine; every rank reads the files and keeps its shard."""
-    expected = set(engine.trained())
+    """Put a checkpoint into the engine; every rank reads the ranges that its shard needs."""
+    stored, expected = read_index(directory), engine.trained()
+    if unknown := sorted(stored.keys() - set(expected)):
+        raise CheckpointError(
+            f"{directory}: holds {unknown[0]}, which is not trained now; resume with the settings the run began with"
+        )
+    if missing := sorted(set(expected) - stored.keys()):
+        raise CheckpointError(f"{directory}: lacks {len(missing)} trained parameters, first {missing[0]}")
     alive = Heartbeat("reading a checkpoint", len(expected), "tensors")
-    for done, (name, state) in enumerate(_read_states(directory)):
+    for done, name in enumerate(expected):
         alive(done)
-        if name not in expected:
-            raise CheckpointError(
-                f"{directory}: holds {name}, which is not trained now; resume with the settings the run began with"
-            )
-        expected.discard(name)
-        engine.write(name, state)
-    if expected:
-        raise CheckpointError(f"{directory}: lacks {len(expected)} trained parameters, first {sorted(expected)[0]}")
-
-
-def _read_states(directory: Path) -> Iterator[tuple[str, dict[str, Tensor]]]:
-    """(parameter, its states); the states of one parameter lie in one file."""
-    for file in sorted(directory.glob("state-*.safetensors")):
-        with safe_open(file, "pt") as tensors:
-            keys: dict[str, list[str]] = {}
-            for entry in tensors.keys():  # noqa: SIM118  # not a mapping
-                name, key = entry.rsplit(SEPARATOR, 1)
-                keys.setdefault(name, []).append(key)
-            for name, found in keys.items():
-                yield name, {key: tensors.get_tensor(f"{name}{SEPARATOR}{key}") for key in found}
+        engine.write(name, stored[name])
 
 
 def prune(root: Path, keep_last: int, best_step: int | None) -> None:

@@ -21,13 +21,22 @@ from training.models.loss import MicroBatch
 from training.trainer.batches import prefetch
 
 ALL = "all"
+SAMPLE_ROWS = 64
 
 
 def held_out_losses(
-    losses_of: Callable[[MicroBatch], Tensor], plan: Plan, micro_batch: int, ranks: Ranks
+    losses_of: Callable[[MicroBatch], Tensor],
+    plan: Plan,
+    micro_batch: int,
+    ranks: Ranks,
+    rows: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Mean loss per target token of each source over all rows of the plan."""
-    mine = split_step(np.arange(plan.num_rows), ranks.world_size, micro_batch)[ranks.rank]
+    """Mean loss per target token of each source over all rows of the plan, or some.
+
+    `losses_of` is called by all ranks together, and may raise to abandon the evaluation.
+    """
+    rows = np.arange(plan.num_rows) if rows is None else rows
+    mine = split_step(rows, ranks.world_size, micro_batch)[ranks.rank]
     totals = torch.zeros(2, len(plan.sources), dtype=torch.float64)  # summed loss, target tokens
     alive = Heartbeat("evaluation", len(mine), "micro-batches")
     with torch.no_grad():
@@ -38,6 +47,11 @@ def held_out_losses(
             totals[0].index_add_(0, batch.sources, losses[: len(batch.sources)])
             totals[1] += torch.bincount(batch.sources, minlength=len(plan.sources))
     return summary(np.array(ranks.sum(*totals.flatten().tolist())).reshape(2, -1), plan.sources)
+
+
+def sample_rows(num_rows: int) -> np.ndarray:
+    """Some of so many rows, from all over the plan: ``(<= SAMPLE_ROWS,) int64``."""
+    return np.unique(np.linspace(0, num_rows - 1, min(num_rows, SAMPLE_ROWS)).astype(np.int64))
 
 
 def summary(totals: np.ndarray, sources: list[str]) -> dict[str, Any]:

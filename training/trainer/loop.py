@@ -2,7 +2,8 @@
 
 In: a `Run` (engine, batches, ranks, settings), signals to any rank. Out: the `Progress` at the end; metrics,
 evaluations, checkpoints on disk. The loop owns no algorithm: rows come from `batches.py`, the step from `step.py`,
-sharding from the engine. SIGTERM and SIGINT mean: write a checkpoint and go, all ranks at the same micro-batch. Cost
+sharding from the engine. SIGTERM and SIGINT mean: write a checkpoint, where there is time for one, and go, all ranks at
+the same micro-batch of a step or an evaluation. Cost
 beside the steps: one small all-reduce (0.1 to 0.3 ms) a micro-batch; without it a rank that stops would leave the
 others waiting in a collective, and the end of a step of many micro-batches could come after the deadline.
 """
@@ -19,6 +20,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from torch import Tensor
+
 from data_prep.plan.reader import Plan
 from training import run_files
 from training.distributed import Ranks
@@ -27,11 +30,12 @@ from training.launch.events import emit, step_done
 from training.launch.exits import OWNED, NonFiniteError, TrainingStopped
 from training.launch.heartbeat import Heartbeat
 from training.models.loss import MicroBatch
-from training.settings import TrainSettings
+from training.settings import TIME_TO_SAVE, TrainSettings
 from training.trainer import checkpoint, evaluation
 from training.trainer.batches import BatchSchedule, prefetch
 from training.trainer.checkpoint import Progress
 from training.trainer.metrics import Clock, Flops, JsonLines, duration, memory_peak_bytes
+from training.trainer.saver import Saver, Writing
 from training.trainer.schedule import Factor
 from training.trainer.step import NotFinite, StepWork, train_step
 
@@ -41,23 +45,35 @@ log = logging.getLogger(__name__)
 
 
 class StopSignal:
-    """Whether this run has been asked to end."""
+    """Whether this run has been asked to end, and how long ago."""
 
     def __init__(self, ranks: Ranks):
         self._ranks = ranks
-        self._signalled = False
+        self._signalled_at: float | None = None
+        self._together = False
 
     def listen(self) -> None:
         """Catch the signals from now on; a second one changes nothing."""
         for number in (signal.SIGTERM, signal.SIGINT):
             signal.signal(number, self._remember)
 
+    def obey_together(self) -> None:
+        """From now on a signal waits for `requested`. Before, a rank that gets one leaves: it has nothing to save."""
+        self._together = True
+
     def _remember(self, number: int, frame: FrameType | None) -> None:
-        self._signalled = True
+        first = self._signalled_at is None
+        self._signalled_at = self._signalled_at or time.monotonic()
+        if first and not self._together:
+            raise TrainingStopped("stopped before the first step; nothing is lost")
 
     def requested(self) -> bool:
         """True on all ranks once any rank has been signalled. All ranks together."""
-        return bool(self._ranks.max(float(self._signalled))[0])
+        return bool(self._ranks.max(float(self._signalled_at is not None))[0])
+
+    def seconds_ago(self) -> float:
+        """Since the first rank was signalled. All ranks together."""
+        return self._ranks.max(time.monotonic() - self._signalled_at if self._signalled_at else 0.0)[0]
 
 
 @dataclass
@@ -71,6 +87,7 @@ class Run:
     validation: Plan
     factor: Factor
     stop: StopSignal
+    saver: Saver
     directory: Path
     flops: Flops
     peak_flops: float | None
@@ -105,6 +122,7 @@ def train(run: Run, progress: Progress) -> Progress:
         files = [JsonLines(run.directory / name, progress.step) for name in (run_files.METRICS, run_files.EVALUATIONS)]
         metrics, evaluations = [stack.enter_context(file) if run.ranks.is_first else None for file in files]
         batches = _micro_batches(run, progress.step)
+        run.stop.obey_together()
         if not progress.step and not progress.eval_before:
             progress.eval_before = evaluate(run, progress, evaluations)
         while progress.step < run.batch_schedule.total_steps:
@@ -166,8 +184,7 @@ def _watch(run: Run, progress: Progress, num_micro_steps: int) -> Callable[[int]
     alive = Heartbeat("step", num_micro_steps, "micro-batches")
 
     def before(index: int) -> None:
-        if run.stop.requested():
-            leave(run, progress)
+        obey(run, progress)
         alive(index)
 
     return before
@@ -187,12 +204,33 @@ def _explain(error: NotFinite, run: Run, step: int) -> NonFiniteError:
     )
 
 
+def obey(run: Run, progress: Progress) -> None:
+    """Raise where a checkpoint could not be written, or where the run is to stop. All ranks together."""
+    run.saver.check()
+    if run.stop.requested():
+        leave(run, progress)
+
+
 def leave(run: Run, progress: Progress) -> None:
-    """Write a checkpoint of the last whole step and end the run as cancelled."""
-    began = time.monotonic()
-    path = save(run, progress)
-    seconds = time.monotonic() - began
-    raise TrainingStopped(f"stopped after step {progress.step}; {path.name} written in {seconds:.1f} s")
+    """Write a checkpoint of the last whole step, if there is time, and end the run as cancelled."""
+    began, step, deadline = time.monotonic(), progress.step, run.settings.stop_deadline_seconds
+    if not step:
+        raise TrainingStopped("stopped before the first step was done; nothing is lost")
+    left = deadline * TIME_TO_SAVE - run.stop.seconds_ago()
+    rest, needed = run.saver.seconds_until(step)
+    if needed <= left:
+        save(run, progress)
+        run.saver.wait()
+        seconds = time.monotonic() - began
+        raise TrainingStopped(f"stopped after step {step}; {checkpoint.name_of(step)} is there after {seconds:.1f} s")
+    if rest <= left:
+        run.saver.wait()
+    kept = run.saver.newest_step
+    raise TrainingStopped(
+        f"stopped after step {step}, with no time for a checkpoint: it would take about {needed:.0f} s, and "
+        f"{max(left, 0):.0f} s are left of stop_deadline_seconds={deadline:g}. {step - kept} steps are lost: the "
+        f"newest checkpoint is that of step {kept}"
+    )
 
 
 def _after_step(run: Run, progress: Progress, evaluations: JsonLines | None) -> bool:
@@ -227,11 +265,15 @@ def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> dic
     """Held-out loss per source now; {} when nothing is held out."""
     if not run.validation.num_rows:
         return {}
+
+    def losses(batch: MicroBatch) -> Tensor:
+        obey(run, progress)
+        return run.engine.forward(batch, "each")
+
     module = run.engine.module
     module.eval()
-    result = evaluation.held_out_losses(
-        lambda batch: run.engine.forward(batch, "each"), run.validation, run.settings.per_gpu_eval_batch_size, run.ranks
-    )
+    batch_size = run.settings.per_gpu_eval_batch_size
+    result = evaluation.held_out_losses(losses, run.validation, batch_size, run.ranks)
     module.train()
     total = result.get(evaluation.ALL, {})
     if evaluations is not None and total:
@@ -241,16 +283,34 @@ def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> dic
     return result
 
 
-def save(run: Run, progress: Progress) -> Path:
-    """Write a checkpoint and delete those that are no longer wanted."""
-    began = time.monotonic()
-    path = checkpoint.save(run.engine, progress, run.checkpoints, run.ranks)
-    if run.ranks.is_first:
-        best = progress.best_step if run.settings.keep_best else None
+def evaluate_sample(run: Run) -> dict[str, Any]:
+    """Held-out loss of a sample of rows, for whoever reads the weights back; {} when nothing is held out."""
+    if not run.validation.num_rows:
+        return {}
+    run.engine.module.eval()
+    rows, batch_size = evaluation.sample_rows(run.validation.num_rows), run.settings.per_gpu_eval_batch_size
+    return evaluation.held_out_losses(
+        lambda batch: run.engine.forward(batch, "each"), run.validation, batch_size, run.ranks, rows
+    )
+
+
+def save(run: Run, progress: Progress) -> None:
+    """Begin a checkpoint; when it is complete, those that are no longer wanted are deleted."""
+    best = progress.best_step if run.settings.keep_best else None
+
+    def complete(writing: Writing) -> None:
         checkpoint.prune(run.checkpoints, run.settings.keep_last, best)
-        seconds = time.monotonic() - began
-        emit({"event": "checkpoint", "after_step": progress.step, "path": str(path), "seconds": seconds})
-    return path
+        emit(
+            {
+                "event": "checkpoint",
+                "after_step": writing.step,
+                "path": str(writing.final),
+                "seconds": writing.seconds,
+                "stall_seconds": writing.stall_seconds,
+            }
+        )
+
+    run.saver.save(run.engine, progress, complete)
 
 
 def _report(run: Run, progress: Progress, record: dict[str, Any], metrics: JsonLines) -> None:

@@ -8,11 +8,12 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 
-from torch import nn
+from torch import Tensor, nn
 
 from data_prep.plan.reader import open_plan
 from data_prep.targets import load_target
@@ -24,7 +25,8 @@ from training.distributed import Ranks
 from training.engines.build import build_engine
 from training.errors import CheckpointError
 from training.launch.events import emit, training_done
-from training.launch.exits import DataError
+from training.launch.exits import DataError, TrainingStopped
+from training.launch.heartbeat import Heartbeat
 from training.launch.run_config import RunConfig
 from training.lean_imports import UNUSED, without
 from training.models import build
@@ -35,6 +37,7 @@ from training.trainer.batches import batch_schedule
 from training.trainer.checkpoint import Progress
 from training.trainer.loop import Run, StopSignal
 from training.trainer.metrics import num_elements
+from training.trainer.saver import Saver
 from training.trainer.schedule import schedule
 
 SCHEDULE = "schedule.json"
@@ -45,7 +48,7 @@ log = logging.getLogger(__name__)
 
 def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
     """Train, evaluate, save the model, say how it went. All ranks together."""
-    newest = checkpoint.newest_of_all(config.run_dir / run_files.CHECKPOINTS, ranks)
+    newest = checkpoint.newest(config.run_dir / run_files.CHECKPOINTS, ranks)
     if newest and not resume:
         raise CheckpointError(f"{newest} is there already: --resume goes on from it; or choose another run directory")
     progress = checkpoint.read_progress(newest) if newest else Progress()
@@ -53,14 +56,21 @@ def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
     run = build_run(config, ranks, progress)
     if newest:
         checkpoint.load(run.engine, newest)
+        run.saver.newest_step, run.saver.seconds = progress.step, checkpoint.seconds_of(newest)
         log.info("resumed from %s", newest)
     if ranks.is_first:
         run_files.write_json(config.run_dir / SCHEDULE, {"rows_per_step": progress.rows_per_step})
         steps = run.batch_schedule.total_steps
         checkpoint.discard_after(run.checkpoints, progress.step)
         emit({"event": "start", "after_step": progress.step, "steps": steps, "resumed": bool(newest)})
-    progress = loop.train(run, progress)
-    finish(config, run, progress)
+    try:
+        progress = loop.train(run, progress)
+        finish(config, run, progress)
+    except TrainingStopped:
+        raise
+    except Exception:
+        run.saver.settle(config.settings.stop_deadline_seconds)
+        raise
 
 
 def _rows_at_start(config: RunConfig, ranks: Ranks) -> int:
@@ -102,6 +112,7 @@ def build_run(config: RunConfig, ranks: Ranks, progress: Progress) -> Run:
         validation=open_plan(config.plan_dir, "validation"),
         factor=schedule(settings, batches.total_steps),
         stop=stop,
+        saver=Saver(config.run_dir / run_files.CHECKPOINTS, ranks),
         directory=config.run_dir,
         flops=flops,
         peak_flops=metrics.peak_flops(ranks.device),
@@ -121,16 +132,21 @@ def _check_disk(config: RunConfig, model: nn.Module) -> None:
 def finish(config: RunConfig, run: Run, progress: Progress) -> None:
     """Deploy the last or best weights, evaluate them, write the summary."""
     if config.settings.keep_best and progress.best_step is not None:
+        run.saver.wait()
         checkpoint.load(run.engine, run.checkpoints / checkpoint.name_of(progress.best_step))
     file = metrics.JsonLines(config.run_dir / run_files.EVALUATIONS, progress.step - 1)
     with file if run.ranks.is_first else nullcontext() as evaluations:
         after = loop.evaluate(run, progress, evaluations)
-    save_model(config, run)
+    sample = loop.evaluate_sample(run)
+    save_model(config, run, progress)
+    run.saver.wait()
     if run.ranks.is_first:
         summary = {
             "steps": progress.step,
             **{key: value for key, value in asdict(progress).items() if key != "step"},
             "eval_after": after,
+            "eval_sample": sample,
+            "total_steps": run.batch_schedule.total_steps,
             "exit_reason": "completed",
             "finished": time.time(),
         }
@@ -138,19 +154,30 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
         emit(training_done(summary))
 
 
-def save_model(config: RunConfig, run: Run) -> None:
-    """RUN/model, written beside and renamed. All ranks gather, rank 0 writes."""
-    final = config.run_dir / run_files.MODEL
-    state = {name: value for name, value in run.engine.weights() if run.ranks.is_first}
+def save_model(config: RunConfig, run: Run, progress: Progress) -> None:
+    """RUN/model, written beside and renamed. All ranks gather a tensor at a time, rank 0 writes it."""
+    final, temporary = config.run_dir / run_files.MODEL, config.run_dir / ".model"
+    weights = _gathered(run, progress)
     if run.ranks.is_first:
-        temporary = config.run_dir / ".model"
         shutil.rmtree(temporary, ignore_errors=True)
-        build.save_model(run.engine.module.model, state, config.tokenizer_dir, temporary)
+        build.save_model(run.engine.module.model, weights, config.tokenizer_dir, temporary)
         save_chat_template(config, temporary)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         emit({"event": "model", "path": str(final)})
+    for _ in weights:
+        pass
     run.ranks.barrier()
+
+
+def _gathered(run: Run, progress: Progress) -> Iterator[tuple[str, Tensor]]:
+    """What is deployed, tensor by tensor; a stop is obeyed between two of them. All ranks together."""
+    names = run.engine.trained() if run.settings.use_lora else run.engine.module.model.state_dict()
+    alive = Heartbeat("writing the model", len(names), "tensors")
+    for done, weight in enumerate(run.engine.weights(trained_only=run.settings.use_lora)):
+        loop.obey(run, progress)
+        alive(done)
+        yield weight
 
 
 def save_chat_template(config: RunConfig, directory: Path) -> None:

@@ -14,7 +14,7 @@ from data_prep.sample import write_sample
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenizer import train_tokenizer
 from flows.cli.main import main, train_main
-from flows.cli.plan import make_plan, target_of
+from flows.cli.plan import Asked, make_plan, target_of
 from flows.parts.run_dir import RunDir, write_config
 from training.settings import TrainSettings
 from training.trainer.batches import batch_schedule
@@ -50,7 +50,7 @@ def stages(plan):
 
 
 def test_before_anything_exists(workplace):
-    plan = make_plan(settings(), None, None)
+    plan = make_plan(settings())
     assert stages(plan)["records"] == (False, "nothing is prepared yet")
     assert not plan["data"]["exact"]
     assert plan["data"]["target_tokens"] is None
@@ -102,18 +102,18 @@ def padding(plan_dir: str, chosen: PandaSettings) -> float:
 def test_padding_of_rows_that_are_not_packed(workplace):
     """Each is as long as its micro-batch, not as max_seq_length."""
     chosen = settings(packing=False)
-    assert make_plan(chosen, None, None)["course"]["padding"] is None, "nothing is known of the lengths yet"
+    assert make_plan(chosen)["course"]["padding"] is None, "nothing is known of the lengths yet"
     planned = prepare_as(chosen)
-    found = make_plan(chosen, None, None)["course"]["padding"]
+    found = make_plan(chosen)["course"]["padding"]
     assert found == pytest.approx(padding(planned.path, chosen), abs=1e-12)
     assert found < 1 - planned.report["utilisation"]
 
 
 def test_estimates_come_near_and_numbers_are_exact_afterwards(workplace):
     chosen = settings()
-    estimated = make_plan(chosen, None, None)
+    estimated = make_plan(chosen)
     planned = prepare_as(chosen)
-    exact = make_plan(chosen, None, 1000.0)
+    exact = make_plan(chosen, Asked(tokens_per_second=1000.0))
     assert [reused for reused, _ in stages(exact).values()] == [True, True, True]
     assert exact["data"]["exact"]
     assert exact["data"]["rows"] == planned.report["rows"]
@@ -128,7 +128,7 @@ def test_estimates_come_near_and_numbers_are_exact_afterwards(workplace):
 def test_estimates_from_a_sample_of_the_records(workplace):
     prepare_as(settings())
     chosen = settings(template="alpaca")
-    estimated = make_plan(chosen, None, None)["data"]
+    estimated = make_plan(chosen)["data"]
     planned = prepare_as(chosen).report
     duplicates = planned["dropped"]["duplicate"] / planned["accepted"]
     assert not estimated["exact"]
@@ -138,19 +138,19 @@ def test_estimates_from_a_sample_of_the_records(workplace):
 
 def test_why_a_stage_is_to_do(workplace):
     prepare_as(settings())
-    plan = make_plan(settings(template="alpaca"), None, None)
+    plan = make_plan(settings(template="alpaca"))
     assert stages(plan)["tokens"] == (False, "template: plain -> alpaca")
     assert stages(plan)["records"] == (True, "")
-    longer = make_plan(settings(max_seq_length=1024), None, None)
+    longer = make_plan(settings(max_seq_length=1024))
     assert stages(longer)["tokens"] == (True, "")
     assert stages(longer)["plan"] == (False, "max_seq_length: 512 -> 1024; made just now")
     assert longer["data"]["exact"]
     Path("dataset/pretraining/more.jsonl").write_text('{"title": "t", "content": "more text"}\n')
-    new = make_plan(settings(), None, None)
+    new = make_plan(settings())
     assert stages(new)["records"] == (False, "1 new file (more.jsonl)")
     with Path("dataset/pretraining/stories.jsonl").open("a") as stream:
         stream.write('{"title": "t", "content": "and more"}\n')
-    both = make_plan(settings(), None, None)
+    both = make_plan(settings())
     assert stages(both)["records"][1] == "1 new file (more.jsonl), 1 changed file (stories.jsonl)"
 
 
@@ -159,20 +159,31 @@ def test_the_speed_of_an_earlier_run(workplace):
     prepare_as(chosen)
     lines = [json.dumps({"step": step, "tokens_per_second": speed}) for step, speed in enumerate((1, 90, 100, 110), 1)]
     (workplace / "outputs" / "first" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    plan = make_plan(chosen, None, None)
+    plan = make_plan(chosen)
     assert plan["speed"] == {"tokens_per_second": 100, "source": "run first"}
-    assert make_plan(settings(use_lora=True), None, None)["speed"] is None, "that run trained in another way"
+    assert make_plan(settings(use_lora=True))["speed"] is None, "that run trained in another way"
+
+
+def test_whether_a_stop_leaves_time_for_a_checkpoint(workplace):
+    assert make_plan(settings())["checkpoint"]["in_time"] is None, "nothing has been measured"
+    folder = workplace / "outputs" / "first" / "checkpoints" / "step-000004"
+    folder.mkdir(parents=True)
+    (folder / "complete.json").write_text(json.dumps({"files": {"state": {"bytes": 10**8}}, "seconds": 2.0}))
+    plan = make_plan(settings())
+    size = 12 * plan["trainable"]
+    assert plan["checkpoint"] == {"bytes": size, "seconds": size / 5e7, "source": "run first", "in_time": True}
+    assert not make_plan(settings(stop_deadline_seconds=0.001))["checkpoint"]["in_time"]
 
 
 def test_what_fits(workplace, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    seven = make_plan(settings(model="llama-7b", num_processes=1), 24, None)
+    seven = make_plan(settings(model="llama-7b", num_processes=1), Asked(24))
     assert seven["parameters"] == 6_738_415_616
     assert not seven["fits"]
     assert seven["memory"]["total"] > 100e9
     assert seven["change"]["settings"]
     assert seven["change"]["total"] <= 0.95 * 24e9
-    adapter = make_plan(settings(model="llama-7b", preset="qlora", num_processes=1), 24, None)
+    adapter = make_plan(settings(model="llama-7b", preset="qlora", num_processes=1), Asked(24))
     assert adapter["fits"]
     assert adapter["memory"]["total"] < 16e9
 
@@ -186,6 +197,21 @@ def test_what_does_not_work_together(workplace, monkeypatch, capsys):
         "use_quant without use_lora",
         "offload_parameters without zero_stage 3",
     ]
+
+
+def test_a_phase_that_does_not_fit_is_named(workplace, capsys):
+    """A step that fits is not all: checkpoints are copied to CPU memory, evaluation has a batch of its own."""
+    flags = ["plan", "--model", "llama-7b", "--num_processes", "8", "--gpu_memory_gb", "80", "--gradient_checkpointing"]
+    assert main([*flags, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out.splitlines()[-1])["fits"], "nothing is known of CPU memory"
+    assert main([*flags, "--host_memory_gb", "80", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert [phase["name"] for phase in plan["phases"] if not phase["fits"]] == ["train", "save"], "copied beside a step"
+    assert plan["change"]["flags"] == "--use_lora true"
+    assert main([*flags, "--per_gpu_eval_batch_size", "2000"]) == 0
+    shown = capsys.readouterr().out
+    assert "Too large on a rank: evaluate" in shown and "Too large on a rank: train" not in shown
+    assert "The smallest change that does: --per_gpu_eval_batch_size 1 " in shown
 
 
 def test_exact_names_the_phases_that_do_not_fit(workplace, capsys):

@@ -147,7 +147,7 @@ def test_the_name_of_a_run_tells_nothing_of_the_environment(project, monkeypatch
     from flows.parts import form
 
     parameters = {"overrides": ["ckpt_path=${oc.env:SECRET}/x"]}
-    monkeypatch.setattr(form, "flow_run", type("FlowRun", (), {"parameters": parameters, "tags": []}))
+    monkeypatch.setattr(form, "flow_run", type("FlowRun", (), {"id": None, "parameters": parameters, "tags": []}))
     assert form.run_title().endswith(" configuration error")
     by_hand(monkeypatch)
     assert "x on" in form.run_title()

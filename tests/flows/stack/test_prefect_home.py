@@ -149,6 +149,12 @@ class TestHint:
         summary = {"prefect_flow_run_id": "ID", "run_dir": str(project / "outputs" / "run")}
         return run.ui_commands(PandaSettings(model="panda-tiny"), summary)[0]
 
+    def test_of_up_in_a_folder_without_deployments(self, project):
+        there, hint = prefect_home.Address("http://127.0.0.1:9/api"), "deployment run panda-train/default"
+        assert hint not in up._welcome(project / "state", there, there.url), "there is nothing to run"
+        (project / "prefect.yaml").touch()
+        assert hint in up._welcome(project / "state", there, there.url)
+
     def test_of_a_temporary_server(self, project):
         port = free_port()
         prefect_home.remember(f"http://127.0.0.1:{port}/api")

@@ -12,6 +12,7 @@ from prefect.exceptions import PrefectHTTPStatusError
 
 from flows.stack.prefect_server import http_status
 from tests.support.stack import LONG, Stack, flow_run_id, listening, running_stack, wait_for
+from training.launch.processes import is_alive
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
 
@@ -259,6 +260,19 @@ class TestEnds:
         state = stack.end_of(run)
         assert (state.type.value, state.name) == ("COMPLETED", "Stopped")
         stack.wait_for_log(run, "resum")
+
+
+def test_up_again_after_the_process_manager_was_killed(stack):
+    """Its services end with it, but not at once: their ports still answer when it is asked whether they are in use."""
+    before = stack.state()
+    os.kill(before["keeper"], signal.SIGKILL)
+    done = stack.panda("up", "--output_dir", str(stack.outputs("short")))
+    assert done.returncode == 0, done.stdout + done.stderr
+    after = stack.state()
+    pids = [{service["pid"] for service in state["services"]} for state in (before, after)]
+    assert after["keeper"] != before["keeper"] and len(pids[1]) == 3 and not pids[0] & pids[1]
+    assert not any(is_alive(pid) for pid in pids[0])
+    assert stack.panda("status").returncode == 0
 
 
 def test_down_leaves_nothing(stack):

@@ -6,12 +6,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from data_prep.tokenizer import load_tokenizer
 from tests.support.plans import example, make_shard
+from tests.support.ranks_here import alone
 from tests.support.tiny_models import save_full_model, save_tokenizer
 from training.comparison import scores as scoring
 from training.comparison.heldout import HeldOut
 from training.comparison.job import ModelUnderTest
 from training.comparison.scores import generate
 from training.comparison.statistics import unusable
+from training.engines.inference import UsedModel, load_for_inference
+from training.settings import TrainSettings
 
 EMPTY, FULL = [], [40, 41, 42]
 
@@ -19,10 +22,11 @@ EMPTY, FULL = [], [40, 41, 42]
 @pytest.mark.parametrize("prompts", [[EMPTY], [EMPTY, FULL]], ids=["alone", "beside another"])
 def test_an_empty_prompt_is_answered_as_the_beginning_of_a_text(prompts, tmp_path):
     """An empty instruction under a tokenizer without bos: the model begins after eos."""
-    model = save_full_model(tmp_path).eval()
+    model = UsedModel(save_full_model(tmp_path).eval())
     tokenizer = load_tokenizer(tmp_path)
-    said = generate(model, tokenizer, prompts, [[50]] * len(prompts), 8)
-    assert said[0] == generate(model, tokenizer, [[tokenizer.eos_id]], [[50]], 8)[0]
+    with alone() as ranks:
+        said = generate(model, tokenizer, prompts, [[50]] * len(prompts), 8, ranks)
+        assert said[0] == generate(model, tokenizer, [[tokenizer.eos_id]], [[50]], 8, ranks)[0]
 
 
 def test_a_prompt_keeps_a_token_however_small_the_context_is():
@@ -34,7 +38,6 @@ def test_a_prompt_keeps_a_token_however_small_the_context_is():
 def test_a_model_with_fewer_positions_than_an_answer_is_asked_within_them(tmp_path):
     """GPT-2 has an embedding for each position, and nothing beyond."""
     import pyarrow as pa
-    import torch
 
     from data_prep.tokens.templates import Role
 
@@ -52,7 +55,8 @@ def test_a_model_with_fewer_positions_than_an_answer_is_asked_within_them(tmp_pa
         texts=pa.array(texts, pa.list_(pa.large_string())),
         num_excluded=0,
     )
-    scores, answers = scoring.score(
-        ModelUnderTest("gpt", "plain", str(tmp_path)), held_out, 2, torch.float32, tmp_path / "cache"
-    )
+    with alone() as ranks:
+        model = load_for_inference(tmp_path, TrainSettings(), ranks)
+        asking = scoring.Asking(2, ranks, tmp_path / "cache")
+        scores, answers = scoring.score(model, ModelUnderTest("gpt", "plain", str(tmp_path)), held_out, asking)
     assert len(answers) == 2 and np.isfinite(scores.losses).all() and not unusable(scores)

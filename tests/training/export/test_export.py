@@ -6,11 +6,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.support.own_code import save_own_model
 from tests.support.tiny_models import save_adapter, save_full_model
 from tests.training.registry.test_register import greedy, tracked_run
 from training.errors import CheckpointError, ModelError
-from training.export import merge
-from training.export.export import CONVERTER, Exported, ExportError, export, to_gguf
+from training.export import merge, parity
+from training.export.export import CONVERTER, Exported, ExportError, Source, export, to_gguf
+from training.models.build import load_deployed
 from training.models.shards import shards, tensors_of
 from training.registry import publish
 from training.registry.publish import CardFacts, model_card
@@ -36,7 +38,7 @@ def write_card(done) -> str:
 
 def test_the_merged_model_is_base_plus_adapter(base, tmp_path):
     adapter = save_adapter(base, tmp_path / "adapter")
-    done = export(tmp_path / "adapter", tmp_path / "out", PROMPTS, write_card)
+    done = export(Source(tmp_path / "adapter", PROMPTS), tmp_path / "out", write_card)
     assert done.kind == "streamed" and done.difference.top1_agreement == 1 and done.difference.mean_kl < 1e-6
     merge.merge_in_memory(tmp_path / "adapter", base, tmp_path / "peft")
     ours, theirs = ({k: v for f in shards(d) for k, v in load_file(f).items()}
@@ -64,8 +66,21 @@ def test_patterns_scales_and_whole_layers(base, tmp_path):
             torch.nn.init.normal_(parameter, std=0.1)
     model.save_pretrained(tmp_path / "adapter")
     save_full_model(tmp_path / "tokenizer")  # for the tokenizer's files
-    done = export(tmp_path / "adapter", tmp_path / "out", PROMPTS, write_card)
+    done = export(Source(tmp_path / "adapter", PROMPTS), tmp_path / "out", write_card)
     assert done.kind == "streamed" and done.difference.max_kl < 1e-6
+
+
+def test_code_of_the_base_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
+    save_own_model(tmp_path / "base")
+    save_adapter(tmp_path / "base", tmp_path / "adapter")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")  # what transformers would ask is not asked
+    with pytest.raises(ModelError, match=r": the code of this model .* only with --trust_remote_code"):
+        export(Source(tmp_path / "adapter", PROMPTS, tmp_path / "base"), tmp_path / "out", write_card)
+    with pytest.raises(ModelError, match="--trust_remote_code"):
+        load_deployed(tmp_path / "base")
+    source = Source(tmp_path / "adapter", PROMPTS, tmp_path / "base", trust_remote_code=True)
+    done = export(source, tmp_path / "out", write_card)
+    assert done.difference.top1_agreement == 1 and (tmp_path / "out" / "own.py").is_file()
 
 
 def test_what_cannot_be_streamed_is_merged_in_memory(base, tmp_path):
@@ -74,8 +89,31 @@ def test_what_cannot_be_streamed_is_merged_in_memory(base, tmp_path):
 
     model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(use_dora=True, target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")
-    done = export(tmp_path / "adapter", tmp_path / "out", PROMPTS, write_card)
+    done = export(Source(tmp_path / "adapter", PROMPTS), tmp_path / "out", write_card)
     assert done.kind == "in memory" and done.difference.top1_agreement == 1
+    with pytest.raises(ModelError, match=r"0.0 GB, and 0.0 GB are available. Use it unmerged \(panda serve"):
+        merge.check_memory(tmp_path / "adapter", base, 1000)
+
+
+def test_merged_and_tuned_are_compared_without_holding_either(base, tmp_path, monkeypatch):
+    """At every moment of both forward passes one layer at most is there; the numbers are those of whole models."""
+    save_adapter(base, tmp_path / "adapter")
+    export(Source(tmp_path / "adapter", PROMPTS), tmp_path / "out", write_card)
+    model = parity.load(tmp_path / "adapter", base)
+    there: list[int] = []
+
+    def count(*_) -> None:
+        there.append(sum(not layer.mlp.up_proj.base_layer.weight.is_meta for layer in layers))
+
+    layers = [part for part in model.modules() if type(part).__name__ == "LlamaDecoderLayer"]
+    for layer in layers:
+        layer.mlp.register_forward_pre_hook(count)
+    found = parity.log_probabilities(model, PROMPTS)
+    assert there == [1] * len(layers) and len(layers) > 1
+    whole = load_deployed(tmp_path / "adapter")
+    for ids, logs in zip(PROMPTS, found, strict=True):
+        expected = whole(torch.tensor([ids])).logits[0].log_softmax(-1)[-parity.POSITIONS :]
+        torch.testing.assert_close(logs, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_a_merge_that_changes_the_model_is_refused(base, tmp_path, monkeypatch):
@@ -83,10 +121,10 @@ def test_a_merge_that_changes_the_model_is_refused(base, tmp_path, monkeypatch):
     path = tmp_path / "adapter" / "adapter_config.json"
     config = json.loads(path.read_text())
     path.write_text(json.dumps({**config, "alpha_pattern": {"q_proj": 3000}}))  # peft scales q_proj, so must we
-    assert export(tmp_path / "adapter", tmp_path / "out", PROMPTS, write_card).difference.top1_agreement == 1
+    assert export(Source(tmp_path / "adapter", PROMPTS), tmp_path / "out", write_card).difference.top1_agreement == 1
     monkeypatch.setattr(merge.Adapter, "scale", lambda self, name: 0.0)  # a fault in our own merge
     with pytest.raises(ExportError, match="gives another model"):
-        export(tmp_path / "adapter", tmp_path / "wrong", PROMPTS, write_card)
+        export(Source(tmp_path / "adapter", PROMPTS), tmp_path / "wrong", write_card)
     assert not (tmp_path / "wrong").exists()
 
 
@@ -95,13 +133,13 @@ def test_a_quantised_base_is_refused(base, tmp_path):
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps({**config, "quantization_config": {"load_in_4bit": True}}))
     with pytest.raises(ModelError, match="quantised"):
-        export(tmp_path / "adapter", tmp_path / "out", PROMPTS, write_card)
+        export(Source(tmp_path / "adapter", PROMPTS), tmp_path / "out", write_card)
 
 
 def test_bfloat16_is_rounded_once(tmp_path):
     save_full_model(tmp_path / "base").to(torch.bfloat16).save_pretrained(tmp_path / "base")
     save_adapter(tmp_path / "base", tmp_path / "adapter")
-    export(tmp_path / "adapter", tmp_path / "out", PROMPTS, write_card)
+    export(Source(tmp_path / "adapter", PROMPTS), tmp_path / "out", write_card)
     adapter = merge.read_adapter(tmp_path / "adapter")
     name = "model.layers.0.self_attn.q_proj.weight"
     (before,), (after,) = ([load_file(f)[name] for f in shards(tmp_path / d)] for d in ("base", "out"))
@@ -123,7 +161,7 @@ def test_a_version_is_exported_with_its_card(run_dir, tmp_path):
     tags = {"panda.corpus": "c" * 32, "eval_loss.instruction": "1.25"}
     version = register(run_dir, tracked.run_id, "panda-tiny", tags, tracked.uri)
     registry = Registry(tracked.uri)
-    done = publish.publish(registry, registry.resolve(version.uri), tmp_path / "out", tmp_path / "cache")
+    done = publish.publish(registry, registry.resolve(version.uri), publish.Asked(tmp_path / "out", tmp_path / "cache"))
     assert done.kind == "copied"
     names = {path.name for path in (tmp_path / "out").iterdir()}
     assert {"model.safetensors", "config.json", "tokenizer.json", "README.md", "training_config.yaml"} <= names
@@ -133,7 +171,7 @@ def test_a_version_is_exported_with_its_card(run_dir, tmp_path):
     weights = tmp_path / "out" / "model.safetensors"
     assert not weights.samefile(run_dir / "model" / "model.safetensors")
     with pytest.raises(ExportError, match="already"):
-        publish.publish(registry, registry.resolve(version.uri), tmp_path / "out", tmp_path / "cache")
+        publish.publish(registry, registry.resolve(version.uri), publish.Asked(tmp_path / "out", tmp_path / "cache"))
 
 
 def test_the_card_names_the_licence_of_the_base(tmp_path):
@@ -150,7 +188,7 @@ def test_an_export_has_what_other_programs_read(base, tmp_path):
     for directory in (base, tmp_path / "adapter"):
         (directory / "chat_template.jinja").write_text("{{ messages[0].content }}")
     for name, source in (("whole", base), ("merged", tmp_path / "adapter")):
-        export(source, tmp_path / name, PROMPTS, write_card)
+        export(Source(source, PROMPTS), tmp_path / name, write_card)
         config, generation, tokenizer = (
             json.loads((tmp_path / name / file).read_text())
             for file in ("config.json", "generation_config.json", "tokenizer_config.json")

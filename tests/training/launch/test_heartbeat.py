@@ -10,6 +10,7 @@ from training.launch.events import PREFIX
 from training.launch.heartbeat import Heartbeat
 from training.trainer import checkpoint
 from training.trainer.checkpoint import Progress
+from training.trainer.saver import Saver
 
 
 def events(capsys) -> list[dict]:
@@ -42,6 +43,9 @@ def test_rank_0_speaks(impatient, monkeypatch, capsys):
 
 
 def test_checkpoints_give_signs(impatient, tmp_path, capsys):
-    path = checkpoint.save(shelf(1.0), Progress(step=1), tmp_path, RANKS)
-    checkpoint.load(shelf(0.0), path)
-    assert {event["doing"] for event in events(capsys)} == {"writing a checkpoint", "reading a checkpoint"}
+    saver = Saver(tmp_path, RANKS)
+    saver.save(shelf(1.0), Progress(step=1))
+    saver.wait()
+    checkpoint.load(shelf(0.0), checkpoint.newest(tmp_path, RANKS))
+    doing = {event["doing"] for event in events(capsys)}
+    assert doing == {"writing a checkpoint", "checking a checkpoint", "reading a checkpoint"}

@@ -13,7 +13,7 @@ import psutil
 import pytest
 import yaml
 
-from training.launch.commands import Machine, rank_commands
+from training.launch.commands import Machine, rank_commands, using_commands
 from training.launch.exits import ExitReason, reason_of_code, reason_of_error
 from training.launch.launcher import Listener, launch_worker, smaller_micro_batch
 from training.launch.logs import Watchdog
@@ -49,11 +49,11 @@ def ranks_alive() -> list[int]:
     return found
 
 
-def run(tmp_path: Path, behaviour: dict[int, str], on_event=None, resume=False, **settings):
+def run(tmp_path: Path, behaviour: dict[int, str], on_event=None, resume=False, lines=None, **settings):
     """Launch two ranks that behave so; (report, events, log lines)."""
     config = {"behaviour": behaviour, "per_gpu_train_batch_size": 8, "gradient_accumulation_steps": 4}
     (tmp_path / "config.yaml").write_text(yaml.safe_dump(config))
-    events, lines = [], []
+    events, lines = [], [] if lines is None else lines
     values = TrainSettings(**{"num_processes": 2, "stop_deadline_seconds": 1, **settings})
     report = launch_worker(WORKER, tmp_path, values, Listener(on_event or events.append, lines.append), resume)
     return report, events, lines
@@ -149,9 +149,11 @@ def test_cancelling_lets_the_ranks_write_their_checkpoint(tmp_path):
         if event["event"] == "step":
             raise Cancelled
 
+    lines = []
     with pytest.raises(Cancelled):
-        run(tmp_path, {0: "obey_sigterm", 1: "obey_sigterm"}, on_event=cancel, stop_deadline_seconds=20)
+        run(tmp_path, {0: "obey_sigterm", 1: "obey_sigterm"}, on_event=cancel, lines=lines, stop_deadline_seconds=20)
     assert (tmp_path / "stopped-0").exists() or (tmp_path / "stopped-1").exists()
+    assert any(line.endswith("] checkpoint written") for line in lines), "their last words are told"
 
 
 def test_ranks_that_ignore_cancelling_are_killed(tmp_path):
@@ -240,6 +242,17 @@ def test_direct_commands(tmp_path, monkeypatch):
     assert second.log == f"{tmp_path}/logs/rank-1.log"
     assert len(rank_commands(tmp_path, TrainSettings(), Machine(4, 8, 1), resume=False)) == 4
     assert len(rank_commands(tmp_path, TrainSettings(num_processes=3), Machine(4, 8, 1), resume=False)) == 3
+
+
+def test_what_uses_the_weights_runs_on_the_ranks_of_this_machine(tmp_path):
+    """Also where several machines have trained: the others are not asked again."""
+    settings = TrainSettings(nodes=3, node_rank=0, master_addr="10.0.0.1", num_processes=8, master_port=1234)
+    commands = using_commands("training.compare", tmp_path, settings, MACHINE, ("--more",))
+    assert [command.name for command in commands] == [f"compare-{rank}" for rank in range(8)]
+    last = commands[-1]
+    assert last.argv == [sys.executable, "-m", "training.compare", "--config", f"{tmp_path}/config.yaml", "--more"]
+    wanted = {"RANK": "7", "WORLD_SIZE": "8", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "4321"}
+    assert last.env | wanted == last.env and last.log == f"{tmp_path}/logs/compare-7.log"
 
 
 def test_torchrun_command(tmp_path):

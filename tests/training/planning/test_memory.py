@@ -7,8 +7,9 @@ import torch
 
 from configs.load import load
 from training.planning.hardware import FITS, Hardware
-from training.planning.memory import estimate, fitting_change
+from training.planning.memory import estimate
 from training.planning.model_shape import ModelShape, config_from, measure
+from training.planning.phases import fitting_change, phases
 from training.settings import TrainSettings
 
 GPU = Hardware(1, is_gpu=True, bf16=True)
@@ -105,7 +106,23 @@ def test_cpu_memory_holds_no_weights_but_offloaded_ones():
             "4 bits": {"use_lora": True, "use_quant": True},
         }.items()
     }
-    assert host == {"zero 0": 0, "zero 3": 0, "fsdp": 0, "4 bits": 0}
+    assert set(host.values()) == {12}, "bytes a trained parameter: the copy of a checkpoint while it is written"
+
+
+def test_phases_beside_the_step():
+    """65B with full training on 64 ranks: what is copied, gathered and used, in numbers that can be worked out."""
+    chosen, shape = settings("llama-65b", strategy="fsdp"), shape_of("llama-65b")
+    machines = Hardware(64, is_gpu=True, bf16=True, machines=8)
+    need = {phase.name: phase for phase in phases(shape, chosen, machines)}
+    assert list(need) == ["load", "train", "evaluate", "save", "export", "gate"]
+    largest = 4 * 8192 * 32000  # the embedding, float32
+    assert need["load"].host == need["export"].host == largest
+    assert need["save"].host == pytest.approx(shape.parameters * 12 / 64)
+    assert need["load"].device < need["save"].device < need["export"].device < need["train"].device
+    used = shape.parameters * 2 / 8  # bfloat16 on the ranks of one machine
+    assert used < need["gate"].device < 1.5 * used
+    copied = {phase.name: phase for phase in phases(shape, chosen, Hardware(64, is_gpu=False, bf16=False))}["save"]
+    assert copied.host == 0 and copied.device > shape.parameters * (12 + 12) / 64, "a CPU rank has one memory"
 
 
 def test_the_smallest_change():
@@ -126,5 +143,8 @@ def test_the_smallest_change():
     }
     assert change(37, ranks=8) == {"gradient_checkpointing": True}
     everything = {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True}
-    assert change(13) == {"gradient_checkpointing": True, **everything}
+    assert change(19) == {"gradient_checkpointing": True, **everything}
+    assert change(13) == {"gradient_checkpointing": True, "use_lora": True, "use_quant": True}, (
+        "the gate offloads nothing"
+    )
     assert change(2) is None

@@ -13,6 +13,7 @@ from data_prep.plan.order import rows_of_step, steps_per_epoch
 from data_prep.plan.reader import open_plan
 from tests.support.corpora import NAME, ROWS_PER_STEP, Project, add_version
 from tests.support.mlflow_fixtures import server
+from tests.support.ranks_here import alone
 from training.compare import run_job
 from training.comparison import approval
 from training.comparison.job import read_job
@@ -92,7 +93,8 @@ def test_records_the_champion_was_trained_on_do_not_count(project):
     plan_of_all = project.plan(validation_fraction=0).path
     job = read_job(first.run_dir)
     job = replace(job, champion=replace(job.candidate, name="models:/other/1"), champion_plan=plan_of_all)
-    result = run_job(read_config(first.run_dir / "config.yaml"), job)
+    with alone() as ranks:
+        result = run_job(read_config(first.run_dir / "config.yaml"), job, ranks)
     assert result["records"] == 0 and result["excluded_records"] > 40 and not result["promoted"]
     assert f"the champion was trained on all {result['excluded_records']} held-out records" in result["reasons"][0]
 

@@ -21,11 +21,12 @@ from mlflow.tracking import MlflowClient
 from safetensors.torch import load_file, save_file
 
 from tests.support.mlflow_fixtures import guarded, load_and_generate, server
+from tests.support.own_code import save_own_model
 from tests.support.tiny_models import save_adapter, save_full_model
 from training.errors import MlflowAway, ModelError
 from training.launch.exits import ExitReason, reason_of_error
 from training.launch.processes import free_port
-from training.registry import loaded_back
+from training.registry import loaded_back, proof
 from training.registry import register as registry
 from training.registry.loaded_back import load_served
 from training.registry.register import register, register_run
@@ -246,6 +247,33 @@ def test_a_child_loads_the_model_and_this_process_does_not(run_dir, monkeypatch)
         register(run_dir, tracked.run_id, "panda-tiny", TAGS, tracked.uri)
     assert "model.norm.weight" in (run_dir / "logs" / "loaded_back-0.log").read_text()
     assert not list(run_dir.glob(".load-back-*"))
+
+
+@pytest.mark.distributed
+def test_a_large_model_is_loaded_back_by_the_ranks_that_trained_it(run_dir, tmp_path, monkeypatch):
+    monkeypatch.undo()  # real children
+    monkeypatch.setattr(proof, "WHOLE_BYTES", 0)
+    save_full_model(tmp_path / "base")
+    model = save_adapter(tmp_path / "base", run_dir / "model")
+    trained(run_dir, steps=3, num_processes=2)
+    _, text = register_run(tracked_run(run_dir), "panda-tiny", TAGS, "hello")
+    assert text == greedy(model, run_dir / "model", "hello", loaded_back.SHARED_TOKENS)
+    assert {path.name for path in (run_dir / "logs").iterdir()} == {"loaded_back-0.log", "loaded_back-1.log"}
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="it cannot be loaded back from MLflow"):
+        register_run(tracked_run(run_dir), "panda-tiny", TAGS, "hello")
+
+
+def test_code_that_training_trusted_is_trusted_in_the_registry_and_no_other(run_dir, capsys):
+    save_own_model(run_dir / "model")
+    tracked = tracked_run(run_dir)
+    with pytest.raises(ModelError, match=r"(?s)cannot be loaded back from MLflow: .*trust_remote_code=True"):
+        register_run(tracked, "panda-tiny", TAGS, "hello")
+    (run_dir / "config.yaml").unlink()
+    trained(run_dir, steps=3, trust_remote_code=True)
+    version, text = register_run(tracked, "panda-tiny", TAGS, "hello")
+    assert text and load_and_generate(version.uri, "hello", 3, tracked.uri)
+    assert "Do you wish to run" not in capsys.readouterr().out
 
 
 def test_from_an_empty_prompt_a_model_begins_by_itself(run_dir):

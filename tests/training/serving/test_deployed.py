@@ -9,8 +9,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from data_prep.errors import PandaError
 from tests.support.tiny_models import save_adapter, save_full_model
+from training.errors import ModelError
 from training.serving.chat import chat
-from training.serving.deployed import BASE_VARIABLE, Sampling, Text, _Sampler, load
+from training.serving.deployed import BASE_VARIABLE, Sampling, Text, _Sampler, check_room, load
 from training.serving.turns import Turns
 
 
@@ -47,6 +48,14 @@ def test_text_comes_in_pieces_and_ends_before_a_stop_string(bytewise, said, stop
     assert text.end() == stopped == (expected != said)
     assert "".join(pieces) == expected and "" not in pieces and not any("�" in piece for piece in pieces)
     assert len(pieces) > 2 or len(expected) < 3 or stops
+
+
+def test_a_model_without_room_is_refused_before_it_is_loaded(tmp_path):
+    model = save_full_model(tmp_path)
+    needed = 4 * sum(parameter.numel() for parameter in model.parameters())
+    check_room(tmp_path, torch.device("cpu"), needed, 4)
+    with pytest.raises(ModelError, match=r"0.0 GB are free on this cpu. .* panda export .*tensor-parallel-size"):
+        check_room(tmp_path, torch.device("cpu"), needed - 1, 4)
 
 
 def test_an_unfinished_character_is_said_at_the_end_as_in_the_whole_text(bytewise):

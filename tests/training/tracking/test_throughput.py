@@ -1,12 +1,13 @@
 """The speed of earlier runs, as MLflow knows it: from runs as tracking writes them, and without an answer none."""
 
 import json
+import os
 from pathlib import Path
 
 from training.launch.processes import free_port
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking.run import RunMetadata, open_run
-from training.tracking.throughput import past_speed
+from training.tracking.throughput import DiskSpeed, past_disk_speed, past_speed
 
 
 def test_the_speed_of_a_run_of_the_same_kind_is_found(run_dir, tmp_path):
@@ -23,3 +24,14 @@ def test_a_server_that_is_down_is_a_warning(monkeypatch, caplog):
     away = TrackingSettings(mlflow_tracking_uri=f"http://me:hunter2@127.0.0.1:{free_port()}")
     assert past_speed(Path("nothing"), TrainSettings(model="panda-tiny"), away) is None
     assert "not known" in caplog.text and "hunter2" not in caplog.text
+
+
+def test_the_speed_of_the_newest_large_checkpoint(tmp_path):
+    assert past_disk_speed(tmp_path) is None
+    for step, size, seconds in ((1, 80_000_000, 4.0), (2, 120_000_000, 2.0), (3, 1000, 0.1), (4, 90_000_000, None)):
+        folder = tmp_path / "weekly" / "checkpoints" / f"step-{step:06d}"
+        folder.mkdir(parents=True)
+        marker = {"files": {"state": {"bytes": size}}, **({"seconds": seconds} if seconds else {})}
+        (folder / "complete.json").write_text(json.dumps(marker))
+        os.utime(folder / "complete.json", (step, step))
+    assert past_disk_speed(tmp_path) == DiskSpeed(60e6, "run weekly")

@@ -8,7 +8,9 @@ import json
 import os
 import signal
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -144,10 +146,14 @@ def expected(long_run) -> list:
 
 
 def wait_for_steps(run_dir: Path, number: int) -> None:
+    path = run_dir / "metrics.jsonl"
+    wait_until(lambda: path.exists() and len(path.read_text().splitlines()) >= number, run_dir)
+
+
+def wait_until(happened: Callable[[], Any], run_dir: Path) -> None:
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        path = run_dir / "metrics.jsonl"
-        if path.exists() and len(path.read_text().splitlines()) >= number:
+        if happened():
             return
         time.sleep(0.005)
     raise AssertionError(tiny.logs(run_dir))
@@ -165,6 +171,23 @@ def test_sigkill_twice_then_resume(long_run, expected):
     tiny.train(long_run, 2, "--resume")
     assert of_steps(long_run.parent, "run") == expected
     assert json.loads((long_run / "train.json").read_text())["first_loss"] == expected[0][1]
+
+
+def test_sigkill_while_a_checkpoint_is_written(long_run, expected, monkeypatch):
+    """What a killed writer has left is no checkpoint; the one before it is resumed, to the same losses."""
+    monkeypatch.setenv("PANDA_DISK_BYTES_PER_SECOND", "400000")
+    for arguments in ([], ["--resume"]):
+        before = len(tiny.metrics(long_run)) if arguments else 0
+        processes = tiny.start(long_run, 2, *arguments, module="benchmarks.throttled")
+        wait_for_steps(long_run, before + 10)
+        wait_until(lambda: list(long_run.glob("checkpoints/.step-*/state-*")), long_run)
+        for process in processes:
+            process.kill()
+        tiny.wait(processes)
+    assert len(tiny.metrics(long_run)) < 40
+    tiny.train(long_run, 2, "--resume")
+    assert of_steps(long_run.parent, "run") == expected
+    assert not list(long_run.glob("checkpoints/.step-*")), "leftovers are gone"
 
 
 def test_killed_before_the_first_checkpoint_and_resumed_on_fewer_ranks(tmp_path):

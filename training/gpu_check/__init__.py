@@ -1,0 +1,1 @@
+"""`make gpu-check`: what of this project works on the GPUs of this machine, how fast, beside published figures."""
