@@ -54,7 +54,7 @@ def trained(run_dir: Path, steps: int, **settings) -> None:
     (run_dir / "train.json").write_text(json.dumps({"steps": steps, "best_step": None}))
     if not (run_dir / "config.yaml").exists():
         paths = {"plan_dir": "/gone", "tokenizer_dir": str(run_dir / "model"), "run_dir": str(run_dir)}
-        (run_dir / "config.yaml").write_text(json.dumps({"paths": paths, **settings}))
+        (run_dir / "config.yaml").write_text(json.dumps({"paths": paths, "cache_dir": "/gone", **settings}))
 
 
 def versions(uri: str, name: str) -> list:
