@@ -2,9 +2,9 @@
 
 In: `ModelShape`, the training settings, what the ranks run on. Out: `Phase`s in the order of a run; changes of
 settings. Pure arithmetic around the step of `memory.py`. What is taken for granted: each rank reads its own slices of
-the weights, tensor by tensor; evaluation after training uses the weights in memory; a checkpoint is a copy of a rank's
-part in CPU memory, written beside the training; the model is written tensor by tensor; the gate loads models one after
-the other, on the ranks of one machine, cut up where training cuts up weights.
+the weights, tensor by tensor, but makes a model from scratch whole; evaluation after training uses the weights in
+memory; a checkpoint is a copy of a rank's part in CPU memory, written beside the training; the model is written tensor
+by tensor; the gate loads models one after the other, shared out over the ranks of one machine.
 """
 
 import itertools
@@ -15,7 +15,7 @@ from typing import Any
 from training.models.loss import CHUNK_ELEMENTS
 from training.planning import compatibility
 from training.planning.hardware import Hardware
-from training.planning.memory import CHECKPOINT_BYTES, FLOAT32, NF4_BYTES, Memory, estimate, stage_of
+from training.planning.memory import CHECKPOINT_BYTES, FLOAT32, NF4_BYTES, Memory, estimate
 from training.planning.model_shape import ModelShape
 from training.settings import TrainSettings
 
@@ -40,14 +40,16 @@ def phases(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> li
     copy = shape.trainable * CHECKPOINT_BYTES / hardware.ranks
     offloaded = step.host - (copy if hardware.is_gpu else 0)  # a step may find the copy still being written
     looked_at = _evaluation_bytes(shape, settings)
-    loaded = hardware.with_overhead(step.weights + tensor)
+    from_scratch = settings.ckpt_path is None and settings.architecture is not None
+    made = shape.parameters * FLOAT32 if from_scratch else tensor  # by every rank, in CPU memory, before it is cut up
+    loaded = hardware.with_overhead(step.weights + tensor if hardware.is_gpu else max(step.weights, made) + tensor)
     return [
-        _phase("load", loaded, offloaded + (tensor if hardware.is_gpu else 0), hardware),
+        _phase("load", loaded, offloaded + (made if hardware.is_gpu else 0), hardware),
         Phase("train", step.total, step.host),
         Phase("evaluate", held + looked_at, offloaded),
         _phase("save", held, offloaded + copy, hardware),
         _phase("export", held + tensor, offloaded + tensor, hardware),
-        Phase("gate", hardware.with_overhead(_used_bytes(shape, settings, hardware) + looked_at)),
+        Phase("gate", hardware.with_overhead(_used_bytes(shape, hardware) + looked_at)),
     ]
 
 
@@ -63,11 +65,11 @@ def _evaluation_bytes(shape: ModelShape, settings: TrainSettings) -> float:
     return rows * shape.layer_bytes + 2 * elements * FLOAT32
 
 
-def _used_bytes(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
-    """Weights of a model that is only used, and the layer that is gathered where they are cut up."""
+def _used_bytes(shape: ModelShape, hardware: Hardware) -> float:
+    """Weights of a model that is only used, and the layer that is gathered where several ranks share them."""
     whole = (shape.parameters - shape.quantised) * hardware.element_bytes
     packed, constants = shape.quantised / 2, shape.quantised * (NF4_BYTES - 0.5)
-    if stage_of(settings) in {0, 1, 2}:
+    if hardware.ranks_here == 1:
         return whole + packed + constants
     gathered = max(shape.largest_layer, shape.vocabulary * shape.hidden_size) * hardware.element_bytes
     return (whole + packed) / hardware.ranks_here + constants + 2 * gathered
@@ -101,7 +103,7 @@ CHANGES = (
     Change("offload optimizer", 6, lambda s: {"offload_optimizer": True}),
     Change("offload parameters", 9, lambda s: {"strategy": "deepspeed", "zero_stage": 3, "offload_parameters": True}),
     Change("lora", 16, lambda s: {"use_lora": True}),
-    Change("qlora", 32, lambda s: {"use_lora": True, "use_quant": True, "zero_stage": min(s.zero_stage, 2)}),
+    Change("qlora", 32, lambda s: {"use_lora": True, "use_quant": True}),
 )
 
 
