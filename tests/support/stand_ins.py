@@ -14,7 +14,7 @@ BASES = ("huggyllama/llama-7b", "huggyllama/llama-65b")
 DELTA = "chitanda/llama-panda-zh-7b-delta"
 ARCHITECTURE = {
     "model_type": "llama", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 256,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 2048,
 }  # fmt: skip
 NUM_TOKENS = 128
 SHORT = [
