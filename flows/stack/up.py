@@ -37,10 +37,11 @@ from flows.stack.prefect_server import answers, http_status, unusable
 from training.launch.processes import free_port
 from training.tracking.sync import TRAINING_VIEW
 
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 STOP_SECONDS = 60.0
 LOG_LINES = 12
 MLFLOW_PORT = 5000
+CORPUS = "dataset"  # where a run looks that names no other directory
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +251,9 @@ def _welcome(state_dir: Path, there: Address, usual: str) -> str:
     beside = Path(sys.executable).with_name("prefect")
     prefect = "prefect" if shutil.which("prefect") or not beside.exists() else os.path.relpath(beside)
     elsewhere = f"PREFECT_API_URL={there.url} " if usual != there.url else ""
-    run = ["Next:", f"  {elsewhere}{prefect} deployment run panda-train/default --watch"]
+    sample = f"  {os.path.relpath(sys.executable)} -m data_prep.sample {CORPUS}    # a small corpus, as none is there"
+    run = ["Next:", *([] if Path(CORPUS).exists() else [sample])]
+    run += [f"  {elsewhere}{prefect} deployment run panda-train/default --watch"]
     return "\n".join(
         [
             f"Prefect UI   {there.url.removesuffix('/api')}",
