@@ -109,10 +109,10 @@ def status(argv: list[str]) -> int:
     if state is None:
         print("down (panda up starts everything)")
         return 3
-    rows = [(service, _condition(service)) for service in state["services"]]
-    for service, condition in rows:
-        print(f"{service['name']:<15} {condition:<14} {_vitals(service):<32} {service['address'] or service['log']}")
-    return 0 if all(condition == "up" for _, condition in rows) else 3
+    rows = [(service, condition(service)) for service in state["services"]]
+    for service, how in rows:
+        print(f"{service['name']:<15} {how:<14} {_vitals(service):<32} {service['address'] or service['log']}")
+    return 0 if all(how == "up" for _, how in rows) else 3
 
 
 def _options(verb: str, text: str, argv: list[str]) -> argparse.Namespace:
@@ -216,7 +216,8 @@ def _why_not_up(service: dict[str, Any] | None, state_dir: Path) -> str:
     return "\n".join([last, *(f"  {line}" for line in log), "It is started again now and then; panda down ends that."])
 
 
-def _condition(service: dict[str, Any]) -> str:
+def condition(service: dict[str, Any]) -> str:
+    """Whether a service of the state runs, and answers."""
     if not service["pid"]:
         return "not running"
     return "up" if not service["base"] or answers(service["base"]) else "does not answer"
