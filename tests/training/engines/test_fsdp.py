@@ -6,6 +6,7 @@ from torch.distributed.fsdp._fully_shard import _fsdp_param_group
 
 from tests.training.models.test_loss import literal_batch, tiny
 from training.distributed import join, leave, this_rank
+from training.engines import fsdp
 from training.engines.fsdp import FsdpEngine
 from training.launch.processes import free_port
 from training.models.build import add_adapter
@@ -42,3 +43,14 @@ def test_gradients_of_an_adapter_are_reduced_once_a_step(monkeypatch, lora, redu
         assert torch.tensor(engine.step(0.1)).isfinite()
     finally:
         leave()
+
+
+def test_layers_that_are_much_of_a_model_are_taken_apart_on_a_cpu(monkeypatch):
+    module = CausalLMLoss(add_adapter(tiny().model, TrainSettings(use_lora=True, lora_r=2)))
+    assert not list(fsdp._parts(module, torch.device("cpu"))), "too small to be worth it"
+    monkeypatch.setattr(fsdp, "LEAST_PART", 2_000)
+    monkeypatch.setattr(fsdp, "PARTS", 10**6)
+    names = {part: name.split("layers.")[-1] for name, part in module.named_modules()}
+    found = [names[part] for part in fsdp._parts(module, torch.device("cpu"))]
+    assert not list(fsdp._parts(module, torch.device("cuda")))
+    print(found, {n: sum(p.numel() for p in m.parameters()) for m, n in names.items() if n.startswith("0.")})

@@ -12,7 +12,7 @@ from tests.support import tiny
 from tests.support.two_machines import ADDRESSES, Machines, two_machines
 
 STEPS = 300
-STALL_SECONDS = 20
+STALL_SECONDS = 60  # three times that for the start, on a busy machine
 MACHINE_0 = """
 import json, sys
 from pathlib import Path
@@ -26,7 +26,7 @@ report = launch(run_dir, settings, lambda event: None, print, resume=sys.argv[2]
 
 
 @pytest.mark.extra
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(3000)
 def test_train_together_and_lose_each_other(tmp_path):
     settings = {"strategy": "fsdp", "max_steps": STEPS, "save_steps": 5}
     alone, run_dir = (tiny.write_run(tmp_path, name, **settings) for name in ("alone", "run"))
@@ -36,11 +36,10 @@ def test_train_together_and_lose_each_other(tmp_path):
     with two_machines() as machines:
         both = start(machines, run_dir)
         machines.cable(1, "down")
-        began = time.monotonic()
-        assert report_of(run_dir, both[0])["message"].startswith("no sign of progress for 2")
-        time.sleep(max(0.0, began + 60 - time.monotonic()))
+        report = report_of(run_dir, both[0])
+        assert report["message"].startswith("no sign of progress for 6") and report["retry_helps"], report
         machines.cable(1, "up")
-        assert both[1].wait(180), "it hears that the others are gone"
+        assert both[1].wait(5 * STALL_SECONDS), "it hears that the others are gone"
         assert not machines.processes(0) and not machines.processes(1)
 
         both = start(machines, run_dir)
@@ -51,13 +50,13 @@ def test_train_together_and_lose_each_other(tmp_path):
 
         both = start(machines, run_dir)
         machines.power_off(0)
-        assert both[1].wait(5 * STALL_SECONDS + 60), "nobody tells it anything; it stops waiting"
+        assert both[1].wait(5 * STALL_SECONDS), "nobody tells it anything; it stops waiting"
         assert not machines.processes(1)
         machines.cable(0, "up")
 
         both = start(machines, run_dir, wait=False)
         assert report_of(run_dir, both[0])["reason"] == "completed", tiny.logs(run_dir / "logs")
-        assert both[1].wait(60) == 0
+        assert both[1].wait(5 * STALL_SECONDS) == 0
     assert tiny.losses(tiny.metrics(run_dir)) == tiny.losses(tiny.train(alone))
 
 
@@ -88,5 +87,5 @@ def checkpoints(run_dir: Path) -> int:
 
 
 def report_of(run_dir: Path, machine: subprocess.Popen) -> dict:
-    assert machine.wait(300) == 0, tiny.logs(run_dir)
+    assert machine.wait(600) == 0, tiny.logs(run_dir)
     return json.loads((run_dir / "report.json").read_text())
