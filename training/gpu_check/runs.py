@@ -238,7 +238,8 @@ def four_bits(shop: Workshop) -> Found:
         architecture={**SCALES["tiny"].architecture, "vocab_size": vocabulary_size(str(shop.tokenizer_dir))}
     )
     base = shop.folder / "base"
-    load_model(small, None, str(shop.tokenizer_dir), torch.float32).save_pretrained(base)
+    model: Any = load_model(small, None, str(shop.tokenizer_dir), torch.float32)
+    model.save_pretrained(base)
     copy_tokenizer(str(shop.tokenizer_dir), base)
     settings = shop.settings(
         use_lora=True, use_quant=True, lora_r=8, strategy="deepspeed", max_steps=3, num_processes=1

@@ -28,6 +28,7 @@ EVALUATE = "training.evaluate"
 COMPARE = "training.compare"
 LOAD_BACK = "training.registry.loaded_back"
 DEFAULT_PORT = 29500
+GIVEN_BACK_BYTES = 4 << 20  # tensors from this size on are given back to the system when they are freed
 
 
 @dataclass(frozen=True)
@@ -157,6 +158,9 @@ def common_env(settings: EngineSettings, machine: Machine, num_local: int) -> di
     }
     if not settings.compile:  # importing deepspeed pulls in torch._inductor (1.4 s) unless compilation is off
         env |= {"TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1"}
+    if not machine.num_gpus and (settings.strategy == "fsdp" or settings.zero_stage == 3):
+        # gathered weights come and go in the CPU's memory; glibc would keep what each thread has freed
+        env["MALLOC_MMAP_THRESHOLD_"] = str(GIVEN_BACK_BYTES)
     if "OMP_NUM_THREADS" not in os.environ:
         env["OMP_NUM_THREADS"] = str(max(1, machine.num_cores // num_local))
     return env

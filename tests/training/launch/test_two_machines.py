@@ -57,7 +57,8 @@ def test_train_together_and_lose_each_other(tmp_path):
         both = start(machines, run_dir, wait=False)
         assert report_of(run_dir, both[0])["reason"] == "completed", tiny.logs(run_dir / "logs")
         assert both[1].wait(5 * STALL_SECONDS) == 0
-    assert tiny.losses(tiny.metrics(run_dir)) == tiny.losses(tiny.train(alone))
+    assert tiny.wait(tiny.start(alone, 2), seconds=900) == [0, 0], tiny.logs(alone)
+    assert tiny.losses(tiny.metrics(run_dir)) == tiny.losses(tiny.metrics(alone))
 
 
 def start(machines: Machines, run_dir: Path, wait: bool = True) -> list[subprocess.Popen]:
