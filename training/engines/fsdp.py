@@ -172,11 +172,14 @@ def _parts(module: CausalLMLoss, device: torch.device) -> Iterator[nn.Module]:
 
 
 def _smaller(module: nn.Module, limit: int) -> Iterator[nn.Module]:
-    """The modules of one that has more numbers than the limit, taken apart until each has no more or is one matrix."""
+    """The modules of one that has more numbers than the limit, taken apart until each has no more or is one matrix.
+
+    Norms stay with the layer, and the adapters of a matrix that is taken out.
+    """
     if sum(parameter.numel() for parameter in module.parameters()) <= limit:
         return
     for child in module.children():
-        if any(True for _ in child.parameters()) and not isinstance(child, nn.ModuleDict):  # adapters stay outside
+        if any(parameter.dim() > 1 for parameter in child.parameters()) and not isinstance(child, nn.ModuleDict):
             yield from list(_smaller(child, limit)) or [child]
 
 

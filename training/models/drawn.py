@@ -12,6 +12,7 @@ drawn three times instead of twice.
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 from unittest.mock import patch
 
@@ -64,10 +65,10 @@ def _noting(values: Values) -> Callable[..., None]:
     def note(model: PreTrainedModel, module: nn.Module, *arguments: Any) -> None:
         empty = {name: one for name, one in module.named_parameters(recurse=False) if one.is_meta}
         if empty and not getattr(module, "_is_hf_initialized", False):  # as it may be of a model within this one
-            state = torch.get_rng_state()
+            draw = partial(_filled, model, module, _likes(module))
             for name, parameter in empty.items():
-                values[parameter] = Value(_again(model, module, name, state), parameter.dtype)
-            _filled(model, module)
+                values[parameter] = Value(partial(_again, draw, torch.get_rng_state(), name), parameter.dtype)
+            draw()
             module._is_hf_initialized = True  # type: ignore[assignment]  # what transformers notes
         else:
             initialise(model, module, *arguments)
@@ -75,21 +76,28 @@ def _noting(values: Values) -> Callable[..., None]:
     return note
 
 
-def _again(model: PreTrainedModel, module: nn.Module, name: str, state: Tensor) -> Callable[[], Tensor]:
-    def read() -> Tensor:
-        with torch.random.fork_rng(devices=[]):
-            torch.set_rng_state(state)
-            return _filled(model, module)[name]
-
-    return read
+def _again(draw: Callable[[], dict[str, Tensor]], state: Tensor, name: str) -> Tensor:
+    with torch.random.fork_rng(devices=[]):
+        torch.set_rng_state(state)
+        return draw()[name]
 
 
-def _filled(model: PreTrainedModel, module: nn.Module) -> dict[str, Tensor]:
+Likes = dict[str, Tensor | None]
+
+
+def _likes(module: nn.Module) -> Likes:
+    """Tensors without memory like the parameters of a module, which an engine may change later."""
+    return {
+        name: None if one is None else torch.empty_like(one, device="meta") for name, one in module._parameters.items()
+    }
+
+
+def _filled(model: PreTrainedModel, module: nn.Module, likes: Likes) -> dict[str, Tensor]:
     """The parameters of a module as transformers draws them now, in a copy of it."""
     twin = copy.copy(module)
     twin._parameters = {
         name: None if one is None else nn.Parameter(torch.empty(one.shape, dtype=one.dtype))
-        for name, one in module._parameters.items()
+        for name, one in likes.items()
     }
     with torch.no_grad():
         model._init_weights(twin)

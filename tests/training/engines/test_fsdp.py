@@ -50,7 +50,9 @@ def test_layers_that_are_much_of_a_model_are_taken_apart_on_a_cpu(monkeypatch):
     assert not list(fsdp._parts(module, torch.device("cpu"))), "too small to be worth it"
     monkeypatch.setattr(fsdp, "LEAST_PART", 2_000)
     monkeypatch.setattr(fsdp, "PARTS", 10**6)
+    attention = ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj"]
+    larger = ["mlp.gate_proj.base_layer", "mlp.up_proj.base_layer", "mlp.down_proj.base_layer"]
     names = {part: name.split("layers.")[-1] for name, part in module.named_modules()}
     found = [names[part] for part in fsdp._parts(module, torch.device("cpu"))]
+    assert found == [f"{layer}.{part}" for layer in (0, 1) for part in attention + larger]
     assert not list(fsdp._parts(module, torch.device("cuda")))
-    print(found, {n: sum(p.numel() for p in m.parameters()) for m, n in names.items() if n.startswith("0.")})
