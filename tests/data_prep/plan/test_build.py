@@ -185,9 +185,121 @@ def test_near_duplicates_are_found_once(tmp_path, bytes_dir, monkeypatch):
 def test_near_duplicates_do_not_depend_on_the_number_of_workers(tmp_path, bytes_dir, monkeypatch):
     monkeypatch.setattr("data_prep.plan.build.MIN_BYTES_FOR_PROCESSES", 0)
     texts = [f"The panda number {n} eats bamboo in the morning and trains a model in the evening." for n in range(6)]
+    files = {f"instruction/{name}.jsonl": [{"input": name, "target": text} for text in texts] for name in "abc"}
+    corpus = write_corpus(tmp_path, files).model_copy(update={"deduplicate": "near", "validation_fraction": 0})
+    masks = []
+    for workers in (1, 2):
+        cache = tmp_path / f"cache-{workers}"
+        few = corpus.model_copy(update={"prepare_workers": workers})
+        prepare(few, TokenizeSettings(), PackSettings(max_seq_length=256), bytes_dir, cache)
+        masks.append(next(cache.glob("near_duplicates/*/near.npy")).read_bytes())
+    assert masks[0] == masks[1]
+    assert 0 < np.load(next(cache.glob("near_duplicates/*/near.npy"))).sum() < 18
+
+
+def test_without_packing_an_example_is_a_row():
+    examples = examples_of([1, 2], [1, 3], [1, 4])
+    pack = PackSettings(max_seq_length=64, packing=False)
+    rows = make_rows(examples, *judge(examples, EVERYTHING, pack, None), TRAIN, pack)
+    assert rows.row_offsets.tolist() == [0, 1, 2, 3]
+    assert sorted(rows.tokens.tolist()) == [3, 4, 5]
+
+
+def test_seed_changes_which_examples_share_a_row():
+    examples = examples_of(*[[1, 7]] * 40)
+    pairs = set()
+    for seed in range(4):
+        pack = PackSettings(max_seq_length=16, seed=seed)
+        rows = make_rows(examples, *judge(examples, EVERYTHING, pack, None), TRAIN, pack)
+        assert rows.num_rows == 20
+        pairs.add(tuple(rows.example.tolist()))
+    assert len(pairs) == 4
+
+
+def test_a_wrong_number_stops_the_plan():
+    examples = examples_of([1, 2], [1, 3])
+    pack = PackSettings(max_seq_length=64)
+    verdicts, pieces = judge(examples, EVERYTHING, pack, None)
+    rows = {"train": make_rows(examples, verdicts, pieces, TRAIN, pack), "validation": _no_rows(examples, pack)}
+    report = {"accepted": 2, "rejected": {"wrong_type": 1}, "dropped": {}, "records_in": 3, "rows": 1}
+    check_conservation(report, examples, verdicts, rows)
+    with pytest.raises(StoreError, match="4 records in, but 3"):
+        check_conservation({**report, "records_in": 4}, examples, verdicts, rows)
+    verdicts.copies[0] = 2
+    with pytest.raises(StoreError, match="have 10 tokens, the plan has 7"):
+        check_conservation(report, examples, verdicts, rows)
+
+
+def _no_rows(examples, pack):
+    return make_rows(examples, *judge(examples, EVERYTHING, pack, None), VALIDATION, pack)
+
+
+# ------------------------------------------------------------------------------------------------ files
+
+
+def write_corpus(directory: Path, files: dict[str, list[dict]]) -> CorpusSettings:
+    for name, records in files.items():
+        path = directory / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
+    present = {kind: directory / kind for kind in ("instruction", "pretraining") if (directory / kind).exists()}
+    return CorpusSettings(
+        instruction_tuning_data_dir=str(present["instruction"]) if "instruction" in present else None,
+        pretraining_data_dir=str(present["pretraining"]) if "pretraining" in present else None,
+        validation_fraction=0.25,
+    )
+
+
+def pairs(*numbers):
+    return [{"input": f"question {i}", "target": f"answer {i}"} for i in numbers]
+
+
+def test_the_ledger_tells_every_record(tmp_path, bytes_dir):
+    corpus = write_corpus(
+        tmp_path,
+        {
+            "instruction/a.jsonl": [
+                *pairs(1, 2),
+                {"input": "no target"},
+                *pairs(1),
+                {"input": "q", "target": "x" * 99},
+            ],
+            "instruction/medical/b.jsonl": pairs(3, 4, 5, 6),
+            "pretraining/c.jsonl": [{"text": "a document of more than one row, so it is cut"}],
+        },
+    )
+    corpus = corpus.model_copy(update={"max_rejected_fraction": 0.5})
+    result = prepare(corpus, TokenizeSettings(), PackSettings(max_seq_length=32), bytes_dir, tmp_path / "cache")
+    ledger = pa.ipc.open_file(str(Path(result.path) / "ledger.arrow")).read_all().to_pylist()
+    told = [(Path(e["file"]).name, e["line"], e["source"], e["verdict"], e["reason"], e["tokens"]) for e in ledger]
+    pair_tokens = len("question 1" + "answer 1") + 1
+    assert told == [
+        ("a.jsonl", 1, "instruction", "accepted", None, pair_tokens),
+        ("a.jsonl", 2, "instruction", "accepted", None, pair_tokens),
+        ("a.jsonl", 3, "instruction", "rejected", "missing_field", 0),
+        ("a.jsonl", 4, "instruction", "dropped", "duplicate", pair_tokens),
+        ("a.jsonl", 5, "instruction", "dropped", "too_long", 101),
+        *(("b.jsonl", i, "instruction/medical", "accepted", None, pair_tokens) for i in range(1, 5)),
+        ("c.jsonl", 1, "pretraining", "accepted", None, 46),
+    ]
+    assert [(e["shard"], e["example"]) for e in ledger] == [
+        (0, 0), (0, 1), (-1, -1), (0, 2), (0, 3), (1, 0), (1, 1), (1, 2), (1, 3), (2, 0),
+    ]  # fmt: skip
+    assert ledger[0]["hash"] == ledger[3]["hash"]
+    assert {e["split"] for e in ledger if e["verdict"] == "accepted"} <= {"train", "validation"}
+    assert {e["split"] for e in ledger if e["verdict"] != "accepted"} == {None}
+    report = result.report
+    assert report["records_in"] == report["accepted"] + 1 + 2 == 10
+    assert report["rejected"] == {"missing_field": 1}
+    assert report["dropped"] == {"duplicate": 1, "too_long": 1}
+    assert set(report["sources"]) == {"instruction", "instruction/medical", "pretraining"}
+    assert sum(source["share"] for source in report["sources"].values()) == pytest.approx(1, abs=1e-5)
+
+
+def test_columns_in_files_and_in_blocks_give_the_same_bytes(tmp_path, bytes_dir, monkeypatch):
+    """Of a corpus of several units, sources and files, with rejected records among them."""
     names = [f"instruction/{name}/{name}.jsonl" for name in "abc"]
-    files = {name: [*pairs(*range(number, number + 30)), {}] for number, name in enumerate(names)}
-    corpus = write_corpus(tmp_path, files)
+    corpus = write_corpus(tmp_path, {name: [*pairs(*range(at, at + 30)), {}] for at, name in enumerate(names)})
 
     def hashes(cache):
         plan = prepare(corpus, TokenizeSettings(), PackSettings(max_seq_length=64), bytes_dir, tmp_path / cache)
