@@ -79,7 +79,7 @@ def _happened(moment: str, run: Path, draw: random.Random) -> Callable[[], Any]:
     """Whether it is time."""
     before = _num_lines(run)
     if moment == "start":
-        return lambda: (run / "checkpoints").exists()
+        return (run / "checkpoints").exists
     if moment == "step":
         wanted = before + draw.randrange(1, 5)
         return lambda: _num_lines(run) >= wanted

@@ -6,9 +6,10 @@ In: a random generator, bytes. Out: other bytes. Cost: none.
 import random
 
 INTERESTING = (
-    b"\x00", b"\xff", b"\xef\xbb\xbf", b"{", b"}", b"[", b"]", b'"', b"\\", b",", b":", b"\n", b"\r\n", b"null", b"true",
+    b"\x00", b"\xff", b"\xef\xbb\xbf", b"{", b"}", b"[", b"]", b'"', b"\\", b",", b":", b"\n", b"\r\n", b"null",
     b"NaN", b"-1", b"1e999", b"99999999999999999999", b"\\ud800", b"\xed\xa0\x80", b"</s>", b"<|im_end|>", b"[" * 2000,
-    b'{"a":' * 1500, b"&a [*a]", b"? {1: 2}\n: 3\n", b"!!python/object/apply:os.getcwd []", b"${oc.env:HOME}", b"{}", b"[]",
+    b'{"a":' * 1500, b"&a [*a]", b"? {1: 2}\n: 3\n", b"!!python/object/apply:os.getcwd []", b"${oc.env:HOME}",
+    b"{}", b"[]", b"true",
 )  # fmt: skip
 
 

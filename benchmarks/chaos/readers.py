@@ -35,7 +35,7 @@ SEPARATORS = b"[], \t\r\n\f\v\xef\xbb\xbf"
 RECORDS = (
     b'[{"input": "a", "target": "b"}, {"title": "t", "content": "\\u4f60"}]',
     b'{"instruction": "x", "input": "", "output": "y"}\n{"text": "z"}\n',
-    b'{"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": [{"type": "text", "text": "a"}]}]}',
+    b'{"messages": [{"role": "user", "content": "q"}, {"role": "gpt", "content": [{"type": "text", "text": "a"}]}]}',
     b'{\n "input": "1",\n "target": "2"\n}\n{\n "input": "3",\n "target": "4"\n}',
     b'[[{"input": "a", "target": "b"}],\n [{"from": "human", "value": "c"}]]',
 )  # fmt: skip
@@ -68,11 +68,12 @@ class Wrong(Exception):
 
 @dataclass(frozen=True)
 class Reader:
-    """A reader and inputs it takes. `refuses`: the exceptions that are its answer to bad bytes."""
+    """A reader and inputs it takes. `refuses`: its answer to bad bytes; `slow`: an input takes 0.1 s, not 0.001 s."""
 
     read: Callable[[bytes, Path], Any]
     seeds: tuple[bytes, ...]
     refuses: tuple[type[Exception], ...] = (PandaError,)
+    slow: bool = False
 
 
 def read_json_file(data: bytes, folder: Path) -> None:
@@ -100,7 +101,7 @@ def read_json_file(data: bytes, folder: Path) -> None:
 def _same_as_json(data: bytes, records: list[bytes]) -> None:
     """Where the whole file is one JSON array of objects, its elements are the records."""
     try:
-        whole = json.loads(data.decode("utf-8"), parse_constant=lambda name: int(name))
+        whole = json.loads(data.decode("utf-8"), parse_constant=int)
     except (ValueError, RecursionError):
         return
     if not isinstance(whole, list) or not whole or not all(isinstance(element, dict) for element in whole):
@@ -177,9 +178,13 @@ def read_request(data: bytes, _: Path) -> None:
 READERS: dict[str, Reader] = {
     "json": Reader(read_json_file, RECORDS, ()),
     "record": Reader(read_record, RECORDS[1:], ()),
-    "config": Reader(in_file("conf.yaml", lambda path: load({}, [], path)), (CONFIG, b"[]", b"model: panda-tiny\n")),
+    "config": Reader(
+        in_file("conf.yaml", lambda path: load({}, [], path)), (CONFIG, b"[]", b"model: panda-tiny\n"), slow=True
+    ),
     "yaml": Reader(lambda data, _: parse_yaml(data.decode("utf-8", "replace")), (CONFIG,), (yaml.YAMLError,)),
-    "overrides": Reader(read_overrides, (b"max_seq_length=64\narchitecture.hidden_size=32", b'template="a(b)"')),
+    "overrides": Reader(
+        read_overrides, (b"max_seq_length=64\narchitecture.hidden_size=32", b'template="a(b)"'), slow=True
+    ),
     "run-config": Reader(in_file("config.yaml", read_config), (RUN_CONFIG,)),
     "manifest": Reader(
         in_file(MANIFEST, lambda path: open_manifest(path.parent)),

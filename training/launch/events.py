@@ -145,4 +145,4 @@ def event_of(line: str) -> Event | None:
         found = json.loads(match.group(1))
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) and "event" in found else None
+    return cast(Event, found) if isinstance(found, dict) and "event" in found else None
