@@ -2,7 +2,7 @@
 
 In: a seed, seconds. Out: findings, each with the input that shows it. With atheris (`make chaos` installs it) the
 inputs are grown by coverage: libFuzzer keeps those that reach new branches of this project's code, in a process of its
-own for each reader. Without it, and in the daily slice, they are mutations of known inputs, drawn by seed.
+own for each reader. Without it they are mutations of known inputs, drawn by seed.
 
     python -m benchmarks.chaos.fuzz READER SEED SECONDS      one reader under atheris, in this process
 """

@@ -79,8 +79,10 @@ class ServedModel(PythonModel):
             return self.encode(text, add_special_tokens=False)
         ids: list[int] = []
         for number, piece in enumerate(typed.pattern.split(text)):  # every other one is a token of the template
-            is_token = number % 2 == 1
-            ids += [int(self.tokenizer.convert_tokens_to_ids(piece))] if is_token else self.text_ids(typed.show(piece))
+            if number % 2:
+                ids += [self.tokenizer.convert_tokens_to_ids(piece)]  # type: ignore[list-item]  # one for one
+            else:
+                ids += self.text_ids(typed.show(piece))
         return self.as_tensor(ids)
 
     def text_ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
