@@ -11,9 +11,8 @@ from pathlib import Path
 
 from benchmarks.chaos import fuzz
 from benchmarks.chaos.findings import Round, Row
-from benchmarks.chaos.kill_flow import kill_flow
+from benchmarks.chaos.kill_preparation import kill_preparation
 from benchmarks.chaos.kill_ranks import kill_ranks
-from benchmarks.chaos.preparation import damage, fill_disk, kill_preparation, together
 from benchmarks.chaos.readers import READERS
 
 Case = Callable[[int, Path], Round]
@@ -29,11 +28,7 @@ def fuzz_case(seed: int, ground: Path) -> Round:
 
 CASES: dict[str, Case] = {
     "kill-ranks": kill_ranks,
-    "kill-flow": kill_flow,
     "kill-preparation": kill_preparation,
-    "full-disk": fill_disk,
-    "together": together,
-    "damage": damage,
     "fuzz": fuzz_case,
 }
 """Name -> what is broken. In the order of the table."""
