@@ -26,7 +26,8 @@ from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 if __name__ == "__main__":
     data, tokenizer, cache, workers = sys.argv[1:]
     corpus = CorpusSettings(
-        instruction_tuning_data_dir=data, pretraining_data_dir=None, prepare_workers=int(workers), validation_fraction=0.1
+        instruction_tuning_data_dir=data, pretraining_data_dir=None, prepare_workers=int(workers),
+        validation_fraction=0.1,
     )
     prepare(corpus, TokenizeSettings(), PackSettings(max_seq_length=128), Path(tokenizer), Path(cache))
 """
