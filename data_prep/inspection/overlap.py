@@ -41,14 +41,19 @@ class _Runs:
     """Hashes of runs of many records, in their order; a record shorter than a run has one of itself."""
 
     hashes: np.ndarray  # (m,) uint64
-    record: np.ndarray  # (m,) int64
+    begin: np.ndarray  # (m,) int64, place among the bytes of all records
+    starts: np.ndarray  # (records + 1,) int64, where each record begins there
+
+    def records_of(self, which: np.ndarray) -> np.ndarray:
+        """The records that some of the runs are in."""
+        return np.searchsorted(self.starts, self.begin[which], side="right") - 1
 
 
 def find(texts: list[str], plan_dir: Path) -> list[Overlap | None]:
     """For each text where most of it is among the training records of a plan; None: no run of it is."""
     wanted = _runs(pa.array(texts, pa.large_string()), np.arange(len(texts) + 1))
     order = np.argsort(wanted.hashes, kind="stable")
-    hashes, owner = wanted.hashes[order], wanted.record[order]
+    hashes, owner = wanted.hashes[order], wanted.records_of(order)
     table = np.zeros(1 << _TABLE_BITS, bool)
     table[_slot(hashes)] = True
     total = np.bincount(owner, minlength=len(texts))
@@ -59,7 +64,7 @@ def find(texts: list[str], plan_dir: Path) -> list[Overlap | None]:
         first, last = (np.searchsorted(hashes, runs.hashes[maybe], side) for side in ("left", "right"))
         hits = np.repeat(np.arange(len(maybe)), last - first)
         which = np.arange(len(hits)) - np.repeat(np.cumsum(last - first) - (last - first), last - first) + first[hits]
-        pairs = np.unique(np.stack([runs.record[maybe][hits], which]), axis=1)  # a run counts once in a record
+        pairs = np.unique(np.stack([runs.records_of(maybe)[hits], which]), axis=1)  # a run counts once in a record
         if not pairs.size:
             continue
         found, counts = np.unique(np.stack([owner[pairs[1]], pairs[0]]), axis=1, return_counts=True)
@@ -102,8 +107,7 @@ def _runs(texts: pa.Array, offsets: np.ndarray) -> _Runs:
     short = np.flatnonzero(~long & (lengths > 0))
     whole = (sums[ends[short + 1]] - sums[ends[short]]) * inverses[ends[short]]
     hashes = np.concatenate([(sums[begin + RUN] - sums[begin]) * inverses[begin], whole])
-    record = np.concatenate([np.searchsorted(ends, begin, side="right") - 1, short])
-    return _Runs(_mixed(hashes), record)
+    return _Runs(_mixed(hashes), np.concatenate([begin, ends[short]]), ends)
 
 
 def _is_word(data: np.ndarray) -> np.ndarray:

@@ -40,9 +40,9 @@ def beating(doing: str) -> Iterator[None]:
             emit({"event": "alive", "doing": doing, "total": 1, "unit": "tasks", "done": 0})
 
     thread = threading.Thread(target=beat, daemon=True)
-    thread.start()
+    if os.environ.get("RANK", "0") == "0":
+        thread.start()
     try:
         yield
     finally:
         done.set()
-        thread.join()
