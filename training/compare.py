@@ -36,7 +36,6 @@ from training.launch.heartbeat import beating
 from training.launch.run_config import RunConfig, read_config
 from training.models.build import Empty, empty_weights, put_adapter
 from training.models.hub import base_of
-from training.registry import benchmark
 from training.settings import GateSettings
 
 log = logging.getLogger(__name__)
@@ -85,21 +84,19 @@ def run_job(config: RunConfig, job: Job, ranks: Ranks) -> GateResult:
 
 def unseen(held_out: HeldOut, plan_dir: Path, max_overlap: float) -> tuple[HeldOut, list[OverlapRow]]:
     """The records without those that the candidate was trained on, nearly; and these."""
-    rows = overlapping(
-        held_out.places, ["\n".join(texts) for texts in held_out.texts.to_pylist()], plan_dir, max_overlap
-    )
-    left_out = {row["record"] for row in rows}
-    return held_out.without({i for i, place in enumerate(held_out.places) if place in left_out}), rows
+    texts = ["\n".join(texts) for texts in held_out.texts.to_pylist()]
+    found = overlapping(held_out.places, texts, plan_dir, max_overlap)
+    return held_out.without(found), list(found.values())
 
 
-def overlapping(names: list[str], texts: list[str], plan_dir: Path, max_overlap: float) -> list[OverlapRow]:
-    """Those of the named texts that a training record holds, to that share or more."""
-    found = zip(names, overlap.find(texts, plan_dir), strict=True)
-    return [
-        {"record": name, "trained": one.place, "share": one.share}
-        for name, one in found
+def overlapping(names: list[str], texts: list[str], plan_dir: Path, max_overlap: float) -> dict[int, OverlapRow]:
+    """Those of the named texts that a training record holds, to that share or more, by their number."""
+    found = enumerate(overlap.find(texts, plan_dir))
+    return {
+        number: {"record": names[number], "trained": one.place, "share": one.share}
+        for number, one in found
         if one and one.share >= max_overlap
-    ]
+    }
 
 
 def records_of(config: RunConfig, job: Job, settings: GateSettings) -> tuple[HeldOut, dict[str, str]]:
@@ -139,6 +136,8 @@ def measured(  # noqa: PLR0913, PLR0917
     asked = held_out.texts_of_prompts(settings.gate_prompts)
     found = {role: metrics.of_answers(settings, asked, [one["text"] for one in said]) for role, said in answers.items()}
     for task, entry in (settings.gate_benchmarks or {}).items():
+        from training.registry import benchmark  # with MLflow, which this process needs for nothing else
+
         for role, values in found.items():
             with beating(f"benchmark {task}"):
                 files, trusted = job.models[role].files, config.settings.trust_remote_code
@@ -146,8 +145,8 @@ def measured(  # noqa: PLR0913, PLR0917
         names = [f"benchmark {task}, question {number}" for number in range(1, len(texts) + 1)]
         rows = overlapping(names, texts, config.plan_dir, settings.max_overlap)
         for values in found.values():
-            values[f"{metrics.BENCHMARK}{task}"][[names.index(row["record"]) for row in rows]] = np.nan
-        overlaps += rows
+            values[f"{metrics.BENCHMARK}{task}"][list(rows)] = np.nan
+        overlaps += rows.values()
     return found
 
 

@@ -151,7 +151,7 @@ def _by_name(names: np.ndarray, first: int) -> dict[str, np.ndarray]:
 
 
 def before(champion_plan: Path, max_per_source: int, excluded: Collection[str]) -> HeldOut:
-    """What was held out for the champion, without the excluded records; its sources are called ``before: ...``."""
+    """What was held out for the champion, without the excluded records; its sources are called ``before/...``."""
     chosen = choose(champion_plan, max_per_source, excluded)
     return replace(chosen, sources=[f"{BEFORE}/{source}" for source in chosen.sources])
 
