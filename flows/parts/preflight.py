@@ -35,6 +35,8 @@ def check(settings: PandaSettings, chosen: set[str]) -> None:
     problems += [f"{name}: {problem}" for name, value in settings if isinstance(value, (dict, list))
                  for problem in problems_of(value)]  # fmt: skip
     problems += nothing_to_start_from(settings)
+    if settings.neutral_texts and not Path(settings.neutral_texts).is_file():
+        problems.append(f"neutral_texts={settings.neutral_texts!r}: no such file")
     if settings.replay_share < 1 and not settings.replay_of and settings.init_from != "champion":
         problems.append(
             f"replay_share={settings.replay_share}: the base model has not seen the old records; "

@@ -38,7 +38,6 @@ LONGEST_PERIOD = 16
 MIN_REPEATED = 24  # tokens of a repetition; and three periods of it
 
 
-NUM_PROMPTS = 16
 LONGEST_ROW = 2048  # tokens; longer records are asked in parts
 
 
@@ -64,11 +63,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Asking:
-    """How models are asked: rows of a micro-batch, ranks, where converted tokenizers are kept."""
+    """How models are asked: rows of a micro-batch, ranks, where converted tokenizers are kept, how many prompts."""
 
     micro_batch_rows: int
     ranks: Ranks
     cache_dir: Path
+    num_prompts: int = 16
 
 
 def score(model: UsedModel, one: ModelUnderTest, held_out: HeldOut, asking: Asking) -> tuple[Scores, list[Generation]]:
@@ -81,7 +81,7 @@ def score(model: UsedModel, one: ModelUnderTest, held_out: HeldOut, asking: Aski
     longest = min(LONGEST_ROW, getattr(causal_model(model.model).config, "max_position_embeddings", LONGEST_ROW))
     losses, tokens = record_losses(model, shard, asking, longest)
     num_new = min(MAX_NEW_TOKENS, longest // 2)
-    prompts, targets = prompts_of(shard, held_out.prompts(NUM_PROMPTS), longest - num_new)
+    prompts, targets = prompts_of(shard, held_out.prompts(asking.num_prompts), longest - num_new)
     generations = generate(model, tools.tokenizer, prompts, targets, num_new, asking.ranks)
     return Scores(losses, tokens, check_columns(generations)), generations
 
