@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.cli.main import VERBS
+from flows.cli.main import STANDING, VERBS
 from training import run_files
 from training.tracking import tags
 
@@ -23,8 +23,8 @@ MAY_IMPORT = {
 CONFIGS_MAY_SEE = {"data_prep.settings", "data_prep.errors", "training.settings", "training.planning.compatibility"}
 FLOORS = {
     "data_prep": [
-        "errors", "settings store processes owner", "allowed intact", "targets", "tokenizer", "records", "tokens",
-        "plan", "inspection pipeline sample",
+        "errors", "settings store processes owner", "allowed intact", "targets", "tokenizer", "places", "records",
+        "tokens", "plan", "inspection pipeline sample",
     ],
     "training": [
         "errors settings lean_imports run_files", "rendezvous", "distributed devices", "launch models", "engines",
@@ -172,7 +172,7 @@ def test_every_import_of_ours_is_there(path):
 
 
 def test_every_verb_is_there():
-    for module, _, function in (where.partition(":") for where, _ in VERBS.values()):
+    for module, _, function in (where.partition(":") for where in (STANDING, *(where for where, _ in VERBS.values()))):
         assert is_there(f"flows.{module}", function)
 
 

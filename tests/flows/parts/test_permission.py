@@ -108,6 +108,28 @@ def test_addresses(project, name, value):
     assert getattr(read({name: value}).settings, name) == value
 
 
+CORPUS = "instruction_tuning_data_dir"
+
+
+def test_a_corpus_at_an_address_lies_below_one_that_the_owner_names(project):
+    value = "s3://team/corpora"
+    assert f'a line in {project}/panda.toml: allowed_addresses = ["{value}"]' in refusal(**{CORPUS: value})
+    (project / "panda.toml").write_text('allowed_addresses = ["s3://team/corpora/"]')
+    for inside in (value, f"{value}/", f"{value}/medical/2026"):
+        assert getattr(read({CORPUS: inside}).settings, CORPUS) == inside
+
+
+def test_corpora_at_other_addresses(project):
+    (project / "panda.toml").write_text('allowed_addresses = ["s3://team/corpora"]')
+    for value in (
+        "s3://team/corpora-of-others", "s3://team", "s3://team/corpora/../secrets", "s3://team/corpora/%2e%2e/secrets",
+        "s3://team/corpora//x", "s3://team/corpora/./x", "s3a://team/corpora", "S3://team/corpora", "file:///etc",
+        "zip://x::s3://team/corpora", "s3://team/corpora?versionId=1", "https://user:hunter2@host/x",
+    ):  # fmt: skip
+        said = refusal(**{CORPUS: value})
+        assert CORPUS in said and "hunter2" not in said
+
+
 @pytest.mark.parametrize("parameters", [{"trust_remote_code": True}, {"overrides": ["trust_remote_code=true"]}])
 def test_code_of_strangers(project, parameters):
     said = refusal(**parameters)
@@ -192,6 +214,12 @@ def test_places_in_the_fields_of_a_node(project, value):
     assert "panda.toml" in refusal(callbacks=[value])
     assert "panda.toml" in refusal(reader=value)
     assert read({"callbacks": [{"_target_": "mine.log", "file": "losses.txt", "separator": "/", "tag": "a/b"}]})
+
+
+@pytest.mark.parametrize("override", ["+reader.file=/etc/x", "+read_tensor.file=/etc/x"])
+def test_a_setting_is_known_by_the_name_of_the_guide_too(project, override):
+    """`read_tensor` is `reader`: what it may say does not depend on how it is spelled."""
+    assert "reader='/etc/x': outside" in refusal(overrides=["+reader._target_=mine.read", override])
 
 
 def test_an_architecture_names_no_kernels_of_the_hub(project):
