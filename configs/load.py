@@ -29,8 +29,11 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text. Raises `yaml.YAMLError`, also for what no setting can be."""
     from omegaconf._utils import get_yaml_loader
 
-    content = yaml.load(text, Loader=get_yaml_loader())
-    _check_tree(content, ())
+    try:
+        content = yaml.load(text, Loader=get_yaml_loader())
+        _check_tree(content, ())
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
     return content
 
 

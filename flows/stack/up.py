@@ -142,7 +142,8 @@ def _services(there: Address, mlflow_port: int, output_dir: Path, state_dir: Pat
         raise StackError(
             f"port {mlflow_port} for MLflow is taken{_whose(mlflow.base)}; {_other_ports(there.url, mlflow_port)}"
         )
-    runs = [services.worker(mlflow.address), services.watch(state_dir)] if Path("prefect.yaml").exists() else []
+    there_are_runs = Path("prefect.yaml").exists()
+    runs = [services.worker(mlflow.address, output_dir), services.watch(state_dir)] if there_are_runs else []
     return [*prefect, mlflow, *runs]
 
 
