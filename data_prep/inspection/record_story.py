@@ -136,6 +136,8 @@ def _quarantined(directory: Path, number: int) -> str:
     with open(directory / "quarantine.bin", "rb") as stream:
         stream.seek(start)
         data = stream.read(min(int(lengths[number]), MAX_QUARANTINE))
+    if not data and lengths[number] > 0:
+        return "(its bytes were not kept: too many were rejected in this unit; they are in the file itself)"
     return data.decode("utf-8", "backslashreplace")
 
 

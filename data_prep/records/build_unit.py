@@ -22,7 +22,7 @@ from data_prep.errors import CorpusError
 from data_prep.processes import peak_rss_bytes
 from data_prep.records.csv_rows import DELIMITERS, read_csv
 from data_prep.records.files import UnitSpec
-from data_prep.records.json_stream import read_blocks
+from data_prep.records.json_stream import MAX_RECORD_BYTES, read_blocks
 from data_prep.records.normalise import Rejected, Row, content_hash, decode, from_mapping, normalise
 from data_prep.records.reasons import Reason
 from data_prep.records.source import WHOLE, Block, Piece, Source
@@ -30,6 +30,7 @@ from data_prep.records.tables import read_table
 from data_prep.records.user_reader import read_records
 
 MAX_EXAMPLES = 5
+QUARANTINE_BYTES = 16 << 20  # of a directory: the first rejected records; a bomb of 3 MB can hold 3 GB of them
 READER_BLOCK_RECORDS = 4096
 BATCH_BYTES = 1 << 20
 MAX_TEXT_BYTES = 32 << 20
@@ -59,6 +60,13 @@ def build_unit(root: Path, spec: UnitSpec) -> tuple[list[store.Built], int]:
     """Make one unit (in any process); also returns the peak memory of the process in bytes."""
     built = find_unit(root, spec.fingerprint) or _write_series(root, spec)
     return built, peak_rss_bytes()
+
+
+def directories_of(root: Path, fp: str) -> list[Path]:
+    """Where the directories of a unit are, as far as its first one can be read."""
+    first = store.find(root / fp)
+    numbers = range(first.manifest["directories"] if first else 1)
+    return [root / series_fingerprint(fp, number) for number in numbers]
 
 
 def find_unit(root: Path, fp: str) -> list[store.Built] | None:
@@ -102,6 +110,7 @@ class _Directory:
         self.records = pa.ipc.new_file(str(directory / RECORDS_FILE), RECORDS_SCHEMA)
         self.ledger = pa.ipc.new_file(str(directory / UNIT_LEDGER_FILE), LEDGER_SCHEMA)
         self.quarantine = (directory / "quarantine.bin").open("wb")
+        self.quarantine_left = QUARANTINE_BYTES
         self.num_records = 0
         self.num_valid = 0
         self.text_bytes = 0
@@ -125,7 +134,7 @@ class _Directory:
             self.records.write_batch(batch)
         self.ledger.write_batch(_ledger_batch(pieces, block, validated))
         for index in rejected:
-            self.quarantine.write(raw[index] + b"\n")
+            self._keep(raw[index] + b"\n")
             self._reject(int(pieces[index]), block, index, validated)
         self.num_records += len(block.records)
         self.num_valid += len(valid)
@@ -137,6 +146,13 @@ class _Directory:
             detail = validated.details.get(index, reason.explanation)
             line = int(block.lines[index])
             self.examples.append({"piece": piece, "line": line, "reason": reason.value, "detail": detail})
+
+    def _keep(self, record: bytes) -> None:
+        """Up to the limit; from the first record that goes over it on, the ledger alone says where they are."""
+        fits = len(record) <= self.quarantine_left
+        self.quarantine_left = self.quarantine_left - len(record) if fits else 0
+        if fits:
+            self.quarantine.write(record)
 
     def counts(self) -> dict[str, Any]:
         return {
@@ -244,6 +260,8 @@ def _validate(block: Block, parse: Callable[[Any], Row | list], kind: str) -> _V
         if index not in block.faults:
             try:
                 roles, texts = normalise(parse(record), kind)
+                if sum(map(len, texts)) > MAX_RECORD_BYTES:  # only a user's reader gives as much
+                    raise Rejected(Reason.OVERSIZED_RECORD, Reason.OVERSIZED_RECORD.explanation)
                 content = content_hash(roles, texts)
             except Rejected as rejected:
                 result.reasons[index] = REASONS.index(rejected.reason)

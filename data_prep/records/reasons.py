@@ -22,7 +22,7 @@ class Reason(StrEnum):
     MALFORMED_JSON = "malformed_json", "not valid JSON (NaN, Infinity and lone surrogates are not JSON either)"
     TRUNCATED_FILE = "truncated_file", "the file or its compressed stream ends here although more was announced"
     INVALID_UTF8 = "invalid_utf8", "the bytes are not UTF-8"
-    OVERSIZED_RECORD = "oversized_record", "no end of the record was found within 64 MiB"
+    OVERSIZED_RECORD = "oversized_record", "the record has more than 64 MiB"
     UNKNOWN_SHAPE = "unknown_shape", "none of the documented record shapes fits (in this directory)"
     MISSING_FIELD = "missing_field", "a field that this record shape needs is absent or null"
     WRONG_TYPE = "wrong_type", "a field has another type than this record shape says"

@@ -37,10 +37,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
-from data_prep import store
+from data_prep import intact, store
 from data_prep.errors import CorpusError, StoreError
 from data_prep.processes import FanOut, on_processes, peak_rss_bytes
-from data_prep.records.build_unit import RECORDS_FILE, UNIT_LEDGER_FILE, build_unit, find_unit
+from data_prep.records.build_unit import RECORDS_FILE, UNIT_LEDGER_FILE, build_unit, directories_of, find_unit
 from data_prep.records.files import InputFile, UnitSpec, find_files, join, plan_units, waves
 from data_prep.settings import CorpusSettings
 
@@ -167,6 +167,8 @@ class _Units:
     def make(self, specs: list[UnitSpec]) -> list[UnitSpec]:
         """Find or build every unit, the same content twice once; what was fetched for them goes. Returns them."""
         missing = {}
+        there = {spec.fingerprint for spec in specs} - self.built.keys()
+        intact.set_aside_damaged(self.root.parent, [path for fp in there for path in directories_of(self.root, fp)])
         for spec in specs:
             fp = spec.fingerprint
             if fp not in self.built and fp not in missing:

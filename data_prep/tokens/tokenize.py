@@ -22,7 +22,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-from data_prep import store
+from data_prep import intact, store
 from data_prep.errors import StoreError, TokenizerError
 from data_prep.processes import FanOut, on_processes, peak_rss_bytes
 from data_prep.records.build_unit import RECORDS_FILE
@@ -225,6 +225,7 @@ def _make(
 ) -> tuple[dict[str, store.Built], int]:
     """Find or build every unit; the same content twice is built once."""
     wanted = dict(zip(fps, units, strict=True))
+    intact.set_aside_damaged(root.parent, [root / fp for fp in wanted])
     found = {fp: store.find(root / fp) for fp in wanted}
     made = {fp: built for fp, built in found.items() if built}
     missing = {fp: unit for fp, unit in wanted.items() if fp not in made}
