@@ -30,6 +30,7 @@ class Examples:
     lengths: np.ndarray  # (n,) int32 tokens
     runs: np.ndarray  # (num_runs,) int32
     run_offsets: np.ndarray  # (n + 1,) int64
+    refused: np.ndarray | None = None  # positions of those that the template cannot express: (m,) int64
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -86,6 +87,7 @@ def load_examples(tokens: TokensResult) -> Examples:
     units = tokens.units
     shards = [open_shard(Path(unit.path) / TOKENS_FILE) for unit in units]
     counts = [shard.num_examples for shard in shards]
+    firsts = zip(np.cumsum([0, *counts]), units, strict=False)
     sources = list(dict.fromkeys(unit.records.source for unit in units))
     run_lengths = np.concatenate([np.zeros(0, np.int32), *(np.diff(shard.span_offsets) for shard in shards)])
     return Examples(
@@ -99,6 +101,7 @@ def load_examples(tokens: TokensResult) -> Examples:
         lengths=np.concatenate([np.zeros(0, np.int32), *(shard.lengths for shard in shards)]),
         runs=np.concatenate([np.zeros(0, np.int32), *(_runs(shard) for shard in shards)]),
         run_offsets=np.concatenate([[0], np.cumsum(run_lengths, dtype=np.int64)]),
+        refused=np.array([at + number for at, unit in firsts for number in unit.refused], np.int64),
     )
 
 

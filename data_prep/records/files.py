@@ -32,6 +32,7 @@ BORDER_READ_BYTES = 64 << 10  # records are seldom longer
 MIN_FILES_TO_GROUP = 64
 GROUP_BYTES = 1 << 20
 MAX_GROUP_BYTES = 8 << 20
+MEANING = 2  # raised when the same bytes come to mean other records: 2 reads weights, tools, thoughts and more shapes
 DIRECTORY_SETTINGS = {"instruction": "instruction_tuning_data_dir", "pretraining": "pretraining_data_dir"}
 
 
@@ -57,15 +58,21 @@ class UnitSpec:
     reader: dict[str, Any] | None = None
     reader_source: dict[str, Any] | None = None
     tokenizer_dir: Path | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+    strict_fields: bool = False
 
     @property
     def fingerprint(self) -> str:
         """Of bytes and of what they are read as; never of a path."""
+        asked: dict[str, Any] = {"columns": self.columns} if self.columns else {}
+        asked |= {"strict_fields": True} if self.strict_fields else {}
         pieces = [
             [content, compression_of(piece.path), piece.form, piece.opening.hex(), piece.first, piece.last]
             for piece, content in zip(self.pieces, self.hashes, strict=True)
         ]
-        return store.fingerprint(stage="records", kind=self.kind, pieces=pieces, reader=self.reader_source)
+        return store.fingerprint(
+            stage="records", kind=self.kind, pieces=pieces, reader=self.reader_source, meaning=MEANING, **asked
+        )
 
 
 def find_files(corpus: CorpusSettings) -> list[InputFile]:
@@ -106,7 +113,18 @@ def plan_units(
         hashes = list(threads.map(_hash_piece, [piece for _, piece in pieces], chunksize=16))
     source = None if reader is None else reader_fingerprint(reader, tokenizer_dir, cache_dir)
     specs = [
-        UnitSpec((piece,), (content,), file.kind, file.source, _piece_size(piece, file), reader, source, tokenizer_dir)
+        UnitSpec(
+            (piece,),
+            (content,),
+            file.kind,
+            file.source,
+            _piece_size(piece, file),
+            reader,
+            source,
+            tokenizer_dir,
+            columns=tuple(sorted((corpus.columns or {}).items())),
+            strict_fields=corpus.strict_fields,
+        )
         for (file, piece), content in zip(pieces, hashes, strict=True)
     ]
     return list(_grouped(specs)) if len(files) >= MIN_FILES_TO_GROUP else specs

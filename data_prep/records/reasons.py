@@ -36,6 +36,13 @@ class Reason(StrEnum):
     NOT_SAMPLED = "not_sampled", "the mixture weight of its source leaves it out"
     TAKEN_DOWN = "taken_down", "it has a tombstone (`panda takedown`)"
     NOT_REPLAYED = "not_replayed", "an earlier model was trained on it, and replay_share leaves it out"
+    # Rejected; later in the order, because the number of a reason stands in ledgers.
+    UNSUPPORTED_FIELD = (
+        "unsupported_field",
+        "a field that asks for what is not done here, or (strict_fields) is unknown",
+    )
+    UNSUPPORTED_WEIGHT = "unsupported_weight", "a turn's weight is not 0 or 1, or asks to train what is no answer"
+    TEMPLATE_REFUSED = "template_refused", "the template cannot express the record, or its answers cannot be found"
 
 
 REJECTED = frozenset(
@@ -49,5 +56,8 @@ REJECTED = frozenset(
         Reason.WRONG_TYPE,
         Reason.EMPTY_TARGET,
         Reason.NO_TARGET_TOKENS,
+        Reason.UNSUPPORTED_FIELD,
+        Reason.UNSUPPORTED_WEIGHT,
+        Reason.TEMPLATE_REFUSED,
     }
 )

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from data_prep.plan.ledger import hex_hashes, open_ledger
-from data_prep.records.normalise import Role
+from data_prep.records.turns import Role
 
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f]")
 MAX_PROMPT_CHARS = 2000
