@@ -42,7 +42,8 @@ def run_job(config: RunConfig, job: Job, ranks: Ranks) -> GateResult:
     settings = GateSettings(**job.gate)
     seen = heldout.trained_hashes(Path(job.champion_plan)) if job.champion_plan else set()
     held_out = heldout.choose(config.plan_dir, settings.gate_records, seen)
-    asking = Asking(config.settings.per_gpu_eval_batch_size, ranks, Path(job.cache_dir))
+    rows = config.settings.per_gpu_eval_batch_size
+    asking = Asking(rows, ranks, Path(job.cache_dir), config.train_on, config.reasoning)
     scores, answers, problems = score_all(config, job, held_out, asking)
     candidate = scores.pop("candidate")
     names = {role: one.name for role, one in job.models.items()}

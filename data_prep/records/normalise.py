@@ -39,6 +39,7 @@ from data_prep.records.turns import (
     Role,
     conversation,
     is_blank,
+    is_nothing,
     pairs,
     string,
     target,
@@ -287,7 +288,7 @@ def _of_any_shape(row: Row, more: dict[str, Any], unread: list[str]) -> Normal:
         roles, texts = _with_history(
             more, roles, texts, is_chat=row.conversations is not None or row.messages is not None
         )
-    if row.system:
+    if not is_nothing(row.system):
         roles, texts = _SYSTEM + roles, [string(row.system, "system"), *texts]
     if more and (tools := _tools(more)):
         return _TOOLS + roles, [tools, *texts]
@@ -362,12 +363,11 @@ def _refuse_other_training(more: dict[str, Any]) -> None:
 
 def _with_history(more: dict[str, Any], roles: bytes, texts: list[str], is_chat: bool) -> Normal:
     """The turns of "history" in front, which a chat has itself."""
-    history = more.get("history")
-    if is_chat and history:
+    if is_nothing(more.get("history")):
+        more.pop("history", None)
+    if is_chat or "history" not in more:
         return roles, texts
-    more.pop("history", None)
-    if not history:
-        return roles, texts
+    history = more.pop("history")
     if type(history) is not list:
         wrong_type(history, "history", "a list")
     for pair in history:
@@ -379,8 +379,7 @@ def _with_history(more: dict[str, Any], roles: bytes, texts: list[str], is_chat:
 
 
 def _tools(more: dict[str, Any]) -> str:
-    name = "tools" if more.get("tools") else "functions"
-    tools = tool_list(more.pop(name, None), name)
-    if not more.get("tools"):
-        more.pop("tools", None)
-    return tools
+    for name in ("tools", "functions"):
+        if tools := tool_list(more.pop(name, None), name):
+            return tools
+    return ""

@@ -148,7 +148,7 @@ def tool_list(value: Any, name: str) -> str:
     :param value: a list of objects, or the JSON text of one.
     """
     found = _parsed(value, name, "a list of tools")
-    if found is None or found == []:
+    if is_nothing(found):
         return ""
     if type(found) is not list:
         wrong_type(found, name, "a list")
@@ -175,6 +175,11 @@ def weight_of(turn: dict[str, Any]) -> bool | None:
     if len(weights) > 1:
         raise Rejected(Reason.UNSUPPORTED_WEIGHT, f"{' and '.join(key for key, _ in said)} contradict each other")
     return weights.pop() if weights else None
+
+
+def is_nothing(value: Any) -> bool:
+    """Whether a value says no more than an absent one: null, or an empty text, list or object."""
+    return value is None or (type(value) in (str, list, dict) and not value)
 
 
 def is_blank(text: str) -> bool:
@@ -237,8 +242,10 @@ def _take_answer_fields(left: dict[str, Any], fields: dict[str, Any], place: str
     thoughts = next((key for key in THOUGHTS if key in left), None)
     if thoughts is not None and (text := string(left.pop(thoughts), thoughts)):
         fields["reasoning_content"] = text
-    if (calls := left.pop("tool_calls", None)) or (calls := left.pop("function_call", None)):
-        fields["tool_calls"] = _calls(calls, place, unread)
+    for key in ("tool_calls", "function_call"):
+        if key in left and (is_nothing(left[key]) or "tool_calls" not in fields):
+            calls = left.pop(key)
+            fields |= {} if is_nothing(calls) else {"tool_calls": _calls(calls, place, unread)}
 
 
 def _calls(value: Any, place: str, unread: list[str]) -> list[dict[str, Any]]:

@@ -89,13 +89,17 @@ def places(record):
 
 
 def says_nothing(place, key, value):
-    """A key that states what holds without it: an empty list, or a weight that is the usual one."""
+    """A key that states what holds without it, such as a usual weight; or of which the template makes what it likes."""
+    if place.get("role") == "tool" and key == "name":
+        return True
+    if key in ("tools", "functions") and value in ("[]", "{}", "null"):
+        return True
     if key in ("weight", "loss", "train"):
         return value in (0, 1) and bool(value) == (place.get("role", place.get("from")) in ("assistant", "gpt", None))
-    return value in ("", [], {}) and key not in place
+    return value in ("", [], {}) and place.get(key, "") in ("", [])
 
 
-@settings(max_examples=400, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(RECORDS), st.integers(0, 9), st.sampled_from(KNOWN) | st.text(max_size=4), VALUES)
 def test_a_key_more_is_always_seen(tools, record, which, key, value):
     changed = deepcopy(record)
@@ -182,7 +186,6 @@ def test_an_empty_answer_is_context(tmp_path, bytes_dir):
 
 def test_train_on_and_weights_change_masks_and_no_id(tmp_path, bytes_dir):
     chat = [TURNS[0], {"role": "assistant", "content": "first"}, {"role": "user", "content": "r"}, TURNS[3]]
-    chat_of = {"messages": chat}
     weighted = {"messages": [chat[0], {**chat[1], "weight": 0}, *chat[2:]]}
     asked = [({"messages": chat}, {}), ({"messages": chat}, {"train_on": "last"}), (weighted, {})]
     reports = [prepared(tmp_path, [line], tokenizer=bytes_dir, **settings)[0] for line, settings in asked]
