@@ -27,7 +27,7 @@ bytes that are not UTF-8 in fields that are not read. Cost: about 1.5 us a recor
 
 from collections.abc import Callable, Mapping
 from operator import attrgetter
-from typing import Any
+from typing import Any, ClassVar
 
 import msgspec
 import xxhash
@@ -70,6 +70,7 @@ MAX_LEARNT = 64  # keys beyond the usual ones that a decoder knows; a record wit
 class Row(msgspec.Struct, gc=False, forbid_unknown_fields=True):
     """The fields of the usual shapes, untyped: what is wrong with one is only looked at where the shape needs it."""
 
+    is_wide: ClassVar[bool] = False  # whether it may have others
     input: Any = None
     target: Any = None
     instruction: Any = None
@@ -93,6 +94,7 @@ class Row(msgspec.Struct, gc=False, forbid_unknown_fields=True):
 class _Wide(Row, gc=False):
     """A row that was made of a dict."""
 
+    is_wide: ClassVar[bool] = True
     found: dict[str, Any] = {}
     ignored: list[str] = []
 
@@ -189,7 +191,7 @@ class Decoder:
 
         learnt = [(name, Any if key in self.field_of else msgspec.Raw, None) for name, key in names.items()]
         rename = {name: key_of.get(name, f"(nothing is {name})") for name in Row.__struct_fields__} | names
-        namespace = {"more": more, "unread": unread} if self.learnt else {}
+        namespace = {"more": more, "unread": unread, "is_wide": True} if self.learnt else {}
         struct = msgspec.defstruct(
             "Learnt", [*usual, *learnt], bases=(Row,), namespace=namespace, rename=rename, gc=False
         )
@@ -228,11 +230,14 @@ def normalise(row: Row | list, kind: str, unread: list[str]) -> Normal:
         if kind == "pretraining":
             raise Rejected(Reason.UNKNOWN_SHAPE, "a list of turns in the pretraining directory")
         return pairs(row, unread)
+    read = _document if kind == "pretraining" else _of_any_shape
+    if not row.is_wide:
+        return read(row, {}, unread)
     more = row.more()
-    roles, texts = _document(row, more, unread) if kind == "pretraining" else _of_any_shape(row, more, unread)
+    normal = read(row, more, unread)
     unread += more
     unread += row.unread()
-    return roles, texts
+    return normal
 
 
 def content_hash(roles: bytes, texts: list[str]) -> bytes:
@@ -277,18 +282,16 @@ def _of_any_shape(row: Row, more: dict[str, Any], unread: list[str]) -> Normal:
         roles, texts = conversation(row.messages, "messages", unread)
         _REST_OF_MESSAGES.note(row, unread)
     elif row.instruction is not None:
-        roles, texts = _instruction(row)
-        _REST_OF_INSTRUCTION.note(row, unread)
+        roles, texts = _instruction(row, unread)
     elif row.target is not None or row.input is not None:
-        roles, texts = _PAIR, [string(row.input, "input"), target(row.target, "target")]
-        _REST_OF_PAIR.note(row, unread)
+        roles, texts = _pair(row, unread)
     else:
         return _document(row, more, unread)
     if more:
         roles, texts = _with_history(
             more, roles, texts, is_chat=row.conversations is not None or row.messages is not None
         )
-    if not is_nothing(row.system):
+    if row.system is not None and not is_nothing(row.system):
         roles, texts = _SYSTEM + roles, [string(row.system, "system"), *texts]
     if more and (tools := _tools(more)):
         return _TOOLS + roles, [tools, *texts]
@@ -311,7 +314,15 @@ def _document(row: Row, more: dict[str, Any], unread: list[str]) -> Normal:
     raise Rejected(Reason.UNKNOWN_SHAPE, f"has only {', '.join(found)}" if found else "no known field")
 
 
-def _instruction(row: Row) -> Normal:
+def _pair(row: Row, unread: list[str]) -> Normal:
+    if row.text is not None or row.content is not None or row.output is not None or row.title is not None:
+        _REST_OF_PAIR.note(row, unread)
+    return _PAIR, [string(row.input, "input"), target(row.target, "target")]
+
+
+def _instruction(row: Row, unread: list[str]) -> Normal:
+    if row.text is not None or row.content is not None or row.target is not None or row.title is not None:
+        _REST_OF_INSTRUCTION.note(row, unread)
     instruction = row.instruction
     output = target(row.output, "output")
     if type(instruction) is list:
