@@ -127,7 +127,12 @@ def _all_runs(roles: pa.ListArray, texts: pa.ListArray, tokenizer: LoadedTokeniz
     text = texts.values.to_numpy(zero_copy_only=False)
     first_text = texts.offsets.to_numpy().astype(np.int64)
     refused: dict[int, str] = {}
-    groups = list(_groups(roles, texts, template, refused))
+
+    def texts_of(record: int) -> list[str]:
+        return text[first_text[record] : first_text[record + 1]].tolist()
+
+    says_alone = _records_with(texts, template.alone_text and re.escape(template.alone_text))
+    groups = list(_groups(roles, says_alone, texts_of, template, refused))
     runs = _empty_runs(len(roles), groups, refused)
     special = special_pattern(tokenizer.special_ids)
     says_special = _records_with(texts, special)
@@ -141,21 +146,23 @@ def _all_runs(roles: pa.ListArray, texts: pa.ListArray, tokenizer: LoadedTokeniz
             runs.targets[at] = run.target
         if slots is None:
             for record in records[says_special[records]]:
-                mine = text[first_text[record] : first_text[record + 1]].tolist()
-                _encode_alone(runs, int(runs.offsets[record]), layout, mine, tokenizer)
+                _encode_alone(runs, int(runs.offsets[record]), layout, texts_of(record), tokenizer)
         elif any(map(found.search, slots)):
             _encode_alone(runs, int(runs.offsets[records[0]]), layout, slots, tokenizer)
     return runs
 
 
-def _groups(roles: pa.ListArray, texts: pa.ListArray, template: Template, refused: dict[int, str]) -> Iterator[_Group]:
-    """Every record in one group, but for those that are added to ``refused``, with the reason."""
-    text, first_text = texts.values.to_numpy(zero_copy_only=False), texts.offsets.to_numpy()
-    says_alone = _records_with(texts, template.alone_text and re.escape(template.alone_text))
+def _groups(
+    roles: pa.ListArray,
+    says_alone: np.ndarray,
+    texts_of: Callable[[int], list[str]],
+    template: Template,
+    refused: dict[int, str],
+) -> Iterator[_Group]:
+    """Every record in one group, but for those that are added to ``refused``, with the reason.
 
-    def texts_of(record: int) -> list[str]:
-        return text[first_text[record] : first_text[record + 1]].tolist()
-
+    :param says_alone: ``(num_records,) bool``, which say what makes them be laid out alone.
+    """
     for pattern, records in group_by_roles(roles):
         shared = records if is_document(pattern) else records[~says_alone[records]]
         layout, shared = _shared_layout(pattern, shared, template, texts_of)
