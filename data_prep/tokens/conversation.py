@@ -184,6 +184,8 @@ def _run(text: str, is_target: bool, end_id: int | None = None) -> Run:
 
 
 def _check_tools(told: _Conversation, whole: str) -> None:
+    if told.tools and rendered(told.chat, told.messages, False, told.roles) == whole:
+        raise refused(told.roles, "it leaves out the tools")
     for tool in told.tools or []:
         name = tool.get("function", tool).get("name", "") if isinstance(tool, dict) else ""
         if str(name) not in whole:

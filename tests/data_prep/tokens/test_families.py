@@ -142,7 +142,7 @@ def test_deepseek_3_takes_calls_as_text_and_no_list_of_tools(directories):
     )
     core = load_tokenizer(directories["deepseek 3"]).core
     assert ids == core.encode(whole, add_special_tokens=False).ids
-    assert "leaves out the tool 'add'" in made(directories["deepseek 3"], {"messages": USED, "tools": [TOOL]})[2]
+    assert "leaves out the tools" in made(directories["deepseek 3"], {"messages": USED, "tools": [TOOL]})[2]
 
 
 @pytest.mark.parametrize("name", ["gemma", "phi", "smollm 2"])
