@@ -61,7 +61,7 @@ test-fast: $(INSTALLED)  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not distributed and not extra"
 
 test-extra: $(INSTALLED)  ## the tests of optional parts; installs them, and wants PostgreSQL on this machine
-	$(PIP) install --quiet -c requirements.lock 'lm-eval>=0.4.13' 'psycopg[binary]>=3.3'
+	$(PIP) install --quiet -c requirements.lock 'lm-eval>=0.4.13' 'psycopg[binary]>=3.3' 's3fs>=2026.9' 'moto[s3,server]>=5.2'
 	$(BIN)/python -m pytest -m extra
 
 gpu-check: $(INSTALLED)  ## what works on the GPUs of this machine, and how fast: one table in ten minutes (ARGS=--json)

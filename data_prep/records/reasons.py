@@ -37,6 +37,7 @@ class Reason(StrEnum):
     TAKEN_DOWN = "taken_down", "it has a tombstone (`panda takedown`)"
     NOT_REPLAYED = "not_replayed", "an earlier model was trained on it, and replay_share leaves it out"
     # Rejected; later in the order, because the number of a reason stands in ledgers.
+    MALFORMED_ROW = "malformed_row", "a CSV row with other than the header's number of cells, or a stray quote"
     UNSUPPORTED_FIELD = (
         "unsupported_field",
         "a field that asks for what is not done here, or (strict_fields) is unknown",
@@ -55,6 +56,7 @@ REJECTED = frozenset(
         Reason.MISSING_FIELD,
         Reason.WRONG_TYPE,
         Reason.EMPTY_TARGET,
+        Reason.MALFORMED_ROW,
         Reason.NO_TARGET_TOKENS,
         Reason.UNSUPPORTED_FIELD,
         Reason.UNSUPPORTED_WEIGHT,
