@@ -47,7 +47,8 @@ def run_job(config: RunConfig, job: Job, ranks: Ranks) -> GateResult:
     held_out, problems = records_of(config, job, settings)
     with beating("texts that were trained on"):
         held_out, overlaps = unseen(held_out, config.plan_dir, settings.max_overlap)
-    asking = Asking(config.settings.per_gpu_eval_batch_size, ranks, Path(job.cache_dir), settings.gate_prompts)
+    rows, num_prompts = config.settings.per_gpu_eval_batch_size, settings.gate_prompts
+    asking = Asking(rows, ranks, Path(job.cache_dir), config.train_on, config.reasoning, num_prompts)
     scores, answers = score_all(config, job, held_out, asking, problems)
     if ranks.is_first:  # nothing that all ranks do comes after this
         for role, one in measured(config, job, settings, held_out, answers, overlaps).items():

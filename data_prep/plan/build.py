@@ -278,6 +278,7 @@ def make_report(
         "accepted": int(accepted.sum()),
         "rejected": dict(sorted(rejected.items())),
         "dropped": {reason.value: n for reason, n in sorted(counts.items()) if reason not in REJECTED},
+        "unread_fields": tokens.records.unread_fields,
         "cut_tokens": int(verdicts.cut.sum()),
         "tokens": int(train.tokens.sum(dtype=np.int64)),
         "target_tokens": int(train.target_tokens.sum(dtype=np.int64)),

@@ -8,6 +8,7 @@ import mmap
 import os
 from dataclasses import dataclass
 from functools import cached_property, partial
+from itertools import accumulate
 from pathlib import Path
 from tempfile import TemporaryFile
 
@@ -36,6 +37,7 @@ class Examples:
     lengths: np.ndarray  # (n,) int32 tokens
     runs: np.ndarray  # (num_runs,) int32
     run_offsets: np.ndarray  # (n + 1,) int64
+    refused: np.ndarray | None = None  # positions of those that the template cannot express: (m,) int64
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -121,7 +123,9 @@ def load_examples(tokens: TokensResult, directory: Path | None = None) -> Exampl
         found = _runs(open_shard(Path(unit.path) / TOKENS_FILE))
         runs[first : first + len(found)] = found
         first += len(found)
-    return Examples(units, sources, shard, number, source, pretraining, hashes, lengths, runs, run_offsets)
+    firsts = accumulate((unit.examples for unit in units), initial=0)
+    refused = np.array([at + n for at, unit in zip(firsts, units, strict=False) for n in unit.refused], np.int64)
+    return Examples(units, sources, shard, number, source, pretraining, hashes, lengths, runs, run_offsets, refused)
 
 
 def _column(count: int, dtype: type, directory: Path | None) -> np.ndarray:

@@ -23,14 +23,17 @@ from data_prep.processes import peak_rss_bytes
 from data_prep.records.csv_rows import DELIMITERS, read_csv
 from data_prep.records.files import UnitSpec
 from data_prep.records.json_stream import MAX_RECORD_BYTES, read_blocks
-from data_prep.records.normalise import Rejected, Row, content_hash, decode, from_mapping, normalise
+from data_prep.records.normalise import Decoder, Row, content_hash, normalise
 from data_prep.records.reasons import Reason
 from data_prep.records.source import WHOLE, Block, Piece, Source
 from data_prep.records.tables import read_table
+from data_prep.records.turns import Rejected
 from data_prep.records.user_reader import read_records
 
 MAX_EXAMPLES = 5
 QUARANTINE_BYTES = 16 << 20  # of a directory: the first rejected records; a bomb of 3 MB can hold 3 GB of them
+MAX_UNREAD = 100  # names of unread fields that are counted one by one; where keys are data there is no end of them
+MORE_UNREAD = "(other names)"
 READER_BLOCK_RECORDS = 4096
 BATCH_BYTES = 1 << 20
 MAX_TEXT_BYTES = 32 << 20
@@ -93,6 +96,7 @@ class _Validated:
     texts: list[str] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     details: dict[int, str] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
 
     @property
     def valid(self) -> np.ndarray:
@@ -116,6 +120,7 @@ class _Directory:
         self.text_bytes = 0
         self.rejected: Counter[str] = Counter()
         self.examples: list[dict[str, Any]] = []
+        self.unread: Counter[str] = Counter()
 
     def close(self) -> None:
         self.records.close()
@@ -138,6 +143,8 @@ class _Directory:
             self._reject(int(pieces[index]), block, index, validated)
         self.num_records += len(block.records)
         self.num_valid += len(valid)
+        for name, count in validated.unread.items():
+            self.unread[name if name in self.unread or len(self.unread) < MAX_UNREAD else MORE_UNREAD] += count
 
     def _reject(self, piece: int, block: Block, index: int, validated: _Validated) -> None:
         reason = REASONS[validated.reasons[index]]
@@ -159,6 +166,7 @@ class _Directory:
             "records": self.num_records,
             "valid": self.num_valid,
             "rejected": dict(sorted(self.rejected.items())),
+            "unread_fields": dict(sorted(self.unread.items())),
             "text_bytes": self.text_bytes,
             "examples": self.examples,
         }
@@ -167,11 +175,13 @@ class _Directory:
 def _write_series(root: Path, spec: UnitSpec) -> list[store.Built]:
     """A directory for every 32 MiB of text; all are published when the last is written, the first at the very end."""
     facts: list[dict[str, int]] = []
+    decoder = Decoder(dict(spec.columns))
     edges = None
     with ExitStack() as temporary:
         series = [_Directory(temporary.enter_context(store.building(root, spec.fingerprint)))]
         for pieces, block in _gathered(_blocks(spec, facts)):
-            validated = _validate(block, from_mapping if block.is_parsed else decode, spec.kind)
+            parse = decoder.from_mapping if block.is_parsed else decoder.decode
+            validated = _validate(block, parse, spec.kind, spec.strict_fields)
             edges = [edges[0] if edges else validated.is_rejected(0), validated.is_rejected(-1)]
             if series[-1].text_bytes >= MAX_TEXT_BYTES:
                 series[-1].close()
@@ -252,25 +262,38 @@ def _check_unchanged(source: Source, expected: str) -> None:
         raise CorpusError(f"{piece.path} changed while it was read; run again when nobody writes to it")
 
 
-def _validate(block: Block, parse: Callable[[Any], Row | list], kind: str) -> _Validated:
+def _validate(block: Block, parse: Callable[[Any], Row | list], kind: str, strict_fields: bool) -> _Validated:
     result = _Validated(np.full(len(block.records), -1, np.int8))
     for index, fault in block.faults.items():
         result.reasons[index] = REASONS.index(fault)
+    unread: list[str] = []
     for index, record in enumerate(block.records):
         if index not in block.faults:
             try:
-                roles, texts = normalise(parse(record), kind)
+                roles, texts = normalise(parse(record), kind, unread)
                 if sum(map(len, texts)) > MAX_RECORD_BYTES:  # only a user's reader gives as much
                     raise Rejected(Reason.OVERSIZED_RECORD, Reason.OVERSIZED_RECORD.explanation)
+                if unread:
+                    _note_unread(unread, result.unread, strict_fields)
                 content = content_hash(roles, texts)
             except Rejected as rejected:
                 result.reasons[index] = REASONS.index(rejected.reason)
                 result.details[index] = rejected.detail
+                unread.clear()
                 continue
             result.roles.append(roles)
             result.texts += texts
             result.hashes.append(content)
     return result
+
+
+def _note_unread(unread: list[str], counts: Counter[str], strict_fields: bool) -> None:
+    """Count the fields of one record that nothing was made of, each once, and forget them."""
+    names = sorted(set(unread))
+    if strict_fields:
+        raise Rejected(Reason.UNSUPPORTED_FIELD, f"strict_fields: nothing is made of {', '.join(names)[:200]}")
+    counts.update(names)
+    unread.clear()
 
 
 def _records_batch(validated: _Validated, lines: np.ndarray) -> pa.RecordBatch:

@@ -23,9 +23,10 @@ import msgspec
 import numpy as np
 
 from data_prep.records import source
-from data_prep.records.normalise import Rejected, decode, normalise
+from data_prep.records.normalise import Decoder, normalise
 from data_prep.records.reasons import Reason
 from data_prep.records.source import Block, Form, Piece, Source, Window
+from data_prep.records.turns import Rejected
 
 HEAD_BYTES = 4 << 20
 BOM = b"\xef\xbb\xbf"
@@ -329,7 +330,7 @@ class Elements:
 def _is_record(data: bytes) -> bool:
     for kind in ("instruction", "pretraining"):
         try:
-            normalise(decode(data), kind)
+            normalise(Decoder().decode(data), kind, [])
         except Rejected:
             continue
         return True

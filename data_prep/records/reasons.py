@@ -38,6 +38,12 @@ class Reason(StrEnum):
     NOT_REPLAYED = "not_replayed", "an earlier model was trained on it, and replay_share leaves it out"
     # Rejected; later in the order, because the number of a reason stands in ledgers.
     MALFORMED_ROW = "malformed_row", "a CSV row with other than the header's number of cells, or a stray quote"
+    UNSUPPORTED_FIELD = (
+        "unsupported_field",
+        "a field that asks for what is not done here, or (strict_fields) is unknown",
+    )
+    UNSUPPORTED_WEIGHT = "unsupported_weight", "a turn's weight is not 0 or 1, or asks to train what is no answer"
+    TEMPLATE_REFUSED = "template_refused", "the template cannot express the record, or its answers cannot be found"
 
 
 REJECTED = frozenset(
@@ -52,5 +58,8 @@ REJECTED = frozenset(
         Reason.EMPTY_TARGET,
         Reason.MALFORMED_ROW,
         Reason.NO_TARGET_TOKENS,
+        Reason.UNSUPPORTED_FIELD,
+        Reason.UNSUPPORTED_WEIGHT,
+        Reason.TEMPLATE_REFUSED,
     }
 )

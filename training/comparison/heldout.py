@@ -21,7 +21,8 @@ import pyarrow as pa
 
 from data_prep.errors import PandaError
 from data_prep.plan.ledger import hex_hashes, open_ledger
-from data_prep.records.normalise import Normal, Rejected, Role, content_hash, decode, normalise
+from data_prep.records.normalise import Decoder, Normal, content_hash, normalise
+from data_prep.records.turns import Rejected, Role
 from training.comparison.statistics import BEFORE, NEUTRAL, Elsewhere
 
 CJK = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff\U00020000-\U0003134f]")
@@ -181,7 +182,7 @@ def neutral(path: Path | None) -> HeldOut:
 
 def _record(path: Path, number: int, line: bytes) -> Normal:
     try:
-        return normalise(decode(line), "instruction")
+        return normalise(Decoder().decode(line), "instruction", [])
     except Rejected as error:
         raise PandaError(
             f'neutral_texts: {path}:{number}: {error}; a line is a record such as {{"text": ...}}'

@@ -23,9 +23,9 @@ from data_prep.records import files as corpus_module
 from data_prep.records import shard as records_module
 from data_prep.records import source as source_module
 from data_prep.records.files import find_files, plan_units
-from data_prep.records.normalise import ASSISTANT, USER
 from data_prep.records.reasons import Reason
 from data_prep.records.shard import RecordsResult, ledger_table, read_arrow, shard_records
+from data_prep.records.turns import Role
 from data_prep.settings import CorpusSettings
 from tests.support.real_corpora import REAL
 
@@ -94,7 +94,7 @@ def test_the_files_of_a_unit(tmp_path):
     (unit,) = result.units
     rows = read_arrow(Path(unit.path) / "records.arrow")
     assert rows["line"].to_pylist() == [0, 3]
-    assert rows["roles"].to_pylist() == [[USER, ASSISTANT], [USER, ASSISTANT]]
+    assert rows["roles"].to_pylist() == [[Role.USER, Role.ASSISTANT]] * 2
     assert rows["texts"].to_pylist() == [["a", "b"], ["i", "o"]]
     ledger = ledger_table(unit)
     assert ledger["line"].to_pylist() == [1, 2, 4, 5]
