@@ -20,8 +20,8 @@ from data_prep.owner import owner
 from data_prep.plan import tombstones
 from data_prep.records.json_stream import read_blocks
 from data_prep.records.normalise import Decoder, content_hash, normalise
-from data_prep.records.turns import Rejected
 from data_prep.records.source import Piece, Source
+from data_prep.records.turns import Rejected
 from data_prep.store import MANIFEST, open_manifest
 from data_prep.tokenizer import load_tokenizer
 from training.comparison.job import read_job
