@@ -128,7 +128,6 @@ def plan_units(
     """
     reader = corpus.reader
     source = None if reader is None else reader_fingerprint(reader, tokenizer_dir, cache_dir)
-    asked = reader, source, tokenizer_dir
     columns = tuple(sorted((corpus.columns or {}).items()))
     specs = (
         UnitSpec(
