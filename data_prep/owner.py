@@ -47,7 +47,7 @@ def owner() -> Owner:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Owner(path)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise PandaError(f"{path}: {error}") from error
     for key, value in content.items():
         if key not in KEYS:

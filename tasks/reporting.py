@@ -35,7 +35,8 @@ from training.tracking.redact import public_link, redact_text
 from training.tracking.run import TrackedRun
 from training.tracking.sync import TRAINING_VIEW, connect
 
-MLFLOW_UI = "PANDA_MLFLOW_UI"  # set by `panda up` for its worker: where people look at MLflow
+MLFLOW_UI, MLFLOW_DATABASE = "PANDA_MLFLOW_UI", "PANDA_MLFLOW_DATABASE"
+"""Set by `panda up` for its worker: where people look at MLflow, and the only database that they see there."""
 
 
 @only_a_look("the data report")
@@ -93,7 +94,8 @@ def links_of(run_dir: Path, tracked: TrackedRun, version: Registered) -> dict[st
 
 def addresses(tracked: TrackedRun, version: str) -> dict[str, str]:
     """Where to look at run and version in MLflow; of a database that no server shows, the run alone."""
-    address, run_id = os.environ.get(MLFLOW_UI) or public_link(tracked.uri), tracked.run_id
+    is_shown = tracked.uri == os.environ.get(MLFLOW_DATABASE)
+    address, run_id = os.environ.get(MLFLOW_UI) if is_shown else public_link(tracked.uri), tracked.run_id
     if not (address and run_id):
         return {"MLflow run": f"{run_id} in {tracked.uri}"}
     experiment = with_retries(lambda: connect(tracked.uri).get_run(run_id)).info.experiment_id

@@ -22,6 +22,7 @@ duplicates, replay, split and mixture. Cost: planning 1,000,000 examples takes u
 import os
 import time
 from collections import Counter
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +35,7 @@ from data_prep.errors import CorpusError, StoreError
 from data_prep.plan.duplicates import near_duplicates, sketch
 from data_prep.plan.examples import Examples, load_examples
 from data_prep.plan.ledger import write_ledger
-from data_prep.plan.order import mix64, stable_argsort
+from data_prep.plan.order import blocks, index_type, mix64, stable_argsort
 from data_prep.plan.pack import MIN_SPACE, best_fit_decreasing, fill
 from data_prep.plan.plan_file import Rows, rows_file, write_rows
 from data_prep.plan.reader import Plan, prove_rows
@@ -113,13 +114,12 @@ def plan_fingerprint(tokens: TokensResult, corpus: CorpusSettings, pack: PackSet
 def _write_plan(
     directory: Path, final: Path, tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings
 ) -> dict[str, Any]:
-    examples = load_examples(tokens)
+    examples = load_examples(tokens, directory)
     verdicts, pieces = judge(examples, corpus, pack, lambda: _near_duplicates(tokens, corpus, final.parent.parent))
     rows = {split: make_rows(examples, verdicts, pieces, number, pack) for number, split in enumerate(SPLITS)}
     for split in SPLITS:
         write_rows(directory / rows_file(split), rows[split])
-    ledger = make_ledger(tokens, examples, verdicts)
-    write_ledger(directory, ledger)
+    write_ledger(directory, ledger_tables(tokens, examples, verdicts))
     report = make_report(tokens, examples, verdicts, rows, pack)
     check_conservation(report, examples, verdicts, rows)
     manifest = {
@@ -138,13 +138,23 @@ def make_rows(examples: Examples, verdicts: Verdicts, pieces: Pieces, split: int
     """The rows of one split: pieces of its examples, as often as their copies say, packed."""
     accepted = (verdicts.reason[pieces.example] == ACCEPTED) & (verdicts.split[pieces.example] == split)
     chosen = np.flatnonzero(accepted)
-    which = np.repeat(chosen, verdicts.copies[pieces.example[chosen]])
+    which: np.ndarray = np.repeat(chosen.astype(index_type(len(accepted))), verdicts.copies[pieces.example[chosen]])
+    del accepted, chosen
     # Pieces of one length are interchangeable for packing: which of them share a row is drawn by seed and content.
-    shuffled = which[stable_argsort(mix64(examples.keys[pieces.example[which]], pack.seed + 1))]
+    shuffled = which[stable_argsort(_drawn(examples.keys, pieces.example, which, pack.seed + 1))]
+    del which
     example, start, length = pieces.example[shuffled], pieces.start[shuffled], pieces.length[shuffled]
     if not pack.packing:
         return _rows_of(examples, example, start, length, np.arange(len(shuffled), dtype=np.int32))
     return _pack(examples, example, start, length, pieces.cuttable[shuffled], pack.max_seq_length)
+
+
+def _drawn(keys: np.ndarray, example: np.ndarray, which: np.ndarray, seed: int) -> np.ndarray:
+    """A number for each of the pieces ``which``, drawn by seed and content: ``(m,) uint64``."""
+    drawn = np.empty(len(which), np.uint64)
+    for block in blocks(len(which)):
+        drawn[block] = mix64(keys[example[which[block]]], seed)
+    return drawn
 
 
 def _pack(  # noqa: PLR0913, PLR0917  # the columns of the pieces
@@ -187,14 +197,33 @@ def _rows_of(examples: Examples, example: np.ndarray, start: np.ndarray, length:
     )
 
 
-def make_ledger(tokens: TokensResult, examples: Examples, verdicts: Verdicts) -> pa.Table:
-    """One row per input record of the corpus, in corpus order."""
-    tables, first = [], 0
+def ledger_tables(tokens: TokensResult, examples: Examples, verdicts: Verdicts) -> Iterator[pa.Table]:
+    """One row per input record of the corpus, in corpus order; a table a unit, so that no more is in memory at once."""
+    files = _Words(file.path for unit in tokens.units for file in unit.records.files)
+    sources = _Words(unit.records.source for unit in tokens.units)
+    first = 0
     for number, unit in enumerate(tokens.units):
         mine = slice(first, first + unit.examples)
         first += unit.examples
-        tables.append(_unit_ledger(unit.records, number, examples, verdicts, mine))
-    return pa.concat_tables(tables).unify_dictionaries()
+        table = _unit_ledger(unit.records, number, examples, verdicts, mine)
+        for name, words in (("file", files), ("source", sources)):
+            table = table.set_column(table.schema.get_field_index(name), name, words.recoded(table[name]))
+        yield table
+
+
+class _Words:
+    """One dictionary for all tables of a ledger: the values of theirs, in the order in which they come first."""
+
+    def __init__(self, values: Iterable[str]):
+        self.number = {value: number for number, value in enumerate(dict.fromkeys(values))}
+        self.values = pa.array(list(self.number), pa.string())
+
+    def recoded(self, column: pa.ChunkedArray) -> pa.DictionaryArray:
+        """A column with the common dictionary instead of its own."""
+        own = _whole(column)
+        numbers = np.array([self.number[value] for value in own.dictionary.to_pylist()])
+        indices = numbers[own.indices.to_numpy()].astype(own.indices.type.to_pandas_dtype())
+        return pa.DictionaryArray.from_arrays(pa.array(indices), self.values)
 
 
 def _unit_ledger(records: Any, shard: int, examples: Examples, verdicts: Verdicts, mine: slice) -> pa.Table:

@@ -7,6 +7,7 @@ the columns it needs, a second for a million records at most.
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,13 @@ def open_ledger(plan_dir: Path) -> Ledger:
     return Ledger(plan_dir, store.open_manifest(plan_dir), read_arrow(plan_dir / LEDGER_FILE))
 
 
-def write_ledger(directory: Path, table: pa.Table) -> None:
-    """Write the ledger of a plan that is being made."""
-    with pa.OSFile(str(directory / LEDGER_FILE), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table)
+def write_ledger(directory: Path, tables: Iterable[pa.Table]) -> None:
+    """Write the ledger of a plan that is being made, one table after another; all have the same dictionaries."""
+    parts = iter(tables)
+    first = next(parts)
+    with pa.OSFile(str(directory / LEDGER_FILE), "wb") as sink, pa.ipc.new_file(sink, first.schema) as writer:
+        for table in chain([first], parts):
+            writer.write_table(table)
 
 
 def hex_hashes(column: pa.ChunkedArray) -> list[str | None]:

@@ -8,10 +8,12 @@ is the same on every machine and with every numpy version (``numpy.random`` prom
 1,000,000 rows, once an epoch (the last two permutations are kept).
 """
 
+from collections.abc import Iterator
 from functools import lru_cache
 
 import numpy as np
 
+BLOCK = 1 << 18
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = (1 << 64) - 1
 
@@ -41,10 +43,18 @@ def stable_argsort(keys: np.ndarray) -> np.ndarray:
     hashes, one time in thirty) the result is out of order, and they are sorted the long way.
     """
     if keys.dtype == np.int32:
-        return np.sort((keys.astype(np.int64) << 32) | np.arange(len(keys))) & 0xFFFFFFFF
+        narrow = keys.astype(np.int64)  # in place from here on: three times the memory otherwise
+        narrow <<= 32
+        narrow |= np.arange(len(keys))
+        narrow.sort()
+        narrow &= 0xFFFFFFFF
+        return narrow
     place_bits = (1 << len(keys).bit_length()) - 1
-    packed = np.sort((keys & np.uint64(_MASK64 ^ place_bits)) | np.arange(len(keys), dtype=np.uint64))
-    order = (packed & np.uint64(place_bits)).astype(np.int64)
+    packed = keys & np.uint64(_MASK64 ^ place_bits)
+    packed |= np.arange(len(keys), dtype=np.uint64)
+    packed.sort()
+    packed &= np.uint64(place_bits)
+    order = packed.view(np.int64)
     in_order = keys[order]
     return order if (in_order[1:] >= in_order[:-1]).all() else np.argsort(keys, kind="stable")
 
@@ -93,4 +103,17 @@ def position_of(num_rows: int, rows_per_step: int, seed: int, epoch: int, rows: 
 
 def uniform(keys: np.ndarray, salt: int) -> np.ndarray:
     """A number in [0, 1) per content key: ``(n,) float64``."""
-    return (mix64(keys, salt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    drawn = np.empty(len(keys))
+    for block in blocks(len(keys)):
+        drawn[block] = (mix64(keys[block], salt) >> np.uint64(11)).astype(np.float64) * 2.0**-53
+    return drawn
+
+
+def blocks(count: int) -> Iterator[slice]:
+    """All of so many entries, some at a time: what is calculated on the way takes several times their place."""
+    return (slice(start, min(start + BLOCK, count)) for start in range(0, count, BLOCK))
+
+
+def index_type(count: int) -> type:
+    """The type of an index into so many entries."""
+    return np.int32 if count <= np.iinfo(np.int32).max else np.int64

@@ -24,7 +24,7 @@ from data_prep.plan import tombstones
 from data_prep.plan.duplicates import exact_duplicates, is_among
 from data_prep.plan.examples import Examples
 from data_prep.plan.ledger import LEDGER_FILE
-from data_prep.plan.order import uniform
+from data_prep.plan.order import index_type, uniform
 from data_prep.plan.pack import split_evenly
 from data_prep.records.reasons import Reason
 from data_prep.records.shard import read_arrow
@@ -53,7 +53,7 @@ class Verdicts:
 class Pieces:
     """Parts of examples that go into rows, one entry per part; copies are not yet repeated."""
 
-    example: np.ndarray  # (m,) int64
+    example: np.ndarray  # (m,) int32 or, of more examples than that can count, int64
     start: np.ndarray  # (m,) int32
     length: np.ndarray  # (m,) int32
     cuttable: np.ndarray  # (m,) bool, may be cut further to fill a row
@@ -182,7 +182,7 @@ def _pieces(examples: Examples, wanted: np.ndarray, pack: PackSettings) -> tuple
         example.append(np.full(len(parts), index))
         start.append(np.array([part[0] for part in parts], dtype=np.int32))
         length.append(np.array([part[1] for part in parts], dtype=np.int32))
-    flat = np.concatenate(example).astype(np.int64)
+    flat: np.ndarray = np.concatenate(example, dtype=index_type(len(examples)), casting="same_kind")
     return Pieces(flat, np.concatenate(start), np.concatenate(length), cuttable[flat]), too_long, cut
 
 

@@ -60,22 +60,28 @@ def mlflow_server(port: int, output_dir: Path) -> Service:
     argv = [sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK[0], "--port", str(port), "--workers", "1"]
     argv += ["--no-serve-artifacts", "--default-artifact-root", str(output_dir / "mlartifacts")]
     if "MLFLOW_BACKEND_STORE_URI" not in os.environ:
-        argv += ["--backend-store-uri", f"sqlite:///{output_dir / 'mlflow.db'}"]
+        argv += ["--backend-store-uri", _database(output_dir)]
     env = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
     address = f"http://{LOOPBACK[0]}:{port}"
     return Service("mlflow server", argv, env, address, address)
 
 
-def worker(mlflow_address: str) -> Service:
+def _database(output_dir: Path) -> str:
+    """Where direct runs write to."""
+    return f"sqlite:///{output_dir / 'mlflow.db'}"
+
+
+def worker(mlflow_address: str, output_dir: Path) -> Service:
     """A process worker of our pool; it starts every flow run as a process group of its own.
 
-    Runs learn from it where people look at MLflow, for the links in their artifacts, and that they are to write there
-    when its database is not the one beside them.
+    Runs learn from it that they are to write to the MLflow server when its database is not the one beside them, or
+    else where people look at that database, for the links in their artifacts.
     """
     argv = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--type", "process"]
-    env = {"PANDA_MLFLOW_UI": mlflow_address}
     if "MLFLOW_BACKEND_STORE_URI" in os.environ:
-        env["MLFLOW_TRACKING_URI"] = mlflow_address
+        env = {"MLFLOW_TRACKING_URI": mlflow_address}
+    else:
+        env = {"PANDA_MLFLOW_UI": mlflow_address, "PANDA_MLFLOW_DATABASE": _database(output_dir)}
     return Service("worker", [*argv, "--install-policy", "never"], env)
 
 

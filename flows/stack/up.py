@@ -142,7 +142,7 @@ def _services(there: Address, mlflow_port: int, output_dir: Path) -> list[servic
         raise StackError(
             f"port {mlflow_port} for MLflow is taken{_whose(mlflow.base)}; {_other_ports(there.url, mlflow_port)}"
         )
-    worker = [services.worker(mlflow.address)] if Path("prefect.yaml").exists() else []
+    worker = [services.worker(mlflow.address, output_dir)] if Path("prefect.yaml").exists() else []
     return [*prefect, mlflow, *worker]
 
 

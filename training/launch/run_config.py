@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from data_prep.errors import PandaError
 from data_prep.settings import PackSettings, TokenizeSettings
@@ -48,5 +47,5 @@ def read_config(path: Path) -> RunConfig:
             run_dir=Path(paths["run_dir"]),
             **{name: content[name] for name in ("train_on", "reasoning") if name in content},
         )
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise PandaError(f"{path}: not a run configuration ({type(error).__name__}: {error})") from error

@@ -296,6 +296,21 @@ def test_the_ledger_tells_every_record(tmp_path, bytes_dir):
     assert sum(source["share"] for source in report["sources"].values()) == pytest.approx(1, abs=1e-5)
 
 
+def test_columns_in_files_and_in_blocks_give_the_same_bytes(tmp_path, bytes_dir, monkeypatch):
+    """Of a corpus of several units, sources and files, with rejected records among them."""
+    names = [f"instruction/{name}/{name}.jsonl" for name in "abc"]
+    corpus = write_corpus(tmp_path, {name: [*pairs(*range(at, at + 30)), {}] for at, name in enumerate(names)})
+
+    def hashes(cache):
+        plan = prepare(corpus, TokenizeSettings(), PackSettings(max_seq_length=64), bytes_dir, tmp_path / cache)
+        return [entry["xxh3"] for entry in store.open_manifest(Path(plan.path))["files"].values()]
+
+    in_memory = hashes("here")
+    monkeypatch.setattr("data_prep.plan.examples.MAPPED_BYTES", 1)
+    monkeypatch.setattr("data_prep.plan.order.BLOCK", 7)
+    assert hashes("mapped") == in_memory and len(in_memory) == 3
+
+
 def test_report_has_the_documented_fields(tmp_path, bytes_dir):
     corpus = write_corpus(tmp_path, {"instruction/a.jsonl": pairs(*range(40))})
     first = prepare(corpus, TokenizeSettings(), PackSettings(max_seq_length=64), bytes_dir, tmp_path / "cache").report
