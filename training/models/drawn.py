@@ -9,7 +9,6 @@ For kinds of models whose modules are initialised each by itself (`KINDS`); othe
 drawn three times instead of twice.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -65,7 +64,7 @@ def _noting(values: Values) -> Callable[..., None]:
     def note(model: PreTrainedModel, module: nn.Module, *arguments: Any) -> None:
         empty = {name: one for name, one in module.named_parameters(recurse=False) if one.is_meta}
         if empty and not getattr(module, "_is_hf_initialized", False):  # as it may be of a model within this one
-            draw = partial(_filled, model, module, _likes(module))
+            draw = partial(_filled, model, module, type(module), _likes(module))
             for name, parameter in empty.items():
                 values[parameter] = Value(partial(_again, draw, torch.get_rng_state(), name), parameter.dtype)
             draw()
@@ -92,9 +91,10 @@ def _likes(module: nn.Module) -> Likes:
     }
 
 
-def _filled(model: PreTrainedModel, module: nn.Module, likes: Likes) -> dict[str, Tensor]:
-    """The parameters of a module as transformers draws them now, in a copy of it."""
-    twin = copy.copy(module)
+def _filled(model: PreTrainedModel, module: nn.Module, kind: type[nn.Module], likes: Likes) -> dict[str, Tensor]:
+    """The parameters of a module as transformers draws them now, in a copy of it, of the class it had before FSDP."""
+    twin = kind.__new__(kind)
+    twin.__dict__.update(module.__dict__)
     twin._parameters = {
         name: None if one is None else nn.Parameter(torch.empty(one.shape, dtype=one.dtype))
         for name, one in likes.items()

@@ -40,9 +40,9 @@ def test_no_more_than_one_layer_is_there_at_a_time(monkeypatch):
     alive = []
     draw = drawn._filled
 
-    def looked_at(model, module, likes):
+    def looked_at(model, module, kind, likes):
         alive.append(sum(one.numel() for one in model.parameters() if not one.is_meta and one.dim() > 1))
-        return draw(model, module, likes)
+        return draw(model, module, kind, likes)
 
     monkeypatch.setattr(drawn, "_filled", looked_at)
     drawn.drawn("llama", lambda: made("llama", False), Values())
