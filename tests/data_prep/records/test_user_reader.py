@@ -6,11 +6,22 @@ Data sets are real ones, of torch and of datasets; one is the class of PandaLLM'
 import json
 from pathlib import Path
 
-import datasets
-import numpy as np
 import pytest
-import torch
-from torch.utils.data import Dataset, IterableDataset
+from users_readers import (
+    PAIRS,
+    NoLength,
+    Pairs,
+    Stream,
+    any_keyword,
+    arrays,
+    named_in_the_node,
+    nothing,
+    of_datasets,
+    splits,
+    tensors,
+    tokenized,
+    with_eos,
+)
 
 from data_prep.errors import CorpusError, PandaError
 from data_prep.records.shard import ledger_table, shard_records
@@ -18,94 +29,16 @@ from data_prep.records.user_reader import read_records
 from data_prep.settings import CorpusSettings
 from data_prep.tokenizer import EOS, load_tokenizer, train_tokenizer
 
-HERE = __name__
-PAIRS = [{"input": f"question {i}", "target": f"answer {i}"} for i in range(5)]
-
-
-class Pairs(Dataset):
-    """As `TextDatasetUnifyV3` of PandaLLM: files of its own beside `file_path`, and pairs of records."""
-
-    def __init__(self, file_path, tokenizer, pair_file_list=None):
-        assert tokenizer.eos_token
-        self.data = [
-            {"inputs": one["input"], "targets": one["target"]} for one in json.loads(Path(file_path).read_text())
-        ]
-        self.documents = []
-        for path in sorted(Path().glob(pair_file_list)) if pair_file_list else ():
-            self.documents += [{"inputs": "", "targets": text} for text in json.loads(path.read_text())]
-
-    def __len__(self):
-        return len(self.data)
-
-    def __getitem__(self, index):
-        """Any index gives something, so going on until IndexError would never end."""
-        record = {"flan": self.data[index % len(self.data)]}
-        return record | ({"extra": self.documents[index]} if self.documents else {})
-
-
-class Stream(IterableDataset):
-    def __init__(self, file_path, **_):
-        self.path = file_path
-
-    def __iter__(self):
-        yield from json.loads(Path(self.path).read_text())
-
-
-def of_datasets(file_path, tokenizer):
-    return datasets.Dataset.from_list(json.loads(Path(file_path).read_text()))
-
-
-def splits(file_path):
-    return datasets.DatasetDict({"train": of_datasets(file_path, None)})
-
-
-def with_eos(path, tokenizer):
-    for one in json.loads(Path(path).read_text()):
-        yield one | {"target": f"{one['target']} {tokenizer.eos_token} {len(tokenizer('ab')['input_ids'])}"}
-
-
-def named_in_the_node(path, tokenizer):
-    yield {"input": tokenizer, "target": Path(path).name}
-
-
-def any_keyword(**given):
-    return [{"input": Path(given["file_path"]).name, "target": given["tokenizer"].eos_token, "more": given["more"]}]
-
-
-def tensors(file_path):
-    return torch.utils.data.TensorDataset(torch.arange(6).reshape(3, 2))
-
-
-def tokenized(file_path):
-    yield {"input_ids": [1, 2, 3], "labels": [1, 2, 3]}
-
-
-def arrays(path):
-    yield {"input": "a", "target": "b"}
-    yield np.arange(3)
-
-
-def nothing(path):
-    return None
-
-
-class NoLength:
-    def __init__(self, path):
-        pass
-
-    def __getitem__(self, index):
-        return PAIRS[0]
-
 
 def node(function, **fields):
-    return {"_target_": f"{HERE}.{function.__name__}", **fields}
+    return {"_target_": f"{function.__module__}.{function.__name__}", **fields}
 
 
 @pytest.fixture
 def file(tmp_path, monkeypatch) -> Path:
     """A file of pairs in a corpus directory, in the working directory."""
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "panda.toml").write_text('allowed_targets = ["tests"]')
+    (tmp_path / "panda.toml").write_text('allowed_targets = ["users_readers"]')
     (tmp_path / "in").mkdir()
     path = tmp_path / "in" / "pairs.json"
     path.write_text(json.dumps(PAIRS))
@@ -173,7 +106,7 @@ def test_what_is_no_record_is_refused(file, function, message):
 
 def test_a_constant_is_no_reader(file):
     with pytest.raises(PandaError, match=r"reader: .*PAIRS is not what its name says"):
-        shard_records(corpus(reader={"_target_": f"{HERE}.PAIRS"}), Path("cache"))
+        shard_records(corpus(reader={"_target_": "users_readers.PAIRS"}), Path("cache"))
 
 
 def test_a_package_that_cannot_be_imported_says_why(file, monkeypatch):
