@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from configs.cli import CONF_PATH, JSON, VERBOSE, configure
+from data_prep.errors import PandaError
 from flows.cli.console import plain_table, stdout_console
 from flows.parts.run_dir import RunDir
 from training import run_files
@@ -77,7 +78,7 @@ def _run(run: RunDir) -> str:
     """Its name, and what became of it."""
     try:
         return f"{run.name}  {_became(run)}"
-    except (OSError, ValueError, KeyError, TypeError) as error:  # a file that is half there, or changed
+    except (PandaError, OSError, ValueError, KeyError, TypeError) as error:  # a file that is half there, or changed
         return f"{run.name}  cannot be read ({type(error).__name__}: {error})"
 
 
