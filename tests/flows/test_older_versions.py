@@ -59,13 +59,13 @@ def answer(folder: Path, *command: str) -> dict:
 
 
 def test_prepared_data_is_whole_and_tells_its_story(folder):
-    run(folder, "-m", "flows.cli", "verify")
-    story = run(folder, "-m", "flows.cli", "why", "a.jsonl:6", "--conf_path", "outputs/done/config.yaml").stdout
+    run(folder, "-m", "flows.cli.main", "verify")
+    story = run(folder, "-m", "flows.cli.main", "why", "a.jsonl:6", "--conf_path", "outputs/done/config.yaml").stdout
     assert "rejected" in story and "missing_field" in story
 
 
 def test_lineage_of_a_version(folder):
-    told = answer(folder, "-m", "flows.cli", "lineage", VERSION)
+    told = answer(folder, "-m", "flows.cli.main", "lineage", VERSION)
     assert told["run_dir"] == str(folder / "outputs" / "done") and told["aliases"] == ["champion"]
     assert {file["now"] for file in told["corpus"]["files"]} == {"unchanged"}
 
@@ -85,5 +85,5 @@ def test_a_killed_run_is_gone_on_with_from_its_checkpoint(folder):
 
 def test_a_version_is_reproduced(folder):
     shutil.rmtree(folder / "cache")
-    told = answer(folder, "-m", "flows.cli", "reproduce", VERSION)
+    told = answer(folder, "-m", "flows.cli.main", "reproduce", VERSION)
     assert told["agrees"], told
