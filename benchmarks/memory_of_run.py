@@ -28,6 +28,7 @@ from pathlib import Path
 import psutil
 
 from benchmarks.memory_of_ranks import BEYOND, WAYS, anonymous, write_model
+from benchmarks.memory_of_use import beside
 
 ROOT = Path(__file__).resolve().parents[1]
 EVERY_SECONDS = 0.05
@@ -145,9 +146,8 @@ def measured(what: str, command: list[str], kill_after: Path | None = None) -> l
 @contextmanager
 def watched(peaks: dict[str, float]) -> Iterator[None]:
     """Note the peaks of all that this process starts, by what they run and their rank."""
-    done = threading.Event()
 
-    def look() -> None:
+    def look(done: threading.Event) -> None:
         while not done.is_set():
             found = {process.pid: name_of(process) for process in psutil.Process().children(recursive=True)}
             for _ in range(LOOKS):
@@ -156,13 +156,8 @@ def watched(peaks: dict[str, float]) -> Iterator[None]:
                         peaks[name] = max(peaks.get(name, 0.0), anonymous(pid))
                 done.wait(EVERY_SECONDS)
 
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try:
+    with beside(look):
         yield
-    finally:
-        done.set()
-        watcher.join()
 
 
 def name_of(process: psutil.Process) -> str | None:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -38,11 +38,23 @@ def anonymous_bytes(pid: int) -> int:
 
 
 @contextmanager
+def beside(look: Callable[[threading.Event], None]) -> Iterator[None]:
+    """Run `look` in a thread; it returns when its event is set, at the end of the block."""
+    done = threading.Event()
+    watcher = threading.Thread(target=look, args=(done,), daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+@contextmanager
 def watched(peaks: dict[str, int]) -> Iterator[None]:
     """Note the peak of this process and of all that it starts, by what they run and their rank."""
-    done = threading.Event()
 
-    def look() -> None:
+    def look(done: threading.Event) -> None:
         this = psutil.Process()
         while not done.wait(EVERY_SECONDS):
             for process in [this, *this.children(recursive=True)]:
@@ -54,13 +66,8 @@ def watched(peaks: dict[str, int]) -> Iterator[None]:
                 key = f"{name.rpartition('.')[2]} {environment.get('RANK', '')}".strip()
                 peaks[key] = max(peaks.get(key, 0), anonymous_bytes(process.pid))
 
-    watcher = threading.Thread(target=look, daemon=True)
-    watcher.start()
-    try:
+    with beside(look):
         yield
-    finally:
-        done.set()
-        watcher.join()
 
 
 def main() -> None:
