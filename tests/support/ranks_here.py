@@ -8,6 +8,7 @@ import importlib
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,7 +30,7 @@ def running_here(*modules: str) -> Callable[..., ExitReport]:
         module, *arguments = commands[0].argv[2:]
         if len(commands) > 1 or module not in modules:
             return original(commands, settings, listener)
-        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        handlers = {number: signal.getsignal(number) for number in changeable_signals()}
         rank = {name: value for name, value in commands[0].env.items() if name in RANK}
         try:
             with mock.patch.dict(os.environ, rank), mock.patch.object(sys, "argv", [module, *arguments]):
@@ -40,6 +41,12 @@ def running_here(*modules: str) -> Callable[..., ExitReport]:
         return ExitReport(ExitReason.completed)
 
     return run_commands
+
+
+def changeable_signals() -> tuple[signal.Signals, ...]:
+    """Those whose handler a rank may set: only the main thread of a process can."""
+    here = threading.current_thread() is threading.main_thread()
+    return (signal.SIGTERM, signal.SIGINT) if here else ()
 
 
 @contextmanager
