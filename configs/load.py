@@ -26,13 +26,28 @@ from training.planning.compatibility import implied
 
 
 def parse_yaml(text: str) -> Any:
-    """The value of a YAML text. Raises `yaml.YAMLError`."""
+    """The value of a YAML text. Raises `yaml.YAMLError`, also for what no setting can be."""
     from omegaconf._utils import get_yaml_loader
 
     try:
-        return yaml.load(text, Loader=get_yaml_loader())
+        content = yaml.load(text, Loader=get_yaml_loader())
+        _check_tree(content, ())
     except RecursionError as error:
         raise yaml.YAMLError("nested too deeply") from error
+    return content
+
+
+def _check_tree(value: Any, above: tuple[int, ...]) -> None:
+    """Keys are texts or numbers, and nothing contains itself (an alias to a node above it)."""
+    if not isinstance(value, dict | list):
+        return
+    if id(value) in above:
+        raise yaml.YAMLError("an alias (*name) stands inside the very value that it names")
+    for key in value if isinstance(value, dict) else ():
+        if not isinstance(key, str | int | float):
+            raise yaml.YAMLError(f"the key {key!r} is no text; put it into quotes")
+    for inner in value.values() if isinstance(value, dict) else value:
+        _check_tree(inner, (*above, id(value)))
 
 
 def one_line(error: Exception) -> str:
@@ -293,4 +308,6 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise ConfigError([f"{path}: {one_line(error)}"]) from error
     if not isinstance(content, dict):
         raise ConfigError([f"{path}: a mapping of settings is expected, not a {type(content).__name__}"])
+    if wrong := [key for key in content if not isinstance(key, str)]:
+        raise ConfigError([f"{path}: {key!r} is the name of no setting; names are texts" for key in wrong])
     return content

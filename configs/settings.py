@@ -87,6 +87,16 @@ class UnattendedSettings(Settings):
     notify_after_skips: int = Field(
         3, ge=1, description="Tell `notify` when so many scheduled runs in a row were skipped, and so many later again."
     )
+    notify_after_days: float = Field(
+        8, gt=0, description="Tell `notify` when no run has succeeded for so many days though a schedule is active."
+    )
+    max_restarts: int = Field(
+        3,
+        ge=0,
+        le=20,
+        description="How often a deployed run that crashed (process, worker, machine or server lost) is started again "
+        "by itself, from its newest checkpoint, as long as `panda up` is up. 0 = never.",
+    )
 
 
 class PandaSettings(

@@ -3,8 +3,11 @@
 Each message names the thing, the value, the limit and the fix, without a traceback.
 """
 
+import contextlib
 import difflib
-from collections.abc import Iterable
+import errno
+import os
+from collections.abc import Iterable, Iterator
 
 
 class PandaError(Exception):
@@ -25,6 +28,33 @@ class TokenizerError(PandaError):
 
 class StoreError(PandaError):
     """Prepared data is damaged, of another format version, or violates conservation."""
+
+
+class DiskError(PandaError):
+    """The disk is full, read-only, or not what a path says; what is complete stays, and the same command goes on."""
+
+
+_OF_THE_DISK = {
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), "make room, or name a directory on another disk"),
+    **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "name a directory that can be written"),
+    **dict.fromkeys((errno.ENOTDIR, errno.EEXIST), "name a directory, this is a file or below one"),
+    errno.EIO: "the disk has failed to read or write; look at it before anything else",
+    errno.ENAMETOOLONG: "name a shorter path",
+}
+
+
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """What the disk refuses becomes a message with the path and the way out; other errors of the system stay."""
+    try:
+        yield
+    except OSError as error:
+        advice = _OF_THE_DISK.get(error.errno or 0)
+        if advice is None:
+            raise
+        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
+        why = os.strerror(error.errno or 0)
+        raise DiskError(f"{where}{why}; {advice}; then run the same again: what is complete is kept") from error
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

@@ -80,9 +80,9 @@ class Preparation:
         return self.tokenizer_dir or train_tokenizer(records, self.vocab_size, self.cache_dir)
 
     def tokens(self, records: RecordsResult, tokenizer_dir: Path) -> TokensResult:
-        num_workers = self.corpus.prepare_workers
+        num_workers, limit = self.corpus.prepare_workers, self.corpus.max_rejected_fraction
         return tokenize_records(
-            records, self.tokenize, tokenizer_dir, self.cache_dir, num_workers, self.progress, self.fan_out
+            records, self.tokenize, tokenizer_dir, self.cache_dir, num_workers, self.progress, self.fan_out, limit
         )
 
     def plan(self, tokens: TokensResult) -> PlanResult:

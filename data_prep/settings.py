@@ -5,6 +5,7 @@ reference page print that text. In: plain values. Out: frozen, validated pydanti
 The classes group fields by the stage that *owns* them, because a stage's fingerprint is made of its own group only.
 """
 
+from itertools import filterfalse
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field
@@ -53,6 +54,30 @@ SUFFIXES = (
 """Names of the files that are read of a corpus; with a ``reader`` all are."""
 FORMATS = tuple(suffix for suffix in SUFFIXES if suffix.count(".") == 1)
 
+COLUMNS = (
+    *("input", "target", "instruction", "output", "conversations", "messages", "system", "title", "content", "text"),
+    *("history", "tools", "functions", "context", "prompt", "completion", "response", "query", "question", "answer"),
+)
+"""Fields of a record that a corpus may have under other names."""
+
+
+def is_plain_key(key: str) -> bool:
+    """Whether a decoder can be told of this key of an object."""
+    return '"' not in key and "\\" not in key and all(character >= " " for character in key)
+
+
+def _check_columns(columns: dict[str, str]) -> dict[str, str]:
+    for name in columns:
+        if name not in COLUMNS:
+            raise ValueError(f"{name} is no field of a record{did_you_mean(name, COLUMNS)}; use {', '.join(COLUMNS)}")
+    for key in filterfalse(is_plain_key, columns.values()):
+        raise ValueError(f"{key!r}: the key of a field has no quote, backslash or control character")
+    twice = sorted({key for key in columns.values() if list(columns.values()).count(key) > 1})
+    if twice:
+        raise ValueError(f"{', '.join(twice)}: one key of the corpus for two fields")
+    return columns
+
+
 TEMPLATES = ("plain", "alpaca", "chatml", "tokenizer")
 Target = Annotated[dict[str, Any], AfterValidator(_check_target)]
 
@@ -80,6 +105,16 @@ class CorpusSettings(Settings):
         None,
         description="A `_target_` node: your function or data set of the records of one file, called with its path (as "
         "`file_path` if it has that parameter), `tokenizer` if it has that one, and the fields of the node.",
+    )
+    columns: Annotated[dict[str, str], AfterValidator(_check_columns)] | None = Field(
+        None,
+        description="Names that fields have in this corpus, field -> its key there, such as "
+        "{instruction: q, output: a}; docs/records.md lists the fields.",
+    )
+    strict_fields: bool = Field(
+        False,
+        description="Reject records with a field that nothing is made of (unsupported_field); otherwise such fields "
+        "are counted in the data report (unread_fields).",
     )
     max_rejected_fraction: float = Field(
         0.1, ge=0, le=1, description="Stop when a larger fraction of the records is rejected as unusable."
@@ -124,6 +159,15 @@ class TokenizeSettings(Settings):
         "plain",
         description="Prompt template: plain, alpaca, chatml, tokenizer (the tokenizer's own chat template), "
         "or a `_target_` node of your function record -> segments.",
+    )
+    train_on: Literal["all", "last"] = Field(
+        "all",
+        description="Answers of a conversation that are targets: all (but those of weight 0), or the last of these.",
+    )
+    reasoning: Literal["train", "mask", "drop"] = Field(
+        "train",
+        description="Thoughts before an answer (reasoning_content, <think>): targets as the answer is, context only "
+        "(mask), or left out (drop).",
     )
     tokenizer_engine: Literal["auto", "reference"] = Field(
         "auto",

@@ -124,7 +124,7 @@ def _train(texts: Iterator[str], vocab_size: int) -> Tokenizer:
 
 
 def _save(core: Tokenizer, directory: Path) -> None:
-    core.save(str(directory / TOKENIZER_FILE))
+    (directory / TOKENIZER_FILE).write_text(core.to_str(pretty=True), encoding="utf-8")  # a full disk is an OSError
     config = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": BOS, "eos_token": EOS, "pad_token": PAD}
     (directory / "tokenizer_config.json").write_text(json.dumps(config, indent=1))
 

@@ -13,7 +13,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled
 
 from configs.settings import PandaSettings
-from data_prep.errors import PandaError
+from data_prep.errors import PandaError, disk_errors
 from flows.parts import approval, flow_states, overview, policy, run_dir
 from flows.parts.champion import with_replay
 from flows.parts.flow_states import EarlyExit, Stopwatch
@@ -27,6 +27,7 @@ from tasks.register import model_name, register_model, sample_prompt
 from tasks.reporting import show_links
 from tasks.train import evaluate, evaluated_before, train, trained_before
 from training.comparison.approval import NO_ANSWER, REFUSED
+from training.launch import ownership
 from training.registry.lineage import parent_of
 from training.registry.register import with_retries
 from training.registry.versions import Registry
@@ -47,7 +48,8 @@ def panda_train(**parameters: Any) -> State[Any]:
             return Cancelled(name="SkippedStillRunning", message=late)
         settings = configure(parameters).settings
         tell_of_lost(settings.notify)
-        return finished(run_stages(settings))
+        with disk_errors():
+            return finished(run_stages(settings))
     except EarlyExit as early:
         if "gate" not in early.summary:
             overview.show(early.summary)
@@ -66,9 +68,12 @@ def finished(summary: Summary) -> State[Any]:
 def run_stages(settings: PandaSettings) -> Summary:
     """All stages in order; returns the summary."""
     watch = Stopwatch()
+    done = run_dir.finished_by(of_deployment(), settings)
+    if done:
+        return done
     if settings.from_stage in AFTER_DATA:
         run = run_dir.create(settings.model_copy(update={"resume": True}))
-        prepared, resume = prepared_before(run), True
+        prepared, resume, is_new = prepared_before(run), True, False
     else:
         settings = with_replay(settings)
         prepared = prepare_data(settings, watch)
@@ -77,7 +82,15 @@ def run_stages(settings: PandaSettings) -> Summary:
         skip = None if interrupted else policy.nothing_new(settings, prepared)
         if skip:
             raise EarlyExit("SkippedNoNewData", skip, {"data": prepared.plan.report, "seconds": watch.seconds})
-        run, resume = open_run(settings, prepared, interrupted)
+        run, resume, is_new = interrupted or run_dir.create(settings), bool(settings.resume or interrupted), True
+    with ownership.owning(run.path, of_deployment()):
+        if is_new:
+            run_dir.write_config(run, settings, {"run_dir": run.path, **prepared.paths})
+        return train_in(run, settings, prepared, resume, watch)
+
+
+def train_in(run: RunDir, settings: PandaSettings, prepared: Prepared, resume: bool, watch: Stopwatch) -> Summary:
+    """The stages that need a run directory, which says in the end what became of them."""
     try:
         summary = flow_states.with_outcome(train_and_register(settings, run, prepared, resume, watch))
     except EarlyExit as early:
@@ -93,15 +106,16 @@ def run_stages(settings: PandaSettings) -> Summary:
 
 def interrupted_run(settings: PandaSettings, prepared: Prepared) -> RunDir | None:
     """What a deployment goes on with by itself, also when its version is registered and only the gate is missing."""
+    again = run_dir.started_again(of_deployment(), settings, Path(prepared.plan.path))
+    if again:
+        return again
     unattended = deployment.id is not None and not settings.run_name
     return run_dir.unfinished(settings, Path(prepared.plan.path)) if unattended else None
 
 
-def open_run(settings: PandaSettings, prepared: Prepared, interrupted: RunDir | None) -> tuple[RunDir, bool]:
-    """(Run directory, whether there may be checkpoints in it)."""
-    run = interrupted or run_dir.create(settings)
-    run_dir.write_config(run, settings, {"run_dir": run.path, **prepared.paths})
-    return run, settings.resume or interrupted is not None
+def of_deployment() -> str:
+    """The id of a run that may be started again; empty for one of the command line."""
+    return str(flow_run.id) if deployment.id else ""
 
 
 def train_and_register(

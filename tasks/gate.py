@@ -17,7 +17,7 @@ from training import run_files
 from training.comparison import approval
 from training.comparison.job import Answered, GateResult, write_job
 from training.errors import MlflowAway
-from training.launch import launcher
+from training.launch import launcher, ownership
 from training.launch.commands import COMPARE
 from training.launch.exits import ExitReason
 from training.registry.promotion import job_of, settle, wait_for_approval
@@ -57,6 +57,7 @@ def promote(tracked: TrackedRun, uri: str, answer: Answered | None) -> GateResul
 
     :raises MlflowAway: as in `gate`.
     """
+    ownership.check(tracked.run_dir)
     with _how_to_go_on(tracked, f"{uri} is compared but not promoted"):
         return without_answers(decide(tracked, uri, answer))
 

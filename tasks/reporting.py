@@ -50,6 +50,7 @@ def report_rows(report: dict[str, Any]) -> list[dict[str, str]]:
     rows = [("records in", report["records_in"]), ("accepted", report["accepted"])]
     rows += [(f"rejected: {reason}", count) for reason, count in report["rejected"].items()]
     rows += [(f"dropped: {reason}", count) for reason, count in report["dropped"].items()]
+    rows += [(f"nothing is made of: {name}", count) for name, count in report.get("unread_fields", {}).items()]
     rows += [("tokens", report["tokens"]), ("target tokens", report["target_tokens"]), ("rows", report["rows"])]
     return [
         *({"what": what, "number": f"{number:,}"} for what, number in rows),

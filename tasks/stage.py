@@ -16,7 +16,7 @@ from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
-from data_prep.errors import PandaError
+from data_prep.errors import PandaError, disk_errors
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +35,8 @@ def stage(
         def run(*args: Any, **kwargs: Any) -> Any:
             logger.debug("%s begins", name)
             try:
-                result = function(*args, **kwargs)
+                with disk_errors():
+                    result = function(*args, **kwargs)
             except PandaError as error:
                 if options.get("retries") and retry_helps(error):
                     raise

@@ -17,7 +17,7 @@ from data_prep.plan.reader import open_plan
 from tasks.reporting import StageProgress, show_evaluation, show_pictures
 from tasks.stage import retry_helps, stage
 from training import run_files
-from training.launch import launcher
+from training.launch import launcher, ownership
 from training.launch.commands import EVALUATE
 from training.launch.events import Event
 from training.launch.exits import ExitReason
@@ -69,6 +69,7 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> Trained:
 
     A run that was trained to its end, and failed later, is not trained, evaluated and saved again.
     """
+    ownership.check(run_dir)
     progress = StageProgress("training")
     resume = resume or (task_run.run_count or 1) > 1
     if resume and is_trained(run_dir, settings):

@@ -7,7 +7,7 @@ where it states one. In: plain values. Out: frozen, validated pydantic models. C
 import math
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from data_prep.settings import SeedSettings, Settings, Target, name_or_target
 
@@ -211,19 +211,69 @@ class TrackingSettings(Settings):
     )
 
 
+def _limits_of(name: str, *others: str) -> AfterValidator:
+    """Check the entries of a mapping name -> limits: the fields `name` and `others`, and what all have in common."""
+
+    def check(value: dict[str, dict[str, Any]] | None) -> dict[str, dict[str, Any]] | None:
+        for key, entry in (value or {}).items():
+            unknown = entry.keys() - {name, *others, "higher_is_better", "max_regression"}
+            if unknown or not isinstance(entry.get("higher_is_better", True), bool):
+                raise ValueError(f"{key}: its fields are {name}, higher_is_better (true or false), max_regression (a "
+                                 f"number >= 0){''.join(f', {other}' for other in others)}")  # fmt: skip
+            limit = entry.get("max_regression", 0.0)
+            if isinstance(limit, bool) or not isinstance(limit, int | float) or not limit >= 0:
+                raise ValueError(f"{key}: max_regression={limit!r} must be a number >= 0")
+            if name == "function" and not isinstance(entry.get(name), dict):
+                raise ValueError(f"{key}: function must be a `_target_` node")
+        return value
+
+    return AfterValidator(check)
+
+
 class GateSettings(Settings):
     """Gate: when a new version becomes the champion"""
 
     promote_min_gain: float = Field(
         0.0,
         ge=0,
-        description="The `champion` alias moves only when the held-out loss per target token has fallen by more than "
-        "this with 95 % confidence (lower bound of a studentised paired bootstrap, 30 records or more).",
+        description="The `champion` alias moves only when the held-out loss per target token has certainly fallen by "
+        "more than this (lower bound of a paired bootstrap, wrong in 2 % of the cases at most; 30 records or more).",
     )
     max_slice_regression: float = Field(
         0.02,
         ge=0,
         description="... and when on no slice (source x language) it has certainly risen, by more than this.",
+    )
+    max_regression: float = Field(
+        0.05,
+        ge=0,
+        description="... nor elsewhere: on `neutral_texts`, and on records that were held out for the champion and are "
+        "not in this corpus.",
+    )
+    neutral_texts: str | None = Field(
+        None,
+        description="File of texts (.json, .jsonl) on which a version is asked whether it has forgotten what it knew; "
+        "None = the 100 bundled ones, English and Chinese.",
+    )
+    gate_metrics: Annotated[dict[str, dict[str, Any]] | None, _limits_of("function")] = Field(
+        None,
+        description="Metrics of your own on generated answers, by name: {function: a `_target_` node called with "
+        "`prompt`, `answer` and `target` that returns a number, higher_is_better: true, max_regression: 0}.",
+    )
+    gate_benchmarks: Annotated[
+        dict[str, dict[str, Any]] | None, _limits_of("metric", "task_dir", "limit", "num_fewshot", "chat")
+    ] = Field(
+        None,
+        description="Tasks of lm-eval that the gate asks, by name: {metric: acc, higher_is_better: true, "
+        "max_regression: 0, limit: 200, task_dir, num_fewshot, chat}.",
+    )
+    gate_prompts: int = Field(16, ge=1, description="Held-out prompts that each model answers, for checks and metrics.")
+    max_overlap: float = Field(
+        0.8,
+        gt=0,
+        le=1,
+        description="Held-out records, neutral texts and benchmark questions of which one training record holds this "
+        "share or more (runs of 36 bytes, without case, spacing and punctuation) are left out of the comparison.",
     )
     gate_records: int = Field(
         400,

@@ -19,8 +19,9 @@ from data_prep.owner import FILE as OWNER_FILE
 from data_prep.owner import owner
 from data_prep.plan import tombstones
 from data_prep.records.json_stream import read_blocks
-from data_prep.records.normalise import Rejected, content_hash, decode, normalise
+from data_prep.records.normalise import Decoder, content_hash, normalise
 from data_prep.records.source import Piece, Source
+from data_prep.records.turns import Rejected
 from data_prep.store import MANIFEST, open_manifest
 from data_prep.tokenizer import load_tokenizer
 from training.comparison.job import read_job
@@ -118,8 +119,8 @@ def read_record(data: bytes, _: Path) -> None:
     """A record is normal, or refused with a reason; both twice the same."""
     for kind in ("instruction", "pretraining"):
         with suppress(Rejected):
-            first = normalise(decode(data), kind)
-            if content_hash(*first) != content_hash(*normalise(decode(data), kind)):
+            first = normalise(Decoder().decode(data), kind, [])
+            if content_hash(*first) != content_hash(*normalise(Decoder().decode(data), kind, [])):
                 raise Wrong("the same bytes have two hashes")
             if len(first[0]) != len(first[1]) or not all(isinstance(text, str) for text in first[1]):
                 raise Wrong(f"roles and texts do not fit: {first}")

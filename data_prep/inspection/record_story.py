@@ -20,9 +20,9 @@ from data_prep.plan.ledger import MAX_FOUND, Ledger, open_ledger, records_with
 from data_prep.plan.order import position_of
 from data_prep.plan.plan_file import Rows, open_rows, rows_file
 from data_prep.records.build_unit import UNIT_LEDGER_FILE
-from data_prep.records.normalise import Role
 from data_prep.records.reasons import Reason
 from data_prep.records.shard import read_arrow
+from data_prep.records.turns import Role
 from data_prep.tokenizer import LoadedTokenizer
 
 _EXPLANATIONS = {reason.value: reason.explanation for reason in Reason}
@@ -136,6 +136,8 @@ def _quarantined(directory: Path, number: int) -> str:
     with open(directory / "quarantine.bin", "rb") as stream:
         stream.seek(start)
         data = stream.read(min(int(lengths[number]), MAX_QUARANTINE))
+    if not data and lengths[number] > 0:
+        return "(its bytes were not kept: too many were rejected in this unit; they are in the file itself)"
     return data.decode("utf-8", "backslashreplace")
 
 

@@ -30,7 +30,7 @@ import numpy as np
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-from data_prep import store
+from data_prep import intact, store
 from data_prep.errors import CorpusError, StoreError
 from data_prep.plan.duplicates import near_duplicates, sketch
 from data_prep.plan.examples import Examples, load_examples
@@ -74,6 +74,7 @@ def plan_rows(tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings, 
     started = time.perf_counter()
     root = Path(cache_dir) / STAGE
     fp = plan_fingerprint(tokens, corpus, pack)
+    intact.set_aside_damaged(root.parent, [root / fp])
     built = store.build(root, fp, lambda directory: _write_plan(directory, root / fp, tokens, corpus, pack))
     seconds = time.perf_counter() - started
     stages = {"records": tokens.records.seconds, "tokenize": tokens.seconds, "plan": seconds}
@@ -277,6 +278,7 @@ def make_report(
         "accepted": int(accepted.sum()),
         "rejected": dict(sorted(rejected.items())),
         "dropped": {reason.value: n for reason, n in sorted(counts.items()) if reason not in REJECTED},
+        "unread_fields": tokens.records.unread_fields,
         "cut_tokens": int(verdicts.cut.sum()),
         "tokens": int(train.tokens.sum(dtype=np.int64)),
         "target_tokens": int(train.target_tokens.sum(dtype=np.int64)),

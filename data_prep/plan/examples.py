@@ -36,6 +36,7 @@ class Examples:
     lengths: np.ndarray  # (n,) int32 tokens
     runs: np.ndarray  # (num_runs,) int32
     run_offsets: np.ndarray  # (n + 1,) int64
+    refused: np.ndarray | None = None  # positions of those that the template cannot express: (m,) int64
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -107,6 +108,7 @@ def load_examples(tokens: TokensResult, directory: Path | None = None) -> Exampl
     shard, number, lengths = (new(count, np.int32) for _ in range(3))
     source, pretraining, hashes = new(count, np.int8), new(count, np.bool_), new(16 * count, np.uint8).reshape(-1, 16)
     run_offsets = new(count + 1, np.int64)
+    refused: list[int] = []
     run_offsets[0] = first = 0
     for index, unit in enumerate(units):
         tokens_of = open_shard(Path(unit.path) / TOKENS_FILE)
@@ -114,6 +116,7 @@ def load_examples(tokens: TokensResult, directory: Path | None = None) -> Exampl
         shard[mine], number[mine], lengths[mine] = index, np.arange(tokens_of.num_examples), tokens_of.lengths
         source[mine], pretraining[mine] = sources.index(unit.records.source), unit.records.kind == "pretraining"
         hashes[mine] = _hashes(unit.records.path)
+        refused += [mine.start + number_in_unit for number_in_unit in unit.refused]
         run_offsets[mine.start + 1 : mine.stop + 1] = run_offsets[mine.start] + tokens_of.span_offsets[1:]
     runs = new(int(run_offsets[-1]), np.int32)
     first = 0
@@ -121,7 +124,10 @@ def load_examples(tokens: TokensResult, directory: Path | None = None) -> Exampl
         found = _runs(open_shard(Path(unit.path) / TOKENS_FILE))
         runs[first : first + len(found)] = found
         first += len(found)
-    return Examples(units, sources, shard, number, source, pretraining, hashes, lengths, runs, run_offsets)
+    return Examples(
+        *(units, sources, shard, number, source, pretraining, hashes, lengths, runs, run_offsets),
+        refused=np.array(refused, np.int64),
+    )
 
 
 def _column(count: int, dtype: type, directory: Path | None) -> np.ndarray:

@@ -68,6 +68,8 @@ def judge(
     :raises CorpusError: a mixture weight of an unknown source, or ``overflow=error`` and a record is too long.
     """
     reason = np.full(len(examples), ACCEPTED, dtype=np.int8)
+    if examples.refused is not None:
+        reason[examples.refused] = REASONS.index(Reason.TEMPLATE_REFUSED)
     _mark(reason, examples.targets == 0, Reason.NO_TARGET_TOKENS)
     _mark(reason, tombstones.matching(examples.hashes, taken_down(corpus)), Reason.TAKEN_DOWN)
     if corpus.deduplicate != "none":

@@ -22,14 +22,18 @@ from data_prep.errors import CorpusError
 from data_prep.processes import peak_rss_bytes
 from data_prep.records.csv_rows import DELIMITERS, read_csv
 from data_prep.records.files import UnitSpec
-from data_prep.records.json_stream import read_blocks
-from data_prep.records.normalise import Rejected, Row, content_hash, decode, from_mapping, normalise
+from data_prep.records.json_stream import MAX_RECORD_BYTES, read_blocks
+from data_prep.records.normalise import Decoder, Row, content_hash, normalise
 from data_prep.records.reasons import Reason
 from data_prep.records.source import WHOLE, Block, Piece, Source
 from data_prep.records.tables import read_table
+from data_prep.records.turns import Rejected
 from data_prep.records.user_reader import read_records
 
 MAX_EXAMPLES = 5
+QUARANTINE_BYTES = 16 << 20  # of a directory: the first rejected records; a bomb of 3 MB can hold 3 GB of them
+MAX_UNREAD = 100  # names of unread fields that are counted one by one; where keys are data there is no end of them
+MORE_UNREAD = "(other names)"
 READER_BLOCK_RECORDS = 4096
 BATCH_BYTES = 1 << 20
 MAX_TEXT_BYTES = 32 << 20
@@ -61,6 +65,13 @@ def build_unit(root: Path, spec: UnitSpec) -> tuple[list[store.Built], int]:
     return built, peak_rss_bytes()
 
 
+def directories_of(root: Path, fp: str) -> list[Path]:
+    """Where the directories of a unit are, as far as its first one can be read."""
+    first = store.find(root / fp)
+    numbers = range(first.manifest["directories"] if first else 1)
+    return [root / series_fingerprint(fp, number) for number in numbers]
+
+
 def find_unit(root: Path, fp: str) -> list[store.Built] | None:
     """The directories of a unit if all of them are there."""
     first = store.find(root / fp)
@@ -85,6 +96,7 @@ class _Validated:
     texts: list[str] = field(default_factory=list)
     hashes: list[bytes] = field(default_factory=list)
     details: dict[int, str] = field(default_factory=dict)
+    unread: Counter[str] = field(default_factory=Counter)
 
     @property
     def valid(self) -> np.ndarray:
@@ -102,11 +114,13 @@ class _Directory:
         self.records = pa.ipc.new_file(str(directory / RECORDS_FILE), RECORDS_SCHEMA)
         self.ledger = pa.ipc.new_file(str(directory / UNIT_LEDGER_FILE), LEDGER_SCHEMA)
         self.quarantine = (directory / "quarantine.bin").open("wb")
+        self.quarantine_left = QUARANTINE_BYTES
         self.num_records = 0
         self.num_valid = 0
         self.text_bytes = 0
         self.rejected: Counter[str] = Counter()
         self.examples: list[dict[str, Any]] = []
+        self.unread: Counter[str] = Counter()
 
     def close(self) -> None:
         self.records.close()
@@ -125,10 +139,12 @@ class _Directory:
             self.records.write_batch(batch)
         self.ledger.write_batch(_ledger_batch(pieces, block, validated))
         for index in rejected:
-            self.quarantine.write(raw[index] + b"\n")
+            self._keep(raw[index] + b"\n")
             self._reject(int(pieces[index]), block, index, validated)
         self.num_records += len(block.records)
         self.num_valid += len(valid)
+        for name, count in validated.unread.items():
+            self.unread[name if name in self.unread or len(self.unread) < MAX_UNREAD else MORE_UNREAD] += count
 
     def _reject(self, piece: int, block: Block, index: int, validated: _Validated) -> None:
         reason = REASONS[validated.reasons[index]]
@@ -138,11 +154,19 @@ class _Directory:
             line = int(block.lines[index])
             self.examples.append({"piece": piece, "line": line, "reason": reason.value, "detail": detail})
 
+    def _keep(self, record: bytes) -> None:
+        """Up to the limit; from the first record that goes over it on, the ledger alone says where they are."""
+        fits = len(record) <= self.quarantine_left
+        self.quarantine_left = self.quarantine_left - len(record) if fits else 0
+        if fits:
+            self.quarantine.write(record)
+
     def counts(self) -> dict[str, Any]:
         return {
             "records": self.num_records,
             "valid": self.num_valid,
             "rejected": dict(sorted(self.rejected.items())),
+            "unread_fields": dict(sorted(self.unread.items())),
             "text_bytes": self.text_bytes,
             "examples": self.examples,
         }
@@ -151,11 +175,13 @@ class _Directory:
 def _write_series(root: Path, spec: UnitSpec) -> list[store.Built]:
     """A directory for every 32 MiB of text; all are published when the last is written, the first at the very end."""
     facts: list[dict[str, int]] = []
+    decoder = Decoder(dict(spec.columns))
     edges = None
     with ExitStack() as temporary:
         series = [_Directory(temporary.enter_context(store.building(root, spec.fingerprint)))]
         for pieces, block in _gathered(_blocks(spec, facts)):
-            validated = _validate(block, from_mapping if block.is_parsed else decode, spec.kind)
+            parse = decoder.from_mapping if block.is_parsed else decoder.decode
+            validated = _validate(block, parse, spec.kind, spec.strict_fields)
             edges = [edges[0] if edges else validated.is_rejected(0), validated.is_rejected(-1)]
             if series[-1].text_bytes >= MAX_TEXT_BYTES:
                 series[-1].close()
@@ -236,23 +262,38 @@ def _check_unchanged(source: Source, expected: str) -> None:
         raise CorpusError(f"{piece.path} changed while it was read; run again when nobody writes to it")
 
 
-def _validate(block: Block, parse: Callable[[Any], Row | list], kind: str) -> _Validated:
+def _validate(block: Block, parse: Callable[[Any], Row | list], kind: str, strict_fields: bool) -> _Validated:
     result = _Validated(np.full(len(block.records), -1, np.int8))
     for index, fault in block.faults.items():
         result.reasons[index] = REASONS.index(fault)
+    unread: list[str] = []
     for index, record in enumerate(block.records):
         if index not in block.faults:
             try:
-                roles, texts = normalise(parse(record), kind)
+                roles, texts = normalise(parse(record), kind, unread)
+                if sum(map(len, texts)) > MAX_RECORD_BYTES:  # only a user's reader gives as much
+                    raise Rejected(Reason.OVERSIZED_RECORD, Reason.OVERSIZED_RECORD.explanation)
+                if unread:
+                    _note_unread(unread, result.unread, strict_fields)
                 content = content_hash(roles, texts)
             except Rejected as rejected:
                 result.reasons[index] = REASONS.index(rejected.reason)
                 result.details[index] = rejected.detail
+                unread.clear()
                 continue
             result.roles.append(roles)
             result.texts += texts
             result.hashes.append(content)
     return result
+
+
+def _note_unread(unread: list[str], counts: Counter[str], strict_fields: bool) -> None:
+    """Count the fields of one record that nothing was made of, each once, and forget them."""
+    names = sorted(set(unread))
+    if strict_fields:
+        raise Rejected(Reason.UNSUPPORTED_FIELD, f"strict_fields: nothing is made of {', '.join(names)[:200]}")
+    counts.update(names)
+    unread.clear()
 
 
 def _records_batch(validated: _Validated, lines: np.ndarray) -> pa.RecordBatch:

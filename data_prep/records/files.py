@@ -36,6 +36,7 @@ BORDER_READ_BYTES = 64 << 10  # records are seldom longer
 MIN_FILES_TO_GROUP = 64
 GROUP_BYTES = 1 << 20
 MAX_GROUP_BYTES = 8 << 20
+MEANING = 2  # raised when the same bytes come to mean other records: 2 reads weights, tools, thoughts and more shapes
 SMALL_TABLE_BYTES = 4 << 20  # compressed, so 16 MiB of text perhaps
 WAVE_BYTES = 1 << 30  # of remote files on this machine at once, and as much on its way
 REMOTE_THREADS = 8  # they wait for the network
@@ -65,15 +66,21 @@ class UnitSpec:
     reader: dict[str, Any] | None = None
     reader_source: dict[str, Any] | None = None
     tokenizer_dir: Path | None = None
+    columns: tuple[tuple[str, str], ...] = ()
+    strict_fields: bool = False
 
     @property
     def fingerprint(self) -> str:
         """Of bytes and of what they are read as; never of a path."""
+        asked: dict[str, Any] = {"columns": self.columns} if self.columns else {}
+        asked |= {"strict_fields": True} if self.strict_fields else {}
         pieces = [
             [content, compression_of(piece.path), piece.form, piece.opening.hex(), piece.first, piece.last]
             for piece, content in zip(self.pieces, self.hashes, strict=True)
         ]
-        return store.fingerprint(stage="records", kind=self.kind, pieces=pieces, reader=self.reader_source)
+        return store.fingerprint(
+            stage="records", kind=self.kind, pieces=pieces, reader=self.reader_source, meaning=MEANING, **asked
+        )
 
 
 def find_files(corpus: CorpusSettings, cache_dir: Path | None = None) -> list[InputFile]:
@@ -121,8 +128,20 @@ def plan_units(
     """
     reader = corpus.reader
     source = None if reader is None else reader_fingerprint(reader, tokenizer_dir, cache_dir)
+    columns = tuple(sorted((corpus.columns or {}).items()))
     specs = (
-        UnitSpec((piece,), (content,), file.kind, file.source, _piece_size(piece, file), reader, source, tokenizer_dir)
+        UnitSpec(
+            (piece,),
+            (content,),
+            file.kind,
+            file.source,
+            _piece_size(piece, file),
+            reader,
+            source,
+            tokenizer_dir,
+            columns,
+            corpus.strict_fields,
+        )
         for file, piece, content in _hashed(files, num_workers, whole=reader is not None)
     )
     return _grouped(specs) if len(files) >= MIN_FILES_TO_GROUP else specs

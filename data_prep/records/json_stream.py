@@ -23,9 +23,10 @@ import msgspec
 import numpy as np
 
 from data_prep.records import source
-from data_prep.records.normalise import Rejected, decode, normalise
+from data_prep.records.normalise import Decoder, normalise
 from data_prep.records.reasons import Reason
 from data_prep.records.source import Block, Form, Piece, Source, Window
+from data_prep.records.turns import Rejected
 
 HEAD_BYTES = 4 << 20
 BOM = b"\xef\xbb\xbf"
@@ -114,7 +115,7 @@ def _lines(window: Window) -> Iterator[Block]:
         elif have >= MAX_RECORD_BYTES:
             yield window.take_one(len(window.data), Reason.OVERSIZED_RECORD)
         else:
-            size = 2 * have
+            size = min(2 * have, MAX_RECORD_BYTES)
     if window.truncated and not cut_off:
         yield window.take_one(window.position, Reason.TRUNCATED_FILE)
 
@@ -131,14 +132,15 @@ def _cut_lines(window: Window, end: int) -> Block:
     window.position, window.line = end, line + len(newlines)
     records, kept = _without_blank(records)
     block = Block(records, base + starts[kept], (stops - starts)[kept], line + filled[kept])
+    block.faults |= dict.fromkeys(np.flatnonzero(block.lengths > MAX_RECORD_BYTES).tolist(), Reason.OVERSIZED_RECORD)
     if records and stops[-1] == end and window.at_end and _is_cut_off(records[-1]):
         block.faults[len(records) - 1] = Reason.TRUNCATED_FILE
     return block
 
 
 def _without_blank(records: list[bytes]) -> tuple[list[bytes], np.ndarray | slice]:
-    """Drop the lines of white space alone, which only short lines can be worth a look for."""
-    blank = {index for index, record in enumerate(records) if len(record) < 64 and record.isspace()}
+    """Drop the lines of white space alone; the first byte tells of nearly all others that they are none."""
+    blank = {index for index, record in enumerate(records) if record[:1].isspace() and record.isspace()}
     if not blank:
         return records, slice(None)
     kept = np.array([index for index in range(len(records)) if index not in blank], np.int64)
@@ -270,10 +272,12 @@ class Elements:
             have = len(window.data) - window.position
             if window.at_end or len(window.data) >= limit:
                 return self._take_rest(open_end)
-            window.fill(2 * have)
+            window.fill(min(2 * have, MAX_RECORD_BYTES))
 
     def _take_complete(self, end: int) -> Block:
         window = self.window
+        if end - window.position > MAX_RECORD_BYTES:
+            return window.take_one(end, Reason.OVERSIZED_RECORD)
         if self.careful_until and not is_json(window.data[window.position : end]):
             self.careful_until = 0  # this was what could not be guessed
         return window.take_one(end)
@@ -326,7 +330,7 @@ class Elements:
 def _is_record(data: bytes) -> bool:
     for kind in ("instruction", "pretraining"):
         try:
-            normalise(decode(data), kind)
+            normalise(Decoder().decode(data), kind, [])
         except Rejected:
             continue
         return True

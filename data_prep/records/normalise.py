@@ -5,91 +5,72 @@ In: the bytes of one JSON value, or a dict of a user's reader. Out: ``(roles, te
     shape                                                       roles
     {"input", "target"}                                         USER ASSISTANT
     {"instruction", "input"?, "output"}                         USER INPUT ASSISTANT (INPUT only if not empty)
+    {"instruction", "context"?, "response"}                     the same
+    {"prompt", "completion"}, {"prompt" | "query", "response"}, {"question", "answer"}      USER ASSISTANT
+    {"prompt": [turns], "completion": [turns]}                  as messages; only answers of the completion are targets
     [{"input", "target"}, ...]                                  USER ASSISTANT USER ASSISTANT ...
-    {"conversations" | "messages": [{"from", "value"}, ...]}    by `from`: system; human, user; gpt, assistant; ...
-    {"conversations" | "messages": [{"role", "content"}, ...]}  by `role`; content: a text or {"type": "text"} parts
+    {"conversations" | "messages": [turns]}                     `data_prep.records.turns`
     {"title"?, "content"}                                       TITLE TEXT
     {"text"}                                                    TEXT
 
-Any instruction shape may have a "system" text, which comes first. A list of instructions states alternatives: the
-content hash picks one. The shapes without a target are read in the instruction directory too (every token is then
-a target); the pretraining directory takes only those. An absent field and null are the same. Other fields are ignored.
+Any instruction shape may have a "system" text, which comes first, a "history" of [question, answer] pairs before the
+question, whose answers are targets too, and a list of "tools" (or "functions"), which comes before all. A list of
+instructions states alternatives: the content hash picks one. The shapes without a target are read in the instruction
+directory too (every token is then a target); the pretraining directory takes only those. An absent field and null are
+the same. Fields that mean training of another kind (pairs of answers to prefer, images) are refused; every other field
+that nothing is made of is named to the caller. Fields may have other names in a corpus: ``columns``.
 
 What is JSON: RFC 8259 in UTF-8. Not accepted: NaN, Infinity, lone surrogates (\\ud800), raw control characters.
-Accepted: \\u0000 in a text, repeated keys (the last one counts), numbers of any size in fields that are ignored, and
-bytes that are not UTF-8 in fields that are ignored. Cost: about 1.5 us a record.
+Accepted: \\u0000 in a text, repeated keys (the last one counts), numbers of any size in fields that are not read, and
+bytes that are not UTF-8 in fields that are not read. Cost: about 1.5 us a record.
 """
 
-from enum import IntEnum
-from typing import Any
+from collections.abc import Callable, Mapping
+from operator import attrgetter
+from typing import Any, ClassVar
 
 import msgspec
 import xxhash
 
 from data_prep.records.reasons import Reason
+from data_prep.records.turns import (
+    Normal,
+    Rejected,
+    Role,
+    conversation,
+    is_blank,
+    is_nothing,
+    pairs,
+    string,
+    target,
+    tool_list,
+    type_name,
+    wrong_type,
+)
+from data_prep.settings import COLUMNS, is_plain_key
 
+_PAIR = bytes((Role.USER, Role.ASSISTANT))
+_TRIPLE = bytes((Role.USER, Role.INPUT, Role.ASSISTANT))
+_TITLED = bytes((Role.TITLE, Role.TEXT))
+_TEXT = bytes((Role.TEXT,))
+_SYSTEM = bytes((Role.SYSTEM,))
+_TOOLS = bytes((Role.TOOLS,))
 
-class Role(IntEnum):
-    """What a text of a record is; the values are those of the records files."""
-
-    SYSTEM = 0
-    USER = 1
-    INPUT = 2  # beside the instruction that is the user's text before it
-    ASSISTANT = 3
-    TITLE = 4
-    TEXT = 5
-
-    @property
-    def word(self) -> str:
-        """As chat messages name it."""
-        return self.name.lower()
-
-
-SYSTEM, USER, INPUT, ASSISTANT, TITLE, TEXT = Role
-Normal = tuple[bytes, list[str]]
-
-SPEAKERS = {
-    "system": SYSTEM,
-    "developer": SYSTEM,
-    "human": USER,
-    "user": USER,
-    "prompter": USER,
-    "gpt": ASSISTANT,
-    "assistant": ASSISTANT,
-    "chatgpt": ASSISTANT,
-    "bot": ASSISTANT,
-    "model": ASSISTANT,
-    "bard": ASSISTANT,
-    "bing": ASSISTANT,
+DOCUMENT = ("title", "content", "text")
+SAME_AS_PAIR = (("prompt", "completion"), ("prompt", "response"), ("query", "response"), ("question", "answer"))
+OTHER_TRAINING = {
+    **dict.fromkeys(("chosen", "rejected", "rejected_response"), "answers to prefer to others"),
+    **dict.fromkeys(("preferred_output", "non_preferred_output"), "answers to prefer to others"),
+    **dict.fromkeys(("image", "images", "video", "videos", "audio", "audios"), "more than text"),
+    **dict.fromkeys(("label", "kto_tag"), "an answer that may be a bad one"),
 }
-_TYPE_NAMES = {
-    dict: "an object",
-    list: "a list",
-    str: "a string",
-    bool: "true or false",
-    int: "a number",
-    float: "a number",
-    type(None): "null",
-}
-_PAIR = bytes((USER, ASSISTANT))
-_TRIPLE = bytes((USER, INPUT, ASSISTANT))
-_TITLED = bytes((TITLE, TEXT))
-_TEXT = bytes((TEXT,))
-_SYSTEM = bytes((SYSTEM,))
+MAX_LEARNT = 64  # keys beyond the usual ones that a decoder knows; a record with another one is decoded twice
 
 
-class Rejected(Exception):
-    """A record that cannot be used: the reason and, for people, what exactly is wrong."""
+class Row(msgspec.Struct, gc=False, forbid_unknown_fields=True):
+    """The fields of the usual shapes, untyped: what is wrong with one is only looked at where the shape needs it."""
 
-    def __init__(self, reason: Reason, detail: str):
-        super().__init__(f"{reason}: {detail}")
-        self.reason = reason
-        self.detail = detail
-
-
-class Row(msgspec.Struct, gc=False):
-    """The fields of all shapes, untyped: what is wrong with one is only looked at where the shape needs it."""
-
+    is_wide: ClassVar[bool] = False  # whether it may have others
     input: Any = None
     target: Any = None
     instruction: Any = None
@@ -101,54 +82,162 @@ class Row(msgspec.Struct, gc=False):
     content: Any = None
     text: Any = None
 
+    def more(self) -> dict[str, Any]:
+        """The values of the other `COLUMNS` and of `OTHER_TRAINING`, without nulls; a dict of the caller's own."""
+        return {}
 
-_decode_row = msgspec.json.Decoder(Row).decode
+    def unread(self) -> list[str]:
+        """Keys that no shape reads."""
+        return []
+
+
+class _Wide(Row, gc=False):
+    """A row that was made of a dict."""
+
+    is_wide: ClassVar[bool] = True
+    found: dict[str, Any] = {}
+    ignored: list[str] = []
+
+    def more(self) -> dict[str, Any]:
+        return self.found
+
+    def unread(self) -> list[str]:
+        return self.ignored
+
+
+_NO_JSON = (msgspec.DecodeError, UnicodeDecodeError, RecursionError)
 _decode_fields = msgspec.json.Decoder(dict[str, msgspec.Raw]).decode
 _encode_texts = msgspec.msgpack.Encoder().encode
 
 
-def decode(data: bytes | msgspec.Raw) -> Row | list:
-    """The record in ``data``: a Row, or the list of turns it is.
+class Decoder:
+    """Bytes or a dict -> Row. The keys of a corpus are few, so unusual ones are learnt: then they cost one decoding.
 
-    :raises Rejected: malformed_json, invalid_utf8, or unknown_shape for a number, a string, true, null.
+    :param columns: field -> the key under which the corpus has it.
     """
-    try:
-        return _decode_known(data)
-    except UnicodeDecodeError as error:
-        raise Rejected(Reason.INVALID_UTF8, f"byte {error.object[error.start]:#04x} in a text") from None
-    except msgspec.DecodeError as error:
-        raise Rejected(Reason.MALFORMED_JSON, str(error)) from None
-    except RecursionError:
-        raise Rejected(Reason.MALFORMED_JSON, "nested too deeply") from None
+
+    def __init__(self, columns: Mapping[str, str] | None = None):
+        columns = columns or {}
+        self.field_of = {name: name for name in (*COLUMNS, *OTHER_TRAINING) if name not in columns}
+        self.field_of |= {key: name for name, key in columns.items()}
+        self.learnt: list[str] = []
+        self._learn([])
+
+    def decode(self, data: bytes | msgspec.Raw) -> Row | list:
+        """The record in ``data``: a Row, or the list of turns it is.
+
+        :raises Rejected: malformed_json, invalid_utf8, or unknown_shape for a number, a string, true, null.
+        """
+        try:
+            return self._decode_row(data)
+        except msgspec.ValidationError:
+            return self._decode_other(data)
+        except _NO_JSON as error:
+            raise _no_json(error) from None
+
+    def from_mapping(self, record: Any) -> Row | list:
+        """The same for what a user's reader yields."""
+        if isinstance(record, dict):
+            return self._row(record)
+        return record if isinstance(record, list) else _unknown(record)
+
+    def _decode_other(self, data: bytes | msgspec.Raw) -> Row | list:
+        """JSON that is no object, or an object with a key that is not known yet or a number beyond 64 bits."""
+        try:
+            fields = _decode_fields(data)
+        except msgspec.ValidationError:
+            value = _decode_any(data)
+            return value if isinstance(value, list) else _unknown(value)
+        except _NO_JSON as error:
+            raise _no_json(error) from None
+        new = [key for key in fields if self.field_of.get(key) not in Row.__struct_fields__ and key not in self.learnt]
+        if new and len(self.learnt) + len(new) <= MAX_LEARNT and all(map(is_plain_key, new)):
+            self._learn(new)
+            return self.decode(data)
+        return self._row({key: value for key, value in fields.items() if bytes(value) != b"null"})
+
+    def _row(self, record: Mapping[Any, Any]) -> Row:
+        row = _Wide()
+        for key, value in record.items():
+            field = self.field_of.get(key)
+            if value is None:
+                continue
+            if field is None:
+                row.ignored.append(str(key))
+                continue
+            decoded = _decode_any(value) if type(value) is msgspec.Raw else value
+            if field in Row.__struct_fields__:
+                setattr(row, field, decoded)
+            else:
+                row.found[field] = decoded
+        return row
+
+    def _learn(self, keys: list[str]) -> None:
+        """A struct that has these keys too; what nobody reads stays raw."""
+        self.learnt += keys
+        key_of = {field: key for key, field in self.field_of.items()}
+        usual = [(name, Any, None) for name in Row.__struct_fields__]
+        names = {f"more_{number}": key for number, key in enumerate(self.learnt)}
+        read = [(name, self.field_of[key]) for name, key in names.items() if key in self.field_of]
+        others = [(name, key) for name, key in names.items() if key not in self.field_of]
+
+        def more(row: Row) -> dict[str, Any]:
+            return {field: value for name, field in read if (value := getattr(row, name)) is not None}
+
+        def unread(row: Row) -> list[str]:
+            return [
+                key for name, key in others if (value := getattr(row, name)) is not None and bytes(value) != b"null"
+            ]
+
+        learnt = [(name, Any if key in self.field_of else msgspec.Raw, None) for name, key in names.items()]
+        rename = {name: key_of.get(name, f"(nothing is {name})") for name in Row.__struct_fields__} | names
+        namespace = {"more": more, "unread": unread, "is_wide": True} if self.learnt else {}
+        struct = msgspec.defstruct(
+            "Learnt", [*usual, *learnt], bases=(Row,), namespace=namespace, rename=rename, gc=False
+        )
+        self._decode_row: Callable[[Any], Any] = msgspec.json.Decoder(struct).decode
 
 
-def from_mapping(record: Any) -> Row | list:
-    """The same for what a user's reader yields."""
-    if isinstance(record, dict):
-        return Row(**{name: record.get(name) for name in Row.__struct_fields__})
-    return record if isinstance(record, list) else _unknown(record)
+class _Rest:
+    """The fields of a row that a shape does not read."""
+
+    def __init__(self, *read: str):
+        self.names = tuple(name for name in Row.__struct_fields__ if name not in read)
+        self.values = attrgetter(*self.names)
+        self.none = (None,) * len(self.names)
+
+    def note(self, row: Row, unread: list[str]) -> None:
+        values = self.values(row)
+        if values != self.none:
+            unread += [name for name, value in zip(self.names, values, strict=True) if value is not None]
 
 
-def normalise(row: Row | list, kind: str) -> Normal:
-    """``kind`` is ``instruction`` or ``pretraining``.
+_NO_CHAT = ("conversations", "messages")  # absent wherever another shape is looked for
+_REST_OF_PAIR = _Rest("input", "target", "system", "instruction", *_NO_CHAT)
+_REST_OF_INSTRUCTION = _Rest("instruction", "input", "output", "system", *_NO_CHAT)
+_REST_OF_MESSAGES = _Rest("messages", "system", "conversations")
+_REST_OF_CONVERSATIONS = _Rest("conversations", "system")
+_REST_OF_TITLED = _Rest("title", "content")
+_REST_OF_TEXT = _Rest("text")
 
-    :raises Rejected: unknown_shape, missing_field, wrong_type, empty_target.
+
+def normalise(row: Row | list, kind: str, unread: list[str]) -> Normal:
+    """``kind`` is ``instruction`` or ``pretraining``; keys that nothing is made of are added to ``unread``.
+
+    :raises Rejected: any reason of reading but those of JSON itself.
     """
-    if kind == "pretraining":
-        return _document(row)
     if isinstance(row, list):
-        return _turns(row)
-    if row.conversations is not None or row.messages is not None:
-        roles, texts = _chat(row)
-    elif row.instruction is not None:
-        roles, texts = _instruction(row)
-    elif row.target is not None or row.input is not None:
-        roles, texts = _PAIR, [_string(row.input, "input"), _target(row.target, "target")]
-    else:
-        return _document(row)
-    if row.system:
-        return _SYSTEM + roles, [_string(row.system, "system"), *texts]
-    return roles, texts
+        if kind == "pretraining":
+            raise Rejected(Reason.UNKNOWN_SHAPE, "a list of turns in the pretraining directory")
+        return pairs(row, unread)
+    read = _document if kind == "pretraining" else _of_any_shape
+    if not row.is_wide:
+        return read(row, {}, unread)
+    more = row.more()
+    normal = read(row, more, unread)
+    unread += more
+    unread += row.unread()
+    return normal
 
 
 def content_hash(roles: bytes, texts: list[str]) -> bytes:
@@ -162,138 +251,146 @@ def content_hash(roles: bytes, texts: list[str]) -> bytes:
         raise Rejected(Reason.INVALID_UTF8, "a lone surrogate in a text") from None
 
 
-def _decode_known(data: bytes | msgspec.Raw) -> Row | list:
-    try:
-        return _decode_row(data)
-    except msgspec.ValidationError:
-        return _decode_other(data)  # which may still be malformed: the first problem that is met is named
-
-
-def _decode_other(data: bytes | msgspec.Raw) -> Row | list:
-    """JSON that is no object, or an object with a number beyond 64 bits."""
-    try:
-        fields = _decode_fields(data)
-    except msgspec.ValidationError:
-        value = _decode_any(data)
-        return value if isinstance(value, list) else _unknown(value)
-    return Row(**{name: _decode_any(fields[name]) for name in Row.__struct_fields__ if name in fields})
-
-
 def _decode_any(data: bytes | msgspec.Raw) -> Any:
     try:
         return msgspec.json.decode(data)
-    except UnicodeDecodeError as error:
-        raise Rejected(Reason.INVALID_UTF8, f"byte {error.object[error.start]:#04x} in a text") from None
     except msgspec.ValidationError:
         return 0  # a number beyond 64 bits: of the wrong type wherever it matters
-    except msgspec.DecodeError as error:
-        raise Rejected(Reason.MALFORMED_JSON, str(error)) from None
-    except RecursionError:
-        raise Rejected(Reason.MALFORMED_JSON, "nested too deeply") from None
+    except _NO_JSON as error:
+        raise _no_json(error) from None
+
+
+def _no_json(error: Exception) -> Rejected:
+    if isinstance(error, UnicodeDecodeError):
+        return Rejected(Reason.INVALID_UTF8, f"byte {error.object[error.start]:#04x} in a text")
+    return Rejected(Reason.MALFORMED_JSON, "nested too deeply" if isinstance(error, RecursionError) else str(error))
 
 
 def _unknown(value: Any) -> Row | list:
-    raise Rejected(Reason.UNKNOWN_SHAPE, f"a record is an object or a list of turns, not {_type_name(value)}")
+    raise Rejected(Reason.UNKNOWN_SHAPE, f"a record is an object or a list of turns, not {type_name(value)}")
 
 
-def _document(row: Row | list) -> Normal:
-    if isinstance(row, list):
-        raise Rejected(Reason.UNKNOWN_SHAPE, "a list of turns in the pretraining directory")
+def _of_any_shape(row: Row, more: dict[str, Any], unread: list[str]) -> Normal:
+    """A record of the instruction directory."""
+    if more:
+        _use_same_words(row, more)
+        _refuse_other_training(more)
+    if row.conversations is not None:
+        roles, texts = conversation(row.conversations, "conversations", unread)
+        _REST_OF_CONVERSATIONS.note(row, unread)
+    elif row.messages is not None:
+        roles, texts = conversation(row.messages, "messages", unread)
+        _REST_OF_MESSAGES.note(row, unread)
+    elif row.instruction is not None:
+        roles, texts = _instruction(row, unread)
+    elif row.target is not None or row.input is not None:
+        roles, texts = _pair(row, unread)
+    else:
+        return _document(row, more, unread)
+    if more:
+        roles, texts = _with_history(
+            more, roles, texts, is_chat=row.conversations is not None or row.messages is not None
+        )
+    if row.system is not None and not is_nothing(row.system):
+        roles, texts = _SYSTEM + roles, [string(row.system, "system"), *texts]
+    if more and (tools := _tools(more)):
+        return _TOOLS + roles, [tools, *texts]
+    return roles, texts
+
+
+def _document(row: Row, more: dict[str, Any], unread: list[str]) -> Normal:
     if row.content is not None:
-        content = _target(row.content, "content")
+        content = target(row.content, "content")
+        _REST_OF_TITLED.note(row, unread)
         if row.title is None or row.title == "":
             return _TEXT, [content]
-        return _TITLED, [_string(row.title, "title"), content]
+        return _TITLED, [string(row.title, "title"), content]
     if row.text is not None:
-        return _TEXT, [_target(row.text, "text")]
+        _REST_OF_TEXT.note(row, unread)
+        return _TEXT, [target(row.text, "text")]
     if row.title is not None:
         raise Rejected(Reason.MISSING_FIELD, '"content" is absent beside "title"')
-    found = [name for name in Row.__struct_fields__ if getattr(row, name) is not None]
+    found = [name for name in Row.__struct_fields__ if getattr(row, name) is not None] + list(more)
     raise Rejected(Reason.UNKNOWN_SHAPE, f"has only {', '.join(found)}" if found else "no known field")
 
 
-def _instruction(row: Row) -> Normal:
+def _pair(row: Row, unread: list[str]) -> Normal:
+    if row.text is not None or row.content is not None or row.output is not None or row.title is not None:
+        _REST_OF_PAIR.note(row, unread)
+    return _PAIR, [string(row.input, "input"), target(row.target, "target")]
+
+
+def _instruction(row: Row, unread: list[str]) -> Normal:
+    if row.text is not None or row.content is not None or row.target is not None or row.title is not None:
+        _REST_OF_INSTRUCTION.note(row, unread)
     instruction = row.instruction
-    output = _target(row.output, "output")
+    output = target(row.output, "output")
     if type(instruction) is list:
         instruction = _alternative(instruction, output)
     elif type(instruction) is not str:
-        _wrong_type(instruction, "instruction")
+        wrong_type(instruction, "instruction")
     if row.input is None or row.input == "":
         return _PAIR, [instruction, output]
-    return _TRIPLE, [instruction, _string(row.input, "input"), output]
+    return _TRIPLE, [instruction, string(row.input, "input"), output]
 
 
 def _alternative(instructions: list, output: str) -> str:
-    texts = [_string(text, "instruction") for text in instructions]
+    texts = [string(text, "instruction") for text in instructions]
     if not texts:
         raise Rejected(Reason.MISSING_FIELD, '"instruction" is an empty list')
     return texts[xxhash.xxh3_64_intdigest(_encode_texts([*texts, output])) % len(texts)]
 
 
-def _turns(turns: list) -> Normal:
-    texts: list[str] = []
-    for turn in turns:
-        if type(turn) is not dict:
-            raise Rejected(Reason.WRONG_TYPE, f"a turn is {_type_name(turn)}, not an object")
-        texts += (_string(turn.get("input"), "input"), _target(turn.get("target"), "target"))
-    if not texts:
-        raise Rejected(Reason.EMPTY_TARGET, "no turn at all")
-    return _PAIR * len(turns), texts
+def _use_same_words(row: Row, more: dict[str, Any]) -> None:
+    """Fields of other tools under the names they have here; they are taken out of ``more``."""
+    if row.instruction is not None:
+        if row.output is None and "response" in more:
+            row.output = more.pop("response")
+            row.input = more.pop("context", None) if row.input is None else row.input
+        return
+    if any(getattr(row, name) is not None for name in ("conversations", "messages", "input", "target", *DOCUMENT)):
+        return
+    for asked, answer in SAME_AS_PAIR:
+        if asked in more and answer in more:
+            question, reply = more.pop(asked), more.pop(answer)
+            if type(question) is list and type(reply) is list:
+                row.messages = [*map(_as_context, question), *reply]
+            else:
+                row.input, row.target = question, reply
+            return
 
 
-def _chat(row: Row) -> Normal:
-    name = "messages" if row.conversations is None else "conversations"
-    turns = getattr(row, name)
-    if type(turns) is not list:
-        _wrong_type(turns, name, "a list")
-    roles, texts = bytearray(), []
-    for turn in turns:
-        role, text = _turn(turn)
-        roles.append(role)
-        texts.append(text)
-    if ASSISTANT not in roles:
-        raise Rejected(Reason.EMPTY_TARGET, "no assistant turn")
-    return bytes(roles), texts
+def _as_context(turn: Any) -> Any:
+    """A turn of a prompt: whoever speaks, it is no target."""
+    return {**turn, "train": False} if type(turn) is dict else turn
 
 
-def _turn(turn: Any) -> tuple[int, str]:
-    if type(turn) is not dict:
-        raise Rejected(Reason.WRONG_TYPE, f"a turn is {_type_name(turn)}, not an object")
-    speaker_field, text_field = ("from", "value") if "from" in turn else ("role", "content")
-    speaker = _string(turn.get(speaker_field), speaker_field)
-    role = SPEAKERS.get(speaker)
-    if role is None:
-        raise Rejected(Reason.UNKNOWN_SHAPE, f'"{speaker_field}" is "{speaker[:40]}", not one of {", ".join(SPEAKERS)}')
-    text = turn.get(text_field)
-    if type(text) is list:
-        text = "".join(_part(part) for part in text)
-    return role, _target(text, text_field) if role == ASSISTANT else _string(text, text_field)
+def _refuse_other_training(more: dict[str, Any]) -> None:
+    for name, meaning in OTHER_TRAINING.items():
+        value = more.get(name)
+        if type(value) is bool if name in {"label", "kto_tag"} else type(value) in {str, list, dict} and value:
+            raise Rejected(Reason.UNSUPPORTED_FIELD, f'"{name}" says {meaning}: training of another kind')
 
 
-def _part(part: Any) -> str:
-    if type(part) is not dict or part.get("type") != "text":
-        raise Rejected(Reason.UNKNOWN_SHAPE, 'a part of a content is not {"type": "text", "text": ...}')
-    return _string(part.get("text"), "text")
+def _with_history(more: dict[str, Any], roles: bytes, texts: list[str], is_chat: bool) -> Normal:
+    """The turns of "history" in front, which a chat has itself."""
+    if is_nothing(more.get("history")):
+        more.pop("history", None)
+    if is_chat or "history" not in more:
+        return roles, texts
+    history = more.pop("history")
+    if type(history) is not list:
+        wrong_type(history, "history", "a list")
+    for pair in history:
+        if type(pair) is not list or len(pair) != 2:
+            wrong_type(pair, "history[]", "a list of two strings, question and answer")
+    said = [string(text, "history[][]") for pair in history for text in pair]
+    answers = (Role.ANSWERED if is_blank(answer) else Role.ASSISTANT for answer in said[1::2])
+    return bytes(role for answer in answers for role in (Role.USER, answer)) + roles, said + texts
 
 
-def _string(value: Any, name: str) -> str:
-    return value if type(value) is str else _wrong_type(value, name)
-
-
-def _target(value: Any, name: str) -> str:
-    if type(value) is not str:
-        return _wrong_type(value, name)
-    if not value or value.isspace():
-        raise Rejected(Reason.EMPTY_TARGET, f'"{name}" is empty')
-    return value
-
-
-def _wrong_type(value: Any, name: str, wanted: str = "a string") -> str:
-    if value is None:
-        raise Rejected(Reason.MISSING_FIELD, f'"{name}" is absent')
-    raise Rejected(Reason.WRONG_TYPE, f'"{name}" is {_type_name(value)}, not {wanted}')
-
-
-def _type_name(value: Any) -> str:
-    return _TYPE_NAMES.get(type(value), type(value).__name__)
+def _tools(more: dict[str, Any]) -> str:
+    for name in ("tools", "functions"):
+        if tools := tool_list(more.pop(name, None), name):
+            return tools
+    return ""

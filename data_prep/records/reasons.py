@@ -22,7 +22,7 @@ class Reason(StrEnum):
     MALFORMED_JSON = "malformed_json", "not valid JSON (NaN, Infinity and lone surrogates are not JSON either)"
     TRUNCATED_FILE = "truncated_file", "the file or its compressed stream ends here although more was announced"
     INVALID_UTF8 = "invalid_utf8", "the bytes are not UTF-8"
-    OVERSIZED_RECORD = "oversized_record", "no end of the record was found within 64 MiB"
+    OVERSIZED_RECORD = "oversized_record", "the record has more than 64 MiB"
     UNKNOWN_SHAPE = "unknown_shape", "none of the documented record shapes fits (in this directory)"
     MISSING_FIELD = "missing_field", "a field that this record shape needs is absent or null"
     WRONG_TYPE = "wrong_type", "a field has another type than this record shape says"
@@ -38,6 +38,12 @@ class Reason(StrEnum):
     NOT_REPLAYED = "not_replayed", "an earlier model was trained on it, and replay_share leaves it out"
     # Rejected; later in the order, because the number of a reason stands in ledgers.
     MALFORMED_ROW = "malformed_row", "a CSV row with other than the header's number of cells, or a stray quote"
+    UNSUPPORTED_FIELD = (
+        "unsupported_field",
+        "a field that asks for what is not done here, or (strict_fields) is unknown",
+    )
+    UNSUPPORTED_WEIGHT = "unsupported_weight", "a turn's weight is not 0 or 1, or asks to train what is no answer"
+    TEMPLATE_REFUSED = "template_refused", "the template cannot express the record, or its answers cannot be found"
 
 
 REJECTED = frozenset(
@@ -52,5 +58,8 @@ REJECTED = frozenset(
         Reason.EMPTY_TARGET,
         Reason.MALFORMED_ROW,
         Reason.NO_TARGET_TOKENS,
+        Reason.UNSUPPORTED_FIELD,
+        Reason.UNSUPPORTED_WEIGHT,
+        Reason.TEMPLATE_REFUSED,
     }
 )

@@ -11,7 +11,7 @@ knows for every piece the path, the offset and the line at which it begins, and 
     records.arrow     Arrow IPC file, a row per valid record, in file order, a batch per 4 MiB of input
         line    int32                   row of the record in ledger.arrow of this unit
         hash    fixed_size_binary[16]   xxh3_128 of the normal form: key of duplicates and of the validation split
-        roles   list<int8>              0 system, 1 user, 2 input beside an instruction, 3 assistant, 4 title, 5 text
+        roles   list<int8>              what each text is (`data_prep.records.turns.Role`)
         texts   list<large_string>      as many as roles
     ledger.arrow      Arrow IPC file, a row per input record, in file order
         piece   int32                   index into the files of the unit (0 unless small files share the unit)
@@ -21,8 +21,8 @@ knows for every piece the path, the offset and the line at which it begins, and 
         hash    fixed_size_binary[16]   null if rejected
         reason  dictionary<int8, string>  null if valid; the dictionary is always all of `Reason`, in its order
     quarantine.bin    the bytes of each rejected record, in the order of the ledger, each followed by a newline
-    manifest.json     records, valid, rejected {reason: n}, text_bytes, and what `data_prep.store` adds;
-                      examples [{piece, line, reason, detail}] of the first few rejected;
+    manifest.json     records, valid, rejected {reason: n}, unread_fields {key: records}, text_bytes, and what
+                      `data_prep.store` adds; examples [{piece, line, reason, detail}] of the first few rejected;
                       directories, pieces [{bytes, newlines}], rejected_edges: only in the first directory of a unit
 """
 
@@ -37,10 +37,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import BaseModel, ConfigDict
 
-from data_prep import store
+from data_prep import intact, store
 from data_prep.errors import CorpusError, StoreError
 from data_prep.processes import FanOut, on_processes, peak_rss_bytes
-from data_prep.records.build_unit import RECORDS_FILE, UNIT_LEDGER_FILE, build_unit, find_unit
+from data_prep.records.build_unit import RECORDS_FILE, UNIT_LEDGER_FILE, build_unit, directories_of, find_unit
 from data_prep.records.files import InputFile, UnitSpec, find_files, join, plan_units, waves
 from data_prep.settings import CorpusSettings
 
@@ -73,6 +73,7 @@ class RecordsUnit(BaseModel):
     records: int
     valid: int
     rejected: dict[str, int]
+    unread_fields: dict[str, int]
     text_bytes: int
     reused: bool
 
@@ -88,6 +89,7 @@ class RecordsResult(BaseModel):
     records: int
     valid: int
     rejected: dict[str, int]
+    unread_fields: dict[str, int]
     reused: int
     built: int
     seconds: float
@@ -167,6 +169,8 @@ class _Units:
     def make(self, specs: list[UnitSpec]) -> list[UnitSpec]:
         """Find or build every unit, the same content twice once; what was fetched for them goes. Returns them."""
         missing = {}
+        there = {spec.fingerprint for spec in specs} - self.built.keys()
+        intact.set_aside_damaged(self.root.parent, [path for fp in there for path in directories_of(self.root, fp)])
         for spec in specs:
             fp = spec.fingerprint
             if fp not in self.built and fp not in missing:
@@ -247,14 +251,16 @@ def _unit(spec: UnitSpec, built: store.Built, files: list[UnitFile]) -> RecordsU
         source=spec.source,
         files=files,
         reused=built.reused,
-        **{name: built.manifest[name] for name in ("records", "valid", "rejected", "text_bytes")},
+        **{name: built.manifest[name] for name in ("records", "valid", "rejected", "unread_fields", "text_bytes")},
     )
 
 
 def _result(units: list[RecordsUnit], made: _Units, files: list[InputFile], seconds: float) -> RecordsResult:
     rejected: Counter[str] = Counter()
+    unread: Counter[str] = Counter()
     for unit in units:
         rejected.update(unit.rejected)
+        unread.update(unit.unread_fields)
     reused = sum(unit.reused for unit in units)
     return RecordsResult(
         units=units,
@@ -264,6 +270,7 @@ def _result(units: list[RecordsUnit], made: _Units, files: list[InputFile], seco
         records=sum(unit.records for unit in units),
         valid=sum(unit.valid for unit in units),
         rejected=dict(sorted(rejected.items())),
+        unread_fields=dict(sorted(unread.items())),
         reused=reused,
         built=len(units) - reused,
         seconds=seconds,

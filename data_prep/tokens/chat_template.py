@@ -19,7 +19,7 @@ for condition 4 one a record, about 20 us.
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from typing import Any
@@ -29,15 +29,15 @@ from jinja2.ext import Extension, LoopControlExtension
 from jinja2.parser import Parser
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from data_prep import store
 from data_prep.errors import TokenizerError
-from data_prep.records.normalise import Role
+from data_prep.records.turns import Role
 from data_prep.tokenizer import LoadedTokenizer
-from data_prep.tokens.layouts import Layout, Run, Slot, Template, document_layout, is_document
+from data_prep.tokens.layouts import Layout, Refusal, Run, Slot, document_layout, is_document
 
 Roles = tuple[int, ...]
 Messages = list[dict[str, Any]]
 _MARK = re.compile(r"( \n)?⟦text(\d+)⟧(\n )?")  # the white space around a mark is gone where the template strips
+Render = Callable[[Messages, bool, list[Any] | None], str]  # (messages, add_generation_prompt, tools)
 _ADVICE = "Use chatml or alpaca, or your own function with _target_"
 
 
@@ -45,29 +45,36 @@ _ADVICE = "Use chatml or alpaca, or your own function with _target_"
 class ChatTemplate:
     """A template that can be rendered, and the tokens at which generation stops: their text in a rendering -> id."""
 
-    render: Callable[[Messages, bool], str]  # (messages, add_generation_prompt)
+    source: str
+    render: Render
     ends: dict[str, int]
+    special: re.Pattern[str]  # what would be more than text in a rendering: special tokens, and the marks of others
     names_input: bool = False  # an input is a message of its own and not more of the user's
 
+    @property
+    def reads_thoughts(self) -> bool:
+        """Whether it has a place of its own for thoughts."""
+        return "reasoning_content" in self.source
 
-def load_chat_template(tokenizer: LoadedTokenizer) -> Template:
+
+def chat_template_of(tokenizer: LoadedTokenizer) -> ChatTemplate:
     """The tokenizer's chat template.
 
-    :raises TokenizerError: it has none; later, per pattern of roles, if the answers cannot be found with proof.
+    :raises TokenizerError: it has none, or one that is not valid Jinja.
     """
-    render = chat_renderer(tokenizer)
     ends = {text: token_id for token_id in tokenizer.stop_ids if (text := tokenizer.special_text(token_id))}
-    chat = ChatTemplate(render, ends)
-    layout = layouts_of(chat, tokenizer.eos_id, adds_bos=False)
-    return Template(
-        "tokenizer",
-        store.fingerprint(template="tokenizer", version=2, source=tokenizer.chat_template),
-        layout=layout,
-        check=partial(_check, chat, layout),
+    return ChatTemplate(
+        tokenizer.chat_template or "", chat_renderer(tokenizer), ends, protected({**tokenizer.special_ids, **ends})
     )
 
 
-def chat_renderer(tokenizer: LoadedTokenizer) -> Callable[[Messages, bool], str]:
+def protected(special: Iterable[str]) -> re.Pattern[str]:
+    """What may not stand in a text of a record when it is rendered."""
+    texts = sorted(filter(None, special), key=len, reverse=True)
+    return re.compile("|".join([r"⟦special\d+⟧", *map(re.escape, texts)]))
+
+
+def chat_renderer(tokenizer: LoadedTokenizer) -> Render:
     """The tokenizer's chat template, ready to be asked.
 
     :raises TokenizerError: it has none, or one that is not valid Jinja.
@@ -84,7 +91,7 @@ def chat_renderer(tokenizer: LoadedTokenizer) -> Callable[[Messages, bool], str]
 def layouts_of(chat: ChatTemplate, eos_id: int, adds_bos: bool) -> Callable[[Roles], Layout]:
     """The layout of each pattern of roles; ``adds_bos`` says that bos is put in front, and not by the template.
 
-    The function raises TokenizerError where one of the conditions 1 to 3 does not hold.
+    The function raises Refusal where one of the conditions 1 to 3 does not hold.
     """
 
     @lru_cache(maxsize=4096)
@@ -94,7 +101,7 @@ def layouts_of(chat: ChatTemplate, eos_id: int, adds_bos: bool) -> Callable[[Rol
     return layout
 
 
-def renderer(source: str, names: dict[str, str]) -> Callable[[Messages, bool], str]:
+def renderer(source: str, names: dict[str, str]) -> Render:
     """Jinja text with the environment that transformers gives it, less the clock; ``names`` are what it may name.
 
     :raises TemplateError: it is not valid Jinja.
@@ -106,8 +113,10 @@ def renderer(source: str, names: dict[str, str]) -> Callable[[Messages, bool], s
     environment.globals["raise_exception"] = _raise_exception
     template = environment.from_string(source)
 
-    def render(messages: Messages, add_generation_prompt: bool) -> str:
-        return template.render(messages=messages, add_generation_prompt=add_generation_prompt, **names)
+    def render(messages: Messages, add_generation_prompt: bool, tools: list[Any] | None = None) -> str:
+        return template.render(
+            messages=messages, tools=tools, documents=None, add_generation_prompt=add_generation_prompt, **names
+        )
 
     return render
 
@@ -125,25 +134,33 @@ def messages_of(roles: Roles, texts: list[str], names_input: bool) -> Messages:
 
 def _runs(chat: ChatTemplate, roles: Roles) -> tuple[Run, ...]:
     messages = messages_of(roles, [f" \n⟦text{index}⟧\n " for index in range(len(roles))], chat.names_input)
-    whole = _rendered(chat, messages, False, roles)
+    speakers = [role for role in roles if role != Role.INPUT or chat.names_input]
+    whole = rendered(chat, messages, False, roles)
     slots = [(match.span(), _slot(match)) for match in _MARK.finditer(whole)]
     if [slot.number for _, slot in slots] != list(range(len(roles))):
-        raise _refused(roles, "it leaves out, repeats or reorders texts")
+        raise refused(roles, "it leaves out, repeats or reorders texts")
     runs: list[Run] = []
     at = 0
-    for number, message in enumerate(messages):
-        if message["role"] != Role.ASSISTANT.word:
+    for number, role in enumerate(speakers):
+        if role not in (Role.ASSISTANT, Role.ANSWERED):
             continue
-        start = _prompt_end(chat, messages[:number], whole, roles)
-        stop, end = _target_end(chat, whole, start, roles)
-        if start < at:
-            raise _refused(roles, "an answer begins before the end of the one before")
-        _check_answer_stays(chat, messages[: number + 1], whole[: stop + len(end)], roles)
+        try:
+            start = _prompt_end(chat, messages[:number], whole, roles)
+            stop, end = _target_end(chat, whole, start, roles)
+            if start < at:
+                raise refused(roles, "an answer begins before the end of the one before")
+            _check_answer_stays(chat, messages[: number + 1], whole[: stop + len(end)], roles)
+        except Refusal:
+            if role == Role.ASSISTANT:
+                raise
+            continue  # context that was generated otherwise stands as the template shows it now
         runs += [
             Run(False, tuple(_parts(whole, at, start, slots))),
-            Run(True, tuple(_parts(whole, start, stop, slots)), chat.ends[end]),
+            Run(role == Role.ASSISTANT, tuple(_parts(whole, start, stop, slots)), chat.ends[end]),
         ]
         at = stop + len(end)
+    while runs and not runs[-1].target:
+        runs.pop()
     return tuple(runs)
 
 
@@ -152,33 +169,37 @@ def _slot(match: re.Match[str]) -> Slot:
 
 
 def _prompt_end(chat: ChatTemplate, messages: Messages, whole: str, roles: Roles) -> int:
-    prompt = _rendered(chat, messages, True, roles)
+    prompt = rendered(chat, messages, True, roles)
     if not whole.startswith(prompt):
-        raise _refused(roles, f"it is not prefix-stable: asked to answer, it renders …{prompt[-80:]!r}")
+        raise refused(roles, f"it is not prefix-stable: asked to answer, it renders …{prompt[-80:]!r}")
     return len(prompt)
 
 
 def _check_answer_stays(chat: ChatTemplate, messages: Messages, expected: str, roles: Roles) -> None:
     """What stands at the end of the conversation when the answer was just given is what stands there ever after."""
-    ending = _rendered(chat, messages, False, roles)
+    ending = rendered(chat, messages, False, roles)
     if not ending.startswith(expected):
         why = f"as the last one an answer is …{ending[-80:]!r}, later …{expected[-80:]!r}"
-        raise _refused(roles, f"it is not prefix-stable: {why}")
+        raise refused(roles, f"it is not prefix-stable: {why}")
 
 
 def _target_end(chat: ChatTemplate, whole: str, start: int, roles: Roles) -> tuple[int, str]:
     """Where the first stop token after the answer's text stands, and its text."""
     answer = _MARK.search(whole, start)
     if answer is None:
-        raise _refused(roles, "the text of an answer is part of its prompt")
+        raise refused(roles, "the text of an answer is part of its prompt")
     following = _MARK.search(whole, answer.end())
     stop = len(whole) if following is None else following.start()
-    any_end = "|".join(map(re.escape, sorted(chat.ends, key=len, reverse=True)))
-    found = re.compile(any_end).search(whole, answer.end(), stop)
+    found = end_pattern(chat).search(whole, answer.end(), stop)
     if found is None:
         between = whole[answer.end() : stop]
-        raise _refused(roles, f"no stop token ({', '.join(chat.ends)}) follows an answer: {between!r}")
+        raise refused(roles, f"no stop token ({', '.join(chat.ends)}) follows an answer: {between!r}")
     return found.start(), found[0]
+
+
+def end_pattern(chat: ChatTemplate) -> re.Pattern[str]:
+    """Finds a token at which generation stops."""
+    return re.compile("|".join(map(re.escape, sorted(chat.ends, key=len, reverse=True))))
 
 
 def _parts(whole: str, start: int, stop: int, slots: list[tuple[tuple[int, int], Slot]]) -> list[str | Slot]:
@@ -191,30 +212,37 @@ def _parts(whole: str, start: int, stop: int, slots: list[tuple[tuple[int, int],
     return [*parts, whole[start:stop]] if start < stop else parts
 
 
-def _check(chat: ChatTemplate, layout: Callable[[Roles], Layout], roles: Roles, texts: list[str]) -> None:
+def check_record(chat: ChatTemplate, layout: Callable[[Roles], Layout], roles: Roles, texts: list[str]) -> None:
     """Condition 4 for one record."""
     if is_document(roles):
         return
-    rendered = _rendered(chat, messages_of(roles, texts, chat.names_input), False, roles)
+    whole = rendered(chat, messages_of(roles, texts, chat.names_input), False, roles)
     text_of_end: dict[int | None, str] = {token_id: text for text, token_id in chat.ends.items()}
     at = 0
     for run in layout(roles).runs:
         text = run.text(texts)
-        if not rendered.startswith(text, at):
-            raise _refused(roles, f"it rewrites the text of a record: {texts!r:.300}")
+        if not whole.startswith(text, at):
+            raise refused(roles, f"it rewrites the text of a record: {texts!r:.300}")
         at += len(text) + len(text_of_end.get(run.end_id, ""))
 
 
-def _refused(roles: Roles, why: str) -> TokenizerError:
+def refused(roles: Roles, why: str) -> Refusal:
+    """What is raised where a record does not fit."""
     names = " ".join(Role(role).word for role in roles)
-    return TokenizerError(f"template: tokenizer: the chat template does not fit records of {names}: {why}. {_ADVICE}")
+    return Refusal(f"template: the chat template does not fit records of {names}: {why}. {_ADVICE}")
 
 
-def _rendered(chat: ChatTemplate, messages: Messages, add_generation_prompt: bool, roles: Roles) -> str:
+def rendered(
+    chat: ChatTemplate, messages: Messages, add_generation_prompt: bool, roles: Roles, tools: list[Any] | None = None
+) -> str:
+    """What the template makes of messages.
+
+    :raises Refusal: it fails.
+    """
     try:
-        return chat.render(messages, add_generation_prompt)
+        return chat.render(messages, add_generation_prompt, tools)
     except (TemplateError, TypeError, ValueError, KeyError, IndexError) as error:
-        raise _refused(roles, f"it fails: {error}") from error
+        raise refused(roles, f"it fails: {error}") from error
 
 
 def _raise_exception(message: str) -> None:

@@ -11,9 +11,9 @@ Cost: 0.15 us a text and 5 ns a token beside the engine. Nothing looks at charac
 """
 
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -22,7 +22,7 @@ import pyarrow.compute as pc
 from data_prep.errors import TokenizerError
 from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.encoder import Encoded, Engine
-from data_prep.tokens.layouts import Layout, Run, Slot, Template
+from data_prep.tokens.layouts import Layout, Refusal, Run, Slot, Template, is_document
 from data_prep.tokens.token_shard import TokenShard
 
 
@@ -33,8 +33,10 @@ class Runs:
     offsets: np.ndarray  # (num_records + 1,) int64
     texts: np.ndarray  # (num_runs,) object: str to encode
     end_ids: np.ndarray  # (num_runs,) int32, the id after the text, -1 for none
+    targets: np.ndarray  # (num_runs,) bool
     bos: np.ndarray  # (num_records,) bool
     alone: dict[int, np.ndarray]  # run -> its ids, for the runs that the engine may not encode (their text is "")
+    refused: dict[int, str]  # record -> why the template cannot express it
 
 
 @dataclass(frozen=True)
@@ -43,11 +45,12 @@ class Tokenized:
 
     shard: TokenShard
     runs: Runs
+    lengths: np.ndarray  # (num_runs,) int64, tokens of each run
     engine: str
 
 
-class RefusedRecord(TokenizerError):
-    """A template cannot be used for one record, ``number`` of its unit."""
+class FailedRecord(TokenizerError):
+    """A user's function failed on one record, ``number`` of its unit."""
 
     def __init__(self, number: int, why: str):
         super().__init__(number, why)
@@ -55,22 +58,17 @@ class RefusedRecord(TokenizerError):
         self.why = why
 
 
-@contextmanager
-def _naming(record: int) -> Iterator[None]:
-    try:
-        yield
-    except TokenizerError as error:
-        raise RefusedRecord(record, str(error)) from error
-
-
 def tokenize_columns(
     roles: pa.ListArray, texts: pa.ListArray, tokenizer: LoadedTokenizer, template: Template, engine: Engine
 ) -> Tokenized:
-    """Examples of the records, one per record; a record without target has no token."""
-    lay_out = _runs_by_layout if template.layout else _runs_by_record
-    runs = lay_out(roles, texts, tokenizer, template)
+    """Examples of the records, one per record; one without target, or refused by the template, has no token.
+
+    :raises FailedRecord: a user's function fails.
+    """
+    runs = _all_runs(roles, texts, tokenizer, template)
     encoded = engine.encode(runs.texts.tolist())
-    return Tokenized(_assemble(runs, encoded, tokenizer), runs, encoded.engine)
+    shard, lengths = _assemble(runs, encoded, tokenizer)
+    return Tokenized(shard, runs, lengths, encoded.engine)
 
 
 def group_by_roles(roles: pa.ListArray) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
@@ -117,51 +115,94 @@ def _encode_text(text: str, tokenizer: LoadedTokenizer) -> list[int]:
         core.encode_special_tokens = False
 
 
-def _runs_by_layout(roles: pa.ListArray, texts: pa.ListArray, tokenizer: LoadedTokenizer, template: Template) -> Runs:
+class _Group(NamedTuple):
+    """Records of one layout; ``slots`` are the texts of its slots where they are not those of the record."""
+
+    layout: Layout
+    records: np.ndarray
+    slots: list[str] | None = None
+
+
+def _all_runs(roles: pa.ListArray, texts: pa.ListArray, tokenizer: LoadedTokenizer, template: Template) -> Runs:
     text = texts.values.to_numpy(zero_copy_only=False)
     first_text = texts.offsets.to_numpy().astype(np.int64)
-    alone = _records_with_special_text(texts, tokenizer)
-    assert template.layout is not None, "a template of layouts"
-    groups = [(template.layout(pattern), pattern, records) for pattern, records in group_by_roles(roles)]
-    runs = _empty_runs(len(roles), groups)
-    for layout, pattern, records in groups:
+    refused: dict[int, str] = {}
+
+    def texts_of(record: int) -> list[str]:
+        return text[first_text[record] : first_text[record + 1]].tolist()
+
+    says_alone = _records_with(texts, template.alone_text and re.escape(template.alone_text))
+    groups = list(_groups(roles, says_alone, texts_of, template, refused))
+    runs = _empty_runs(len(roles), groups, refused)
+    special = special_pattern(tokenizer.special_ids)
+    says_special = _records_with(texts, special)
+    found = re.compile(special or r"(?!)")
+    for layout, records, slots in groups:
         runs.bos[records] = layout.adds_bos
         for number, run in enumerate(layout.runs):
             at = runs.offsets[records] + number
-            runs.texts[at] = _texts_of(run, text, first_text[records])
+            runs.texts[at] = _texts_of(run, text, first_text[records]) if slots is None else run.text(slots)
             runs.end_ids[at] = -1 if run.end_id is None else run.end_id
-        if template.check:
-            for record in records.tolist():
-                with _naming(record):
-                    template.check(pattern, text[first_text[record] : first_text[record + 1]].tolist())
-        for record in records[alone[records]]:
-            mine = text[first_text[record] : first_text[record + 1]].tolist()
-            _encode_alone(runs, int(runs.offsets[record]), layout, mine, tokenizer)
+            runs.targets[at] = run.target
+        if slots is None:
+            for record in records[says_special[records]]:
+                _encode_alone(runs, int(runs.offsets[record]), layout, texts_of(record), tokenizer)
+        elif any(map(found.search, slots)):
+            _encode_alone(runs, int(runs.offsets[records[0]]), layout, slots, tokenizer)
     return runs
 
 
-def _runs_by_record(roles: pa.ListArray, texts: pa.ListArray, tokenizer: LoadedTokenizer, template: Template) -> Runs:
-    assert template.segments is not None, "a template of segments"
-    made = []
-    for number, (its_roles, its_texts) in enumerate(zip(roles.to_pylist(), texts.to_pylist(), strict=True)):
-        with _naming(number):
-            made.append(template.segments(its_roles, its_texts))
-    runs = _empty_runs(len(made), [(layout, (), np.array([i])) for i, (layout, _) in enumerate(made)])
-    pattern = re.compile(special_pattern(tokenizer.special_ids) or r"(?!)")
-    for record, (layout, slots) in enumerate(made):
-        first = int(runs.offsets[record])
-        runs.bos[record] = layout.adds_bos
-        for number, run in enumerate(layout.runs):
-            runs.texts[first + number] = run.text(slots)
-            runs.end_ids[first + number] = -1 if run.end_id is None else run.end_id
-        if any(pattern.search(slot) for slot in slots):
-            _encode_alone(runs, first, layout, slots, tokenizer)
-    return runs
+def _groups(
+    roles: pa.ListArray,
+    says_alone: np.ndarray,
+    texts_of: Callable[[int], list[str]],
+    template: Template,
+    refused: dict[int, str],
+) -> Iterator[_Group]:
+    """Every record in one group, but for those that are added to ``refused``, with the reason.
+
+    :param says_alone: ``(num_records,) bool``, which say what makes them be laid out alone.
+    """
+    for pattern, records in group_by_roles(roles):
+        shared = records if is_document(pattern) else records[~says_alone[records]]
+        layout, shared = _shared_layout(pattern, shared, template, texts_of)
+        if layout is not None:
+            yield _Group(layout, shared)
+        for record in np.setdiff1d(records, shared, assume_unique=True).tolist():
+            assert template.segments is not None, "some way to lay out each record"
+            try:
+                layout, slots = template.segments(pattern, texts_of(record))
+                yield _Group(layout, np.array([record]), slots)
+            except Refusal as refusal:
+                refused[record] = str(refusal)
+            except TokenizerError as error:
+                raise FailedRecord(record, str(error)) from error
 
 
-def _empty_runs(num_records: int, groups: list[tuple[Layout, tuple[int, ...], np.ndarray]]) -> Runs:
+def _shared_layout(
+    pattern: tuple[int, ...], records: np.ndarray, template: Template, texts_of: Callable[[int], list[str]]
+) -> tuple[Layout | None, np.ndarray]:
+    """The layout of these roles, if there is one, and the records that it fits."""
+    if template.layout is None or (template.alone and template.alone(pattern)):
+        return None, records[:0]
+    try:
+        layout = template.layout(pattern)
+    except Refusal:
+        return None, records[:0]
+    if template.check is None:
+        return layout, records
+    fits = np.ones(len(records), dtype=bool)
+    for number, record in enumerate(records.tolist()):
+        try:
+            template.check(pattern, texts_of(record))
+        except Refusal:
+            fits[number] = False
+    return layout, records[fits]
+
+
+def _empty_runs(num_records: int, groups: list[_Group], refused: dict[int, str]) -> Runs:
     counts = np.zeros(num_records, dtype=np.int64)
-    for layout, _, records in groups:
+    for layout, records, _ in groups:
         counts[records] = len(layout.runs)
     offsets = np.zeros(num_records + 1, dtype=np.int64)
     np.cumsum(counts, out=offsets[1:])
@@ -170,8 +211,10 @@ def _empty_runs(num_records: int, groups: list[tuple[Layout, tuple[int, ...], np
         offsets=offsets,
         texts=np.full(num_runs, "", dtype=object),
         end_ids=np.full(num_runs, -1, dtype=np.int32),
+        targets=np.zeros(num_runs, dtype=bool),
         bos=np.zeros(num_records, dtype=bool),
         alone={},
+        refused=refused,
     )
 
 
@@ -191,9 +234,8 @@ def _texts_of(run: Run, text: np.ndarray, first_text: np.ndarray) -> np.ndarray 
     return np.array(["".join(parts) for parts in zip(*columns, strict=True)], dtype=object)
 
 
-def _records_with_special_text(texts: pa.ListArray, tokenizer: LoadedTokenizer) -> np.ndarray:
-    """Which records contain the text of a special token somewhere: ``(num_records,) bool``."""
-    pattern = special_pattern(tokenizer.special_ids)
+def _records_with(texts: pa.ListArray, pattern: str | None) -> np.ndarray:
+    """Which records have a text with something in it that matches: ``(num_records,) bool``."""
     found = np.zeros(len(texts), dtype=bool)
     if pattern is None or len(texts.values) == 0:
         return found
@@ -208,8 +250,8 @@ def _encode_alone(runs: Runs, first: int, layout: Layout, texts: list[str], toke
         runs.texts[first + number] = ""
 
 
-def _assemble(runs: Runs, encoded: Encoded, tokenizer: LoadedTokenizer) -> TokenShard:
-    """Insert bos, separately encoded runs and end ids into the flat ids; count tokens per run and record."""
+def _assemble(runs: Runs, encoded: Encoded, tokenizer: LoadedTokenizer) -> tuple[TokenShard, np.ndarray]:
+    """Insert bos, separately encoded runs and end ids into the flat ids; the shard, and the tokens of each run."""
     has_runs = np.flatnonzero(runs.bos & (np.diff(runs.offsets) > 0))
     first_runs = runs.offsets[has_runs]
     ends = np.flatnonzero(runs.end_ids >= 0)
@@ -227,9 +269,23 @@ def _assemble(runs: Runs, encoded: Encoded, tokenizer: LoadedTokenizer) -> Token
     ids = np.insert(encoded.ids, place[order], value[order])
     run_lengths = np.diff(encoded.offsets) + np.bincount(run, minlength=len(runs.texts))
     record_ends = np.concatenate([[0], np.cumsum(run_lengths)])
-    return TokenShard(
+    spans, span_offsets = _spans(runs, run_lengths)
+    shard = TokenShard(
         ids=ids,
         offsets=record_ends[runs.offsets].astype(np.int64),
-        spans=run_lengths.astype(np.int32),
-        span_offsets=runs.offsets.astype(np.int32),
+        spans=spans.astype(np.int32),
+        span_offsets=span_offsets.astype(np.int32),
     )
+    return shard, run_lengths
+
+
+def _spans(runs: Runs, lengths: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Spans and where those of each record begin: runs of one kind in a row are one span."""
+    firsts = runs.offsets[:-1][np.diff(runs.offsets) > 0]
+    begins = np.ones(len(lengths), dtype=bool)
+    begins[1:] = runs.targets[1:] != runs.targets[:-1]
+    begins[firsts] = True
+    if begins.all():
+        return lengths, runs.offsets
+    starts = np.flatnonzero(begins)
+    return np.add.reduceat(lengths, starts), np.searchsorted(starts, runs.offsets)

@@ -20,7 +20,12 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from data_prep.records.normalise import Role
+from data_prep.errors import TokenizerError
+from data_prep.records.turns import Role
+
+
+class Refusal(TokenizerError):
+    """A template cannot express a record, or not so that its answers are found: the record is set aside."""
 
 
 class Slot(NamedTuple):
@@ -37,7 +42,7 @@ class Slot(NamedTuple):
 
 
 class Run(NamedTuple):
-    """Text encoded at once: literals of the template and slots; a target run ends in ``end_id``."""
+    """Text encoded at once: literals of the template and slots. An answer, context or target, ends in ``end_id``."""
 
     target: bool
     parts: tuple[str | Slot, ...]
@@ -48,7 +53,7 @@ class Run(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """The runs of every record with the same roles: masked, target, masked, ..., target; none if it has no target."""
+    """The runs of every record with the same roles: a masked one first, a target last; none if it has no target."""
 
     runs: tuple[Run, ...]
     adds_bos: bool  # put what generation puts before a prompt (`LoadedTokenizer.bos_ids`) in front
@@ -64,12 +69,17 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """A template bound to a tokenizer. One of ``layout`` and ``segments`` is given."""
+    """A template bound to a tokenizer: layouts by roles, or of one record (``segments``) where its roles do not tell.
+
+    Without ``layout`` every record is laid out alone; without ``segments`` none is.
+    """
 
     name: str
     fingerprint: str
     layout: Callable[[tuple[int, ...]], Layout] | None = None
     segments: Callable[[tuple[int, ...], list[str]], tuple[Layout, list[str]]] | None = None
+    alone: Callable[[tuple[int, ...]], bool] | None = None  # roles whose records are always laid out alone
+    alone_text: str | None = None  # so are records that say this
     check: Callable[[tuple[int, ...], list[str]], None] | None = None  # raises if a record does not follow the layout
 
 

@@ -22,7 +22,7 @@ from typing import Any, Literal
 import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
-from data_prep import store
+from data_prep import intact, store
 from data_prep.errors import StoreError, TokenizerError
 from data_prep.processes import FanOut, on_processes, peak_rss_bytes
 from data_prep.records.build_unit import RECORDS_FILE
@@ -31,7 +31,7 @@ from data_prep.settings import TokenizeSettings
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
 from data_prep.tokens.checks import prove
 from data_prep.tokens.encoder import Engine, load_engine
-from data_prep.tokens.examples import RefusedRecord, tokenize_columns
+from data_prep.tokens.examples import FailedRecord, tokenize_columns
 from data_prep.tokens.layouts import Template
 from data_prep.tokens.templates import load_template
 from data_prep.tokens.token_shard import TOKENS_FILE, write_shard
@@ -57,6 +57,8 @@ class TokensUnit(BaseModel):
     target_tokens: int
     engine: str
     proof: dict[str, Any]
+    refused: list[int]  # examples that the template cannot express; they have no token
+    why_refused: str  # the first of them
     reused: bool
 
 
@@ -89,6 +91,8 @@ class Recipe:
     cache_dir: Path
     template: str  # JSON of the setting, so that a recipe can be a key
     engine: Literal["auto", "reference"]
+    train_on: str = "all"
+    reasoning: str = "train"
 
 
 @dataclass(frozen=True)
@@ -112,16 +116,19 @@ def tokenize_records(  # noqa: PLR0913, PLR0917  # as each stage is called, by n
     prepare_workers: int = 0,
     progress: Progress | None = None,
     fan_out: FanOut | None = None,
+    max_rejected_fraction: float = 0.0,
 ) -> TokensResult:
     """Tokenize every unit of records that is not there yet.
 
     :param fan_out: where units are made; None = here, in ``prepare_workers`` processes when that is worth it.
-    :raises TokenizerError: the tokenizer or the template cannot be used.
+    :param max_rejected_fraction: of all records, those counted that were rejected before.
+    :raises TokenizerError: the tokenizer or the template cannot be used, or it refuses too many records.
     :raises StoreError: an example failed the proof.
     """
     started = time.perf_counter()
     template_json = json.dumps(tokenize.template, sort_keys=True)
-    tools = load_tools(Recipe(Path(tokenizer_dir), Path(cache_dir), template_json, tokenize.tokenizer_engine))
+    asked = tokenize.tokenizer_engine, tokenize.train_on, tokenize.reasoning
+    tools = load_tools(Recipe(Path(tokenizer_dir), Path(cache_dir), template_json, *asked))
     tokenizer, template = tools.tokenizer, tools.template
     fps = [unit_fingerprint(unit, tokenizer, template) for unit in records.units]
     num_workers = prepare_workers or len(os.sched_getaffinity(0))
@@ -129,6 +136,7 @@ def tokenize_records(  # noqa: PLR0913, PLR0917  # as each stage is called, by n
     made, peak_rss = _make(records.units, fps, tools.recipe.cache_dir / STAGE, build, progress)
     units = [_unit(unit, fp, made[fp]) for unit, fp in zip(records.units, fps, strict=True)]
     _check(units)
+    _check_refused(units, records, max_rejected_fraction)
     reused = sum(unit.reused for unit in units)
     return TokensResult(
         units=units,
@@ -159,7 +167,8 @@ def unit_fingerprint(unit: RecordsUnit, tokenizer: LoadedTokenizer, template: Te
 def load_tools(recipe: Recipe) -> Tools:
     """Tokenizer and template of a recipe."""
     tokenizer = load_tokenizer(recipe.tokenizer_dir, recipe.cache_dir)
-    return Tools(recipe, tokenizer, load_template(json.loads(recipe.template), tokenizer))
+    template = load_template(json.loads(recipe.template), tokenizer, recipe.train_on, recipe.reasoning)
+    return Tools(recipe, tokenizer, template)
 
 
 _load_tools_once = lru_cache(maxsize=1)(load_tools)  # for worker processes
@@ -194,11 +203,12 @@ def _write_unit(directory: Path, unit: RecordsUnit, tools: Tools) -> dict[str, A
     roles, texts = _one_chunk(table["roles"]), _one_chunk(table["texts"])
     try:
         made = tokenize_columns(roles, texts, tools.tokenizer, tools.template, tools.engine)
-    except RefusedRecord as refused:
-        raise TokenizerError(f"{place_of(unit, refused.number)}: {refused.why}") from refused
+    except FailedRecord as failed:
+        raise TokenizerError(f"{place_of(unit, failed.number)}: {failed.why}") from failed
     proof = prove(made, tools.tokenizer)
     write_shard(directory / TOKENS_FILE, made.shard)
-    targets = int(made.shard.spans[made.runs.end_ids >= 0].sum())
+    targets = int(made.lengths[made.runs.targets].sum())
+    refused = sorted(made.runs.refused)
     return {
         "records": Path(unit.path).name,
         "examples": made.shard.num_examples,
@@ -206,6 +216,7 @@ def _write_unit(directory: Path, unit: RecordsUnit, tools: Tools) -> dict[str, A
         "target_tokens": targets,
         "engine": made.engine,
         "proof": proof,
+        **({"refused": refused, "why_refused": made.runs.refused[refused[0]]} if refused else {}),
     }
 
 
@@ -225,6 +236,7 @@ def _make(
 ) -> tuple[dict[str, store.Built], int]:
     """Find or build every unit; the same content twice is built once."""
     wanted = dict(zip(fps, units, strict=True))
+    intact.set_aside_damaged(root.parent, [root / fp for fp in wanted])
     found = {fp: store.find(root / fp) for fp in wanted}
     made = {fp: built for fp, built in found.items() if built}
     missing = {fp: unit for fp, unit in wanted.items() if fp not in made}
@@ -259,7 +271,26 @@ def _build(
 
 def _unit(unit: RecordsUnit, fp: str, built: store.Built) -> TokensUnit:
     facts = {name: built.manifest[name] for name in ("examples", "tokens", "target_tokens", "engine", "proof")}
+    facts |= {"refused": built.manifest.get("refused", []), "why_refused": built.manifest.get("why_refused", "")}
     return TokensUnit(path=str(built.path), fingerprint=fp, records=unit, reused=built.reused, **facts)
+
+
+def _check_refused(units: list[TokensUnit], records: RecordsResult, max_rejected_fraction: float) -> None:
+    """A template that fits few records is a mistake; what it cannot express of a corpus is set aside.
+
+    :raises TokenizerError: more records are rejected than the limit allows.
+    """
+    num_refused = sum(len(unit.refused) for unit in units)
+    if not num_refused:
+        return
+    rejected = num_refused + records.records - records.valid
+    if num_refused == records.valid or rejected > max_rejected_fraction * records.records:
+        first = next(unit for unit in units if unit.refused)
+        raise TokenizerError(
+            f"{place_of(first.records, first.refused[0])}: {first.why_refused}\n"
+            f"{rejected} of {records.records} records are rejected, {num_refused} of them by the template; "
+            f"max_rejected_fraction={max_rejected_fraction}"
+        )
 
 
 def _check(units: list[TokensUnit]) -> None:

@@ -46,7 +46,7 @@ SAMPLE_BYTES = 64 << 10
 COMPRESSION = 4.0
 MAX_NAMES = 3
 STRING = re.compile(r'"(?:[^"\\]|\\.)*"(?!\s*:)')
-TOKEN_SETTINGS = ("template", "model", "ckpt_path", "architecture", "reader")
+TOKEN_SETTINGS = ("template", "train_on", "reasoning", "model", "ckpt_path", "architecture", "reader")
 PLAN_SETTINGS = (*PackSettings.model_fields, "deduplicate", "near_duplicate_threshold", "validation_fraction")
 
 
@@ -143,7 +143,7 @@ class Look:
 
     def tokens(self, records: RecordsResult, tokenizer_dir: Path) -> TokensResult:
         tokenizer = load_tokenizer(tokenizer_dir, self.cache)
-        template = load_template(self.settings.template, tokenizer)
+        template = load_template(self.settings.template, tokenizer, self.settings.train_on, self.settings.reasoning)
         fingerprints = [unit_fingerprint(unit, tokenizer, template) for unit in records.units]
         done = sum(store.find(self.cache / "tokens" / one) is not None for one in fingerprints)
         to_do = done < len(fingerprints)

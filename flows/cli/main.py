@@ -18,7 +18,7 @@ from configs.cli import (
     VERBOSE,
     configure,
 )
-from data_prep.errors import PandaError
+from data_prep.errors import PandaError, disk_errors
 
 TRAIN_TEXT = "Turn JSON corpora and a base model into a registered, evaluated model: one Prefect flow, in this process."
 TRAIN_SWITCHES = [CONF_PATH, PRINT_CONFIG, DRY_RUN, JSON, VERBOSE, *PLAN_SWITCHES]
@@ -76,7 +76,8 @@ def guarded(command: Callable[[], int], verbose: bool) -> int:
     """Run a command; an error the user can mend is shown as its message alone."""
     _log_to_stderr(verbose)
     try:
-        return command()
+        with disk_errors():
+            return command()
     except PandaError as error:
         if verbose:
             raise

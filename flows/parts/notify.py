@@ -36,7 +36,7 @@ from flows.stack.deployments import ensure_automation
 from training.tracking.redact import redact_text, what_it_says
 
 PATIENCE_SECONDS = 10.0
-OURS = ("notify", "notify_after_skips")
+OURS = ("notify", "notify_after_skips", "notify_after_days", "max_restarts")
 SILENT = "No heartbeat for"  # how the message of such a state begins
 _ADDRESS = re.compile(r"(https?://)(?:[^\s/'\"]*@)?([^\s/'\"]+)[^\s'\"]*")
 

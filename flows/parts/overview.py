@@ -84,6 +84,7 @@ def _data(report: dict[str, Any]) -> list[tuple[str, str]]:
         ("accepted", f"{report['accepted']:,}, {report['validation_records']:,} of them held out"),
         ("rejected", _by_reason(report["rejected"])),
         ("dropped", _by_reason(report["dropped"])),
+        *([("fields that nothing is made of", _by_name(unread))] if (unread := report.get("unread_fields")) else []),
         ("tokens", f"{report['tokens']:,}, {report['target_tokens']:,} of them targets"),
         ("rows", f"{report['rows']:,} of {report['max_seq_length']:,} tokens, {report['utilisation']:.1%} full"),
     ]
@@ -92,6 +93,10 @@ def _data(report: dict[str, Any]) -> list[tuple[str, str]]:
         *rows,
         *((f"source {name}", f"{s['records']:,} records, {s['share']:.1%} of the tokens") for name, s in sources),
     ]
+
+
+def _by_name(counts: dict[str, int]) -> str:
+    return ", ".join(f"{name} {count:,}" for name, count in counts.items())
 
 
 def _by_reason(counts: dict[str, int]) -> str:

@@ -27,17 +27,20 @@ from data_prep.owner import Owner, owner
 from data_prep.places.address import is_address, problem_of, without_secrets
 from training.models.hub import find_checkpoint
 
-PATHS = {"output_dir", "cache_dir", "instruction_tuning_data_dir", "pretraining_data_dir", "tombstones", "replay_of"}
+PATHS = {
+    *("output_dir", "cache_dir", "instruction_tuning_data_dir", "pretraining_data_dir", "tombstones", "replay_of"),
+    "neutral_texts",
+}
 CHECKPOINTS = {"model", "ckpt_path", "delta_base"}
 ADDRESSES = {"prepare_cluster", "mlflow_tracking_uri", "master_addr"}
-FILES = {"conf_path", "tombstones"}
+FILES = {"conf_path", "tombstones", "neutral_texts"}
 CORPORA = {"instruction_tuning_data_dir", "pretraining_data_dir"}
 """Those of `PATHS` that may be addresses."""
-OWNERS_ALONE = {"trust_remote_code", "hostfile"}
-MAPPINGS = {"reader", "template", "optimizer", "lr_scheduler", "callbacks", "architecture"}
+OWNERS_ALONE = {"trust_remote_code", "hostfile", "gate_benchmarks"}  # the last: lm-eval runs what its task files say
+MAPPINGS = {"reader", "template", "optimizer", "lr_scheduler", "callbacks", "architecture", "gate_metrics"}
 HARMLESS = {
     *("run_name", "notify", "experiment_name", "registered_model_name"),  # names, most of them of a given form
-    *("mixture", "lora_target_modules", "adam_betas"),
+    *("mixture", "columns", "lora_target_modules", "adam_betas"),
 }
 """Beside these, a setting is a number, a switch or one of a few words. A test holds every field to one of the sets."""
 

@@ -41,7 +41,9 @@ def came_too_late() -> str | None:
         return None
     with get_client(sync_client=True) as client:
         states = client.read_flow_run_states(flow_run.id)
-    if any(state.name == WAITING for state in states):
+    ordered = sorted(states, key=lambda state: state.timestamp)
+    before_it_ran = takewhile(lambda state: not state.is_running(), ordered)  # started again, it may have to wait
+    if any(state.name == WAITING for state in before_it_ran):
         return "another run was at work when this one was due; the next scheduled run will see all new data"
     return None
 

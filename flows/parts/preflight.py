@@ -23,6 +23,7 @@ from training.models.hub import (
 )
 from training.planning import compatibility
 from training.settings import TrainSettings
+from training.tracking.redact import redact_text
 
 
 def check(settings: PandaSettings, chosen: set[str]) -> None:
@@ -35,6 +36,15 @@ def check(settings: PandaSettings, chosen: set[str]) -> None:
     problems += [f"{name}: {problem}" for name, value in settings if isinstance(value, (dict, list))
                  for problem in problems_of(value)]  # fmt: skip
     problems += nothing_to_start_from(settings)
+    if settings.neutral_texts and not Path(settings.neutral_texts).is_file():
+        problems.append(f"neutral_texts={settings.neutral_texts!r}: no such file")
+    shown = redact_text(settings.mlflow_tracking_uri or "")
+    if shown != (settings.mlflow_tracking_uri or ""):
+        problems.append(
+            f"mlflow_tracking_uri={shown!r}: its password would stand in the run's files and Prefect's database; set "
+            "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD in the environment, or for a database the whole "
+            "address as MLFLOW_TRACKING_URI"
+        )
     if settings.replay_share < 1 and not settings.replay_of and settings.init_from != "champion":
         problems.append(
             f"replay_share={settings.replay_share}: the base model has not seen the old records; "

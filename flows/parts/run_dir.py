@@ -5,6 +5,7 @@ In: settings. Out: `<output_dir>/<run>/` with ``config.yaml`` first and ``summar
 would do the same work. Cost: none.
 """
 
+import contextlib
 import errno
 import itertools
 import json
@@ -22,6 +23,7 @@ from configs.errors import ConfigError
 from configs.load import Loaded, load
 from configs.settings import PandaSettings, UnattendedSettings
 from training import run_files
+from training.launch import ownership
 from training.launch.exits import ExitReason
 from training.run_files import Losses, Registered, Trained
 from training.tracking import run_record
@@ -87,8 +89,7 @@ class RunDir:
 
 def unfinished(settings: PandaSettings, plan_dir: Path) -> RunDir | None:
     """The newest run that was interrupted (killed, cancelled, machine lost) while doing what this one is to do."""
-    output = Path(settings.output_dir).absolute()
-    runs = sorted((RunDir(path.parent) for path in output.glob(f"*/{run_files.CONFIG}")), key=lambda run: run.name)
+    runs = _runs(settings)
     if not runs or runs[-1].summary.exists():
         return None
     run = runs[-1]
@@ -100,6 +101,38 @@ def unfinished(settings: PandaSettings, plan_dir: Path) -> RunDir | None:
     return run
 
 
+def begun_by(flow_run: str, settings: PandaSettings) -> RunDir | None:
+    """The directory of a run that is started again after a crash: it was the last to write there."""
+    if not flow_run:
+        return None
+    return next(
+        (run for run in _runs(settings)[::-1] if ownership.owner_of(run.path).get("flow_run") == flow_run), None
+    )
+
+
+def finished_by(flow_run: str, settings: PandaSettings) -> Summary | None:
+    """What a run had come to when it crashed after its last stage: nothing is left to do."""
+    run = begun_by(flow_run, settings)
+    return run_files.read_json(run.summary) if run and run.summary.exists() else None
+
+
+def started_again(flow_run: str, settings: PandaSettings, plan_dir: Path) -> RunDir | None:
+    """The directory that a run which crashed goes on with; None: it had not come so far, or other work is due now."""
+    run = begun_by(flow_run, settings)
+    obstacle = _other_work(run, settings, plan_dir) if run else None
+    if run and obstacle:
+        logger.warning("%s was not finished; starting anew, because %s", run.name, obstacle)
+    elif run:
+        logger.info("%s was not finished: going on with it, started again", run.name)
+    return None if obstacle else run
+
+
+def _runs(settings: PandaSettings) -> list[RunDir]:
+    """All of the output directory, the newest last."""
+    output = Path(settings.output_dir).absolute()
+    return sorted((RunDir(path.parent) for path in output.glob(f"*/{run_files.CONFIG}")), key=lambda run: run.name)
+
+
 def _obstacle(run: RunDir, settings: PandaSettings, plan_dir: Path) -> str | None:
     """Why a run cannot be gone on with."""
     record = run_record.read(run.path)
@@ -109,6 +142,11 @@ def _obstacle(run: RunDir, settings: PandaSettings, plan_dir: Path) -> str | Non
     reason = run_files.read_json(outcome)["reason"] if outcome.exists() else ExitReason.cancelled
     if reason not in (ExitReason.cancelled, ExitReason.lost_rank, ExitReason.infrastructure):
         return f"it ended with {reason}, which trying again does not help"
+    return _other_work(run, settings, plan_dir)
+
+
+def _other_work(run: RunDir, settings: PandaSettings, plan_dir: Path) -> str | None:
+    """Why it was not the work that is to be done now."""
     before = yaml.safe_load(run.config.read_text(encoding="utf-8"))
     if Path(before["paths"]["plan_dir"]) != plan_dir.absolute():
         return "the data have changed since"
@@ -119,7 +157,8 @@ def _obstacle(run: RunDir, settings: PandaSettings, plan_dir: Path) -> str | Non
 
 def write_outcome(run: RunDir, reason: ExitReason, message: str) -> None:
     """Write ``outcome.json``: why the run failed, for whoever thinks of going on with it."""
-    run_files.write_atomically(run.outcome, json.dumps({"reason": reason, "message": message}, indent=2) + "\n")
+    with contextlib.suppress(OSError):  # a full disk is why it failed, mostly
+        run_files.write_atomically(run.outcome, json.dumps({"reason": reason, "message": message}, indent=2) + "\n")
 
 
 def create(settings: PandaSettings) -> RunDir:
@@ -152,7 +191,8 @@ def _claimed(output: Path, name: str) -> Path | None:
     A directory can be renamed to where nothing or an empty one is; with a folder in it, it is not empty any more.
     """
     path, ours = output / name, output / f".{name}.{os.getpid()}"
-    (ours / run_files.LOGS).mkdir(parents=True, exist_ok=True)
+    ours.mkdir(mode=0o700, exist_ok=True)  # settings, texts of the corpus, weights: for their owner alone
+    (ours / run_files.LOGS).mkdir(exist_ok=True)
     try:
         ours.rename(path)
     except OSError as error:

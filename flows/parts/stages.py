@@ -13,7 +13,7 @@ import yaml
 from prefect.runtime import deployment, flow_run
 
 from configs.settings import PandaSettings, RunSettings
-from data_prep import store
+from data_prep import intact, store
 from data_prep.pipeline import run_stages
 from data_prep.places.address import is_address
 from data_prep.plan.build import PlanResult
@@ -111,6 +111,8 @@ def prepared_before(run: RunDir) -> Prepared:
     paths = yaml.safe_load(run.config.read_text(encoding="utf-8"))["paths"]
     plan_dir = Path(paths["plan_dir"])
     manifest = store.open_manifest(plan_dir)
+    shards = [(plan_dir / shard).resolve() for shard in manifest["shards"]]
+    intact.require_intact(plan_dir.parent.parent, [plan_dir, *shards])
     planned = PlanResult(
         path=str(plan_dir),
         fingerprint=plan_dir.name,

@@ -22,7 +22,7 @@ from typing import Any
 
 from data_prep.store import write_atomically
 from flows.stack.prefect_server import answers
-from flows.stack.services import Service, private, start, stop, stop_engines
+from flows.stack.services import WATCH, Service, private, start, stop, stop_engines
 from training.launch.commands import python_path
 
 POLL_SECONDS = 1.0
@@ -88,9 +88,9 @@ class ProcessManager:
         self.write_state()
 
     def _may_start(self, service: Managed) -> bool:
-        """The worker waits for the servers; they wait for nobody."""
+        """Worker and watch wait for the servers; they wait for nobody."""
         others = [other.spec.base for other in self.services if other.spec.base]
-        return service.spec.name != WORKER or all(answers(base) for base in others)
+        return service.spec.name not in (WORKER, WATCH) or all(answers(base) for base in others)
 
     def end(self) -> None:
         """End everything, last started first."""

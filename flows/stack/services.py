@@ -24,6 +24,7 @@ from training.launch.commands import python_path
 from training.launch.processes import LOOPBACK, descendants, die_with_parent, is_alive, is_orphan, marked
 
 POOL = "panda"
+WATCH = "watch"
 LEFTOVER_GRACE_SECONDS = 28.0  # a flow run among them may be writing a checkpoint
 
 
@@ -83,6 +84,11 @@ def worker(mlflow_address: str, output_dir: Path) -> Service:
     else:
         env = {"PANDA_MLFLOW_UI": mlflow_address, "PANDA_MLFLOW_DATABASE": _database(output_dir)}
     return Service("worker", [*argv, "--install-policy", "never"], env)
+
+
+def watch(state_dir: Path) -> Service:
+    """Starts crashed runs again and tells people of what does not happen (`flows.watch`)."""
+    return Service(WATCH, [sys.executable, "-m", "flows.watch", str(state_dir)])
 
 
 def start(service: Service, log: Path) -> subprocess.Popen:

@@ -1,6 +1,6 @@
 """`panda up`, `panda down`, `panda status`: everything a deployment needs, on this machine, in the background.
 
-In: flags, prefect.toml, PREFECT_API_URL. Out: Prefect server, MLflow server and a worker, owned by
+In: flags, prefect.toml, PREFECT_API_URL. Out: Prefect server, MLflow server, a worker and a watch, owned by
 `process_manager`; state and logs in `.panda/`; deployments and automations on the server. Each can be repeated. A
 Prefect server that answers already, or lives on another machine, is used as it is, but not that of another project.
 Without a prefect.yaml in the working directory, only the servers. Cost: `up` 11 to 30 s, then 3 s.
@@ -59,7 +59,7 @@ def up(argv: list[str]) -> int:
         _check(there)
     else:
         mlflow_port = options.mlflow_port or _mlflow_port(state_dir)
-        wanted = _services(there, mlflow_port, Path(options.output_dir).absolute())
+        wanted = _services(there, mlflow_port, Path(options.output_dir).absolute(), state_dir)
         os.environ.update(there.variables())
         process_manager.spawn(state_dir, wanted)
     _wait_for_servers(state_dir, there.url)
@@ -125,7 +125,7 @@ def _options(verb: str, text: str, argv: list[str]) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _services(there: Address, mlflow_port: int, output_dir: Path) -> list[services.Service]:
+def _services(there: Address, mlflow_port: int, output_dir: Path, state_dir: Path) -> list[services.Service]:
     """What is to be started: a Prefect server only where none is and it would be ours."""
     output_dir.mkdir(parents=True, exist_ok=True)
     found = answers(there.url) and not listeners.is_orphan(there.url)
@@ -142,8 +142,9 @@ def _services(there: Address, mlflow_port: int, output_dir: Path) -> list[servic
         raise StackError(
             f"port {mlflow_port} for MLflow is taken{_whose(mlflow.base)}; {_other_ports(there.url, mlflow_port)}"
         )
-    worker = [services.worker(mlflow.address, output_dir)] if Path("prefect.yaml").exists() else []
-    return [*prefect, mlflow, *worker]
+    there_are_runs = Path("prefect.yaml").exists()
+    runs = [services.worker(mlflow.address, output_dir), services.watch(state_dir)] if there_are_runs else []
+    return [*prefect, mlflow, *runs]
 
 
 def _check(there: Address) -> None:

@@ -8,6 +8,7 @@ from configs.docs import with_origins
 from configs.errors import ConfigError
 from configs.load import CONFIG_DIR, dump, load
 from configs.settings import PandaSettings
+from flows.parts import preflight
 
 GUIDE_DEFAULTS = {
     "num_workers": 2,
@@ -185,3 +186,25 @@ def test_a_group_takes_its_part_of_the_whole():
 
     settings = load({"seed": 9}).settings
     assert PackSettings.of(settings).seed == 9
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1: 2", "1 is the name of no setting"),
+        ("architecture: {null: 3}", "no text"),
+        ("architecture: &a\n  model_type: llama\n  again: *a", "stands inside the very value that it names"),
+        ("mixture: &a [*a]", "stands inside the very value that it names"),
+    ],
+)
+def test_yaml_that_is_no_tree_of_texts_is_one_clear_error(tmp_path, text, said):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        load({}, conf_path=tmp_path / "mine.yaml")
+
+
+def test_a_password_in_the_address_of_mlflow_is_refused_for_a_run():
+    settings = load({"mlflow_tracking_uri": "http://me:hunter2@mlflow:5000"}).settings
+    with pytest.raises(ConfigError, match="MLFLOW_TRACKING_PASSWORD in the environment") as caught:
+        preflight.check(settings, set())
+    assert "hunter2" not in str(caught.value)

@@ -12,8 +12,9 @@ from uuid import UUID
 
 import pytest
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.states import Crashed
 
-from tests.support.stack import LONG, Stack, running_stack, wait_for
+from tests.support.stack import LONG, Stack, num_steps, running_stack, wait_for
 from training.registry.versions import Registry
 from training.tracking.sync import connect
 from training.tracking.tags import PARENT_TAG
@@ -140,6 +141,48 @@ def lose(stack: Stack, run: UUID) -> None:
     state = stack.end_of(run, 180)
     assert (state.type.value, state.name) == ("CRASHED", "Crashed")
     assert "No heartbeat for 90 s" in state.message
+
+
+class TestHeals:
+    """What has crashed goes on without a person (`flows.watch`)."""
+
+    def test_what_always_crashes_is_started_so_often_and_once_more(self, stack, first):
+        began = stack.folder / "began"
+        reader = (
+            f"import os\n\ndef crash(path):\n    open({str(began)!r}, 'a').write('.')\n    os.kill(os.getpid(), 9)\n"
+        )
+        (stack.project / "crashing.py").write_text(reader)
+        conf = stack.config("crashing", reader={"_target_": "crashing.crash"}, max_restarts=1)
+        run = stack.start(conf, "panda-prepare/default")
+        wait_for(lambda: stack.flow_run(run).state.name == "CrashedTooOften", 300, "the end of trying")
+        state = stack.flow_run(run).state
+        assert state.type.value == "FAILED"
+        assert state.message.startswith("it has crashed 2 times; max_restarts is 1. The last time: Process exited with")
+        assert began.read_text() == ".."
+
+    def test_a_killed_run_goes_on_in_its_own_directory(self, stack, first):
+        run = stack.start(stack.config("healed", max_restarts=3, **LONG), until_stage="train", run_name="healed")
+        run_dir = stack.wait_until_training(run, "healed", 6)
+        stack.engine(run).send_signal(signal.SIGKILL)
+        wait_for(lambda: not stack.processes(run), 60, "the end of all processes")
+        wait_for(
+            lambda: stack.processes(run) and num_steps(run_dir) >= 12, 300, "the training of the run started again"
+        )
+        assert [path.parent for path in stack.outputs("healed").glob("*/config.yaml")] == [run_dir]
+        stack.prefect("flow-run", "cancel", str(run))
+        assert stack.end_of(run, 90).name == "Cancelled"
+
+    def test_a_run_taken_for_dead_is_running_again(self, stack, first):
+        """The server was away, and its automation judged by silence; the process has never stopped."""
+        run = stack.start(stack.config("silent", max_restarts=3, **LONG), until_stage="train")
+        stack.wait_until_training(run, "silent", 1)
+        engine = stack.engine(run).pid
+        with stack.client() as client:
+            client.set_flow_run_state(run, Crashed(message="No heartbeat for 90 s: the flow's process"), force=True)
+        wait_for(lambda: stack.flow_run(run).state.name == "Running", 120, "the state of what goes on")
+        assert stack.engine(run).pid == engine
+        stack.prefect("flow-run", "cancel", str(run))
+        assert stack.end_of(run, 90).name == "Cancelled"
 
 
 def test_kubernetes_example_is_accepted(stack):

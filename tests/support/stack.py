@@ -32,6 +32,7 @@ SETTINGS = {
     "save_steps": 5,
     "gate_records": 20,
     "num_workers": 0,
+    "max_restarts": 0,
 }
 
 

@@ -9,8 +9,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from training import run_files
+from training.comparison.intervals import CONFIDENCE
 from training.comparison.job import Answered, GateResult
-from training.comparison.statistics import CONFIDENCE, SliceRow, interval_of
+from training.comparison.statistics import SliceRow, interval_of
 from training.tracking.redact import redact_text
 
 WAITING, APPROVED, REFUSED, NO_ANSWER = "waiting", "approved", "refused", "no answer"

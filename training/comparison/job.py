@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, NotRequired, TypedDict
 
 from training import run_files
-from training.comparison.statistics import CheckRow, SliceRow
+from training.comparison.statistics import CheckRow, MetricRow, SliceRow
 from training.errors import ModelError
 
 
@@ -63,6 +63,14 @@ class Answered(TypedDict):
     comment: str
 
 
+class OverlapRow(TypedDict):
+    """A record that was left out of the comparison, because a training record holds most of it."""
+
+    record: str  # FILE:LINE, or the number of a benchmark's question
+    trained: str  # FILE:LINE
+    share: float
+
+
 class GateResult(TypedDict):
     """RUN/gate.json: the verdict and its tables; what was not compared has only those, and its reason."""
 
@@ -70,15 +78,18 @@ class GateResult(TypedDict):
     reasons: list[str]
     slices: list[SliceRow]
     checks: list[CheckRow]
+    metrics: NotRequired[list[MetricRow]]
     reference: NotRequired[str | None]  # what was decisive: the champion, else the base
     candidate: NotRequired[str]
     champion: NotRequired[str]
     base: NotRequired[str]
     records: NotRequired[int]
+    records_elsewhere: NotRequired[int]  # neutral texts, and what was held out for the champion
     records_digest: NotRequired[str]
     excluded_records: NotRequired[int]
     confidence: NotRequired[float]
     settings: NotRequired[dict[str, Any]]
+    overlaps: NotRequired[list[OverlapRow]]
     problems: NotRequired[dict[str, str]]  # role -> why it could not be scored
     answers: NotRequired[dict[str, list[dict[str, Any]]]]  # role -> generations
     approval: NotRequired[Answered]

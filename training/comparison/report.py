@@ -1,13 +1,17 @@
-"""The result of the gate for people: the verdict with its reasons, then a line per slice and per check of the answers.
+"""The result of the gate for people: the verdict with its reasons, then a line per slice, check and metric.
 
 In: what RUN/gate.json holds. Out: Markdown, for the description of the version in MLflow and the artifact in Prefect.
 """
 
 from collections.abc import Iterable
+from typing import Any
 
 from training.comparison.approval import WAITING
-from training.comparison.job import GateResult
-from training.comparison.statistics import CHECKS, CheckRow, SliceRow, interval_of
+from training.comparison.intervals import CONFIDENCE
+from training.comparison.job import GateResult, OverlapRow
+from training.comparison.statistics import CHECKS, CheckRow, MetricRow, SliceRow, interval_of
+
+MAX_NAMED = 10
 
 
 def verdict_markdown(result: GateResult) -> str:
@@ -22,12 +26,30 @@ def comparison_markdown(result: GateResult) -> str:
     """A table each for losses and answers where there are any."""
     parts = []
     if result["slices"]:
-        heads = ("held-out loss on", "records", "against", "loss", "its loss", "gain [95 %]")
+        heads: tuple[Any, ...] = (
+            "held-out loss on",
+            "records",
+            "against",
+            "loss",
+            "its loss",
+            f"gain [{result.get('confidence', CONFIDENCE):.0%}]",
+        )
         parts.append(_table(heads, map(_slice, result["slices"])))
     if result["checks"]:
         heads = ("answers", "prompts", "against", "share", "its share", "better, worse")
         parts.append(_table(heads, map(_check, result["checks"])))
+    if result.get("metrics"):
+        heads = ("metric or benchmark", "items", "against", "mean", "its mean", "better by")
+        parts.append(_table(heads, map(_metric, result["metrics"])))
+    if result.get("overlaps"):
+        parts.append(_overlaps(result["overlaps"]))
     return "\n\n".join(parts)
+
+
+def _overlaps(rows: list[OverlapRow]) -> str:
+    first = [f"- {row['record']} is in {row['trained']} ({row['share']:.0%})" for row in rows[:MAX_NAMED]]
+    more = [f"- and {len(rows) - MAX_NAMED} more, in gate.json"] if len(rows) > MAX_NAMED else []
+    return "\n".join([f"Left out, as the candidate was trained on them: {len(rows)}", "", *first, *more])
 
 
 def _slice(row: SliceRow) -> Iterable[str]:
@@ -39,6 +61,11 @@ def _check(row: CheckRow) -> Iterable[str]:
     shares = (f"{row['share']:.0%}", f"{row['reference_share']:.0%}")
     name = CHECKS[row["check"]].removeprefix("answers ")
     return name, str(row["prompts"]), row["against"], *shares, f"{row['better']}, {row['worse']}"
+
+
+def _metric(row: MetricRow) -> Iterable[str]:
+    values = (f"{row['value']:.4f}", f"{row['reference_value']:.4f}")
+    return row["metric"], str(row["items"]), row["against"], *values, str(interval_of(row))
 
 
 def _table(heads: Iterable[str], rows: Iterable[Iterable[str]]) -> str:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
+from data_prep.errors import TokenizerError
 from data_prep.plan.reader import IGNORED, Batch, target_ranges
 from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.examples import tokenize_columns
@@ -38,7 +39,6 @@ LONGEST_PERIOD = 16
 MIN_REPEATED = 24  # tokens of a repetition; and three periods of it
 
 
-NUM_PROMPTS = 16
 LONGEST_ROW = 2048  # tokens; longer records are asked in parts
 
 
@@ -64,11 +64,14 @@ class Part:
 
 @dataclass(frozen=True)
 class Asking:
-    """How models are asked: rows of a micro-batch, ranks, where converted tokenizers are kept."""
+    """How models are asked: rows of a micro-batch, ranks, where converted tokenizers are, what targets are, prompts."""
 
     micro_batch_rows: int
     ranks: Ranks
     cache_dir: Path
+    train_on: str = "all"
+    reasoning: str = "train"
+    num_prompts: int = 16
 
 
 def score(model: UsedModel, one: ModelUnderTest, held_out: HeldOut, asking: Asking) -> tuple[Scores, list[Generation]]:
@@ -76,12 +79,16 @@ def score(model: UsedModel, one: ModelUnderTest, held_out: HeldOut, asking: Aski
 
     :param one: where its tokenizer is, and the template it was trained with
     """
-    tools = load_tools(Recipe(one.files, asking.cache_dir, json.dumps(one.template, sort_keys=True), "reference"))
-    shard = tokenize_columns(held_out.roles, held_out.texts, tools.tokenizer, tools.template, tools.engine).shard
+    template = json.dumps(one.template, sort_keys=True)
+    tools = load_tools(Recipe(one.files, asking.cache_dir, template, "reference", asking.train_on, asking.reasoning))
+    made = tokenize_columns(held_out.roles, held_out.texts, tools.tokenizer, tools.template, tools.engine)
+    for record, why in made.runs.refused.items():
+        raise TokenizerError(f"{held_out.places[record]}: {why}")
+    shard = made.shard
     longest = min(LONGEST_ROW, getattr(causal_model(model.model).config, "max_position_embeddings", LONGEST_ROW))
     losses, tokens = record_losses(model, shard, asking, longest)
     num_new = min(MAX_NEW_TOKENS, longest // 2)
-    prompts, targets = prompts_of(shard, held_out.prompts(NUM_PROMPTS), longest - num_new)
+    prompts, targets = prompts_of(shard, held_out.prompts(asking.num_prompts), longest - num_new)
     generations = generate(model, tools.tokenizer, prompts, targets, num_new, asking.ranks)
     return Scores(losses, tokens, check_columns(generations)), generations
 

@@ -20,7 +20,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import NoReturn
 
-from data_prep.errors import CorpusError, PandaError, StoreError
+from data_prep.errors import CorpusError, DiskError, PandaError, StoreError
 from training.errors import MlflowAway
 from training.launch.events import emit
 from training.launch.processes import die_with_parent
@@ -97,7 +97,8 @@ def reason_of_error(error: BaseException) -> ExitReason:
     if isinstance(error, CorpusError | StoreError | DataError):
         return ExitReason.data
     if isinstance(error, PandaError):
-        return ExitReason.infrastructure if isinstance(error, MlflowAway) else ExitReason.user_error
+        passes = isinstance(error, MlflowAway | DiskError)
+        return ExitReason.infrastructure if passes else ExitReason.user_error
     if _is_out_of_memory(error):
         return ExitReason.out_of_memory
     return ExitReason.lost_rank if _is_lost_peer(error) else ExitReason.infrastructure

@@ -6,7 +6,10 @@ take longer. Cost: a look at the clock.
 """
 
 import os
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from training.launch.events import emit
 
@@ -25,3 +28,21 @@ class Heartbeat:
         if time.monotonic() - self.last > SECONDS:
             self.last = time.monotonic()
             emit({"event": "alive", "doing": self.doing, "total": self.total, "unit": self.unit, "done": done})
+
+
+@contextmanager
+def beating(doing: str) -> Iterator[None]:
+    """Signs of life of what cannot say how far it is, from a thread: a library's own loop."""
+    done = threading.Event()
+
+    def beat() -> None:
+        while not done.wait(SECONDS):
+            emit({"event": "alive", "doing": doing, "total": 1, "unit": "tasks", "done": 0})
+
+    thread = threading.Thread(target=beat, daemon=True)
+    if os.environ.get("RANK", "0") == "0":
+        thread.start()
+    try:
+        yield
+    finally:
+        done.set()

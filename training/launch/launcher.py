@@ -24,6 +24,7 @@ from pathlib import Path
 import yaml
 
 from training import run_files
+from training.launch import ownership
 from training.launch.commands import (
     WORKER,
     Command,
@@ -178,6 +179,7 @@ def supervised(commands: list[Command], grace_seconds: float) -> Iterator[subpro
         bufsize=0,  # what a dead supervisor did not take must not be tried again by close()
         env={**os.environ, "PYTHONPATH": python_path(), OWNED: token},
         start_new_session=True,
+        pass_fds=ownership.held(),
     )
     assert process.stdin and process.stdout, "both are pipes"
     try:

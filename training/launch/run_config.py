@@ -27,6 +27,8 @@ class RunConfig:
     tokenizer_dir: str
     model_dir: str | None  # None = from scratch
     run_dir: Path
+    train_on: str = "all"  # which answers of the data are targets, and what is made of thoughts
+    reasoning: str = "train"
 
 
 def read_config(path: Path) -> RunConfig:
@@ -43,6 +45,7 @@ def read_config(path: Path) -> RunConfig:
             tokenizer_dir=str(paths["tokenizer_dir"]),
             model_dir=paths.get("model_dir"),
             run_dir=Path(paths["run_dir"]),
+            **{name: content[name] for name in ("train_on", "reasoning") if name in content},
         )
     except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise PandaError(f"{path}: not a run configuration ({type(error).__name__}: {error})") from error

@@ -2,9 +2,9 @@
 
 In: a model directory (whole weights, or an adapter and its base), names of lm-eval's tasks or of one's own in a
 directory. Out: `Score`s; metrics ``benchmark/<task>/<metric>`` and the artifact `benchmarks/<tasks>.json` of the run
-behind the version, and tags ``panda.benchmark.<task>`` of the version. Nothing here decides about the champion: the
-gate compares on data of one's own. Cost: lm-eval's index of tasks (14 s), the model in memory, one forward pass for
-each answer that is weighed; the tasks' data are downloaded once unless they are local.
+behind the version, and tags ``panda.benchmark.<task>`` of the version. The verb decides about nothing; of the tasks
+that `gate_benchmarks` names the gate compares every record. Cost: lm-eval's index of tasks (14 s), the model in memory,
+one forward pass for each answer that is weighed; the tasks' data are downloaded once unless they are local.
 """
 
 import json
@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from data_prep.errors import PandaError, did_you_mean
 from training.devices import any_device
@@ -40,6 +42,7 @@ class Questions:
     chat: bool = False  # through the model's chat template
     batch_size: int = 8
     trust_remote_code: bool = False  # code that comes with the model
+    each_record: bool = False  # the report also has the metrics of every record
 
 
 @dataclass(frozen=True)
@@ -77,12 +80,38 @@ def ask(model_dir: Path, questions: Questions, base: Path | None = None) -> tupl
         report = simple_evaluate(
             model="hf", model_args=args, tasks=list(questions.tasks), task_manager=manager,
             num_fewshot=questions.num_fewshot, limit=questions.limit, batch_size=questions.batch_size,
-            apply_chat_template=questions.chat, log_samples=False,
+            apply_chat_template=questions.chat, log_samples=questions.each_record,
             device=any_device().type,
         )  # fmt: skip
     except OSError as error:  # of datasets and huggingface_hub
         raise BenchmarkError(f"the data of {', '.join(questions.tasks)} cannot be had: {error}") from error
     return list(scores_of(report)), report
+
+
+def item_values(
+    model_dir: Path, task: str, entry: dict[str, Any], trust_remote_code: bool
+) -> tuple[np.ndarray, list[str]]:
+    """The metric of each record of a task, in the order of the records: ``(n,) float64``; and its longest text.
+
+    :param entry: what `gate_benchmarks` says of the task.
+    :raises BenchmarkError: as `ask`; or the task has no such metric of single records.
+    """
+    options = {name: entry[name] for name in ("limit", "num_fewshot", "chat") if name in entry}
+    task_dir = Path(entry["task_dir"]) if "task_dir" in entry else None
+    questions = Questions([task], task_dir, trust_remote_code=trust_remote_code, each_record=True, **options)
+    _, report = ask(model_dir, questions)
+    metric, samples = entry.get("metric", "acc"), report.get("samples", {}).get(task, [])
+    if not samples or any(not isinstance(one.get(metric), int | float) for one in samples):
+        known = sorted(name for name, value in (samples[0] if samples else {}).items() if isinstance(value, float))
+        raise BenchmarkError(
+            f"gate_benchmarks: {task}: no {metric!r} of single records"
+            + (f"; there is {', '.join(known)}" if known else "; name a task, not a group of tasks")
+        )
+    in_order = sorted(samples, key=lambda one: one["doc_id"])
+    texts = [
+        max((text for text in one["doc"].values() if isinstance(text, str)), key=len, default="") for one in in_order
+    ]
+    return np.array([one[metric] for one in in_order], dtype=np.float64), texts
 
 
 def model_args(model_dir: Path, base: Path | None, trust_remote_code: bool = False) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import yaml
 
 from training import run_files
 from training.errors import MlflowAway, ModelError
+from training.launch import ownership
 from training.launch.run_config import read_config
 from training.models.hub import base_of
 from training.registry.proof import WEIGHTS, local_path, prove
@@ -146,6 +147,7 @@ def _register(client: "MlflowClient", model: _Model, name: str) -> ModelVersion:
         logged = logged or log_model(client, model.model_dir, model.run_id, model.tags)
         text = _proven(client, logged, model)
         ensure_registered_model(client, name)
+        ownership.check(model.run_dir)
         version = client.create_model_version(
             name, source=logged.model_uri, run_id=model.run_id, tags=model.tags, model_id=logged.model_id
         )

@@ -57,6 +57,7 @@ class RunRecord:
     sent_facts: bool = False
     sent_offsets: dict[str, int] = field(default_factory=dict)
     sent_files: dict[str, str] = field(default_factory=dict)
+    sent_steps: dict[str, int] = field(default_factory=dict)  # file -> the last step MLflow has of it
     sent_status: str = RUNNING
 
     def finish(self, status: str) -> None:
@@ -108,10 +109,7 @@ def write(run_dir: Path, record: RunRecord) -> None:
 
 
 def new_lines(path: Path, offset: int) -> tuple[int, list[dict[str, Any]]]:
-    """(offset after the last whole line, its objects). A resumed run cuts its file: then all is read, and sent, again.
-
-    Sending a line twice changes nothing, MLflow keeps one of two equal points.
-    """
+    """(offset after the last whole line, its objects). A resumed run cuts its file: then all is read again."""
     if not path.exists():
         return 0, []
     with open(path, "rb") as file:

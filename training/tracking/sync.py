@@ -248,8 +248,13 @@ def unless_refused(what: str) -> Iterator[None]:
 
 
 def send_series(client: "MlflowClient", record: RunRecord, path: Path, prefix: str) -> None:
-    """The lines of a metrics file that are new since the last time."""
+    """The lines of a metrics file that are new since the last time.
+
+    A run that went on from a checkpoint makes some steps again: with the same numbers, so MLflow has them already.
+    """
     offset, lines = new_lines(path, record.sent_offsets.get(path.name, 0))
+    done = record.sent_steps.get(path.name, -1)
+    lines = [line for line in lines if "step" not in line or line["step"] > done]
     batch: list[Metric] = []
     for line in lines:
         metrics = list(metrics_of(line, prefix, record.started_ms))
@@ -260,6 +265,7 @@ def send_series(client: "MlflowClient", record: RunRecord, path: Path, prefix: s
     if batch:
         client.log_batch(record.known_id, metrics=batch)
     record.sent_offsets[path.name] = offset
+    record.sent_steps[path.name] = max([done, *(line["step"] for line in lines if "step" in line)])
 
 
 def send_status(client: "MlflowClient", record: RunRecord, run_dir: Path) -> None:

@@ -24,6 +24,7 @@ from training.devices import compute_dtype, load_dtype
 from training.distributed import Ranks
 from training.engines.build import build_engine
 from training.errors import CheckpointError
+from training.launch import ownership
 from training.launch.events import emit, training_done
 from training.launch.exits import DataError, TrainingStopped
 from training.launch.heartbeat import Heartbeat
@@ -162,6 +163,7 @@ def save_model(config: RunConfig, run: Run, progress: Progress) -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         build.save_model(run.engine.module.model, weights, config.tokenizer_dir, temporary)
         save_chat_template(config, temporary)
+        ownership.check(config.run_dir)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         emit({"event": "model", "path": str(final)})

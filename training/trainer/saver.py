@@ -27,6 +27,7 @@ from data_prep.store import fsync, write_atomically
 from training.distributed import Ranks
 from training.engines.engine import Engine
 from training.errors import CheckpointError
+from training.launch import ownership
 from training.launch.heartbeat import Heartbeat
 from training.trainer import checkpoint, state_files
 from training.trainer.checkpoint import Progress
@@ -168,6 +169,7 @@ class Saver:
         try:
             write_part(writing.directory, self.ranks.rank, pieces)
             if self.ranks.is_first and self._gather(writing, marker):
+                ownership.check(self.root.parent)
                 publish(writing.directory, writing.final, marker | {"seconds": writing.seconds})
                 self.seconds = writing.seconds
                 then(writing)

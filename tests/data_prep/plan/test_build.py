@@ -549,5 +549,5 @@ def test_a_chat_template_that_rewrites_names_the_record(tmp_path):
     directory = save(bytes_core(), tmp_path / "tokenizer")
     (directory / "chat_template.jinja").write_text(source)
     records = shard_records(write_corpus(tmp_path, {"instruction/a.jsonl": pairs(1, 2)}), tmp_path / "cache")
-    with pytest.raises(TokenizerError, match=r"a\.jsonl:2: .*rewrites the text"):
+    with pytest.raises(TokenizerError, match=r"a\.jsonl:2: .*rewrites a text"):
         tokenize_records(records, TokenizeSettings(template="tokenizer"), directory, tmp_path / "cache")

@@ -229,6 +229,24 @@ def test_a_record_beyond_the_limit_is_rejected_and_the_next_is_read(tmp_path, mo
     assert array[0] == A and array[-1] == B and Reason.OVERSIZED_RECORD in array
 
 
+@pytest.mark.parametrize("length", [10_001, 12_000, 19_999])
+def test_the_limit_holds_also_where_the_end_of_the_record_is_seen(tmp_path, monkeypatch, length):
+    monkeypatch.setattr(json_stream, "MAX_RECORD_BYTES", 10_000)
+    for window in (1_000, 4_000):
+        monkeypatch.setattr(source, "WINDOW_BYTES", window)
+        monkeypatch.setattr(source, "READ_BYTES", window)
+        monkeypatch.setattr(json_stream, "HEAD_BYTES", window)
+        long = {"text": "x" * (length - len('{"text": ""}'))}
+        texts = ["".join(json.dumps(row) + "\n" for row in (A, long, B)), json.dumps([A, long, B])]
+        for text in texts:
+            got = values_or_none(read_text(tmp_path, text))
+            assert got[0] == A and got[-1] == B and long not in got and Reason.OVERSIZED_RECORD in got
+
+
+def test_blank_lines_of_any_length_are_blank(tmp_path):
+    assert values(read_text(tmp_path, f"{json.dumps(A)}\n{' ' * 64}\n{' ' * 5000}\n\t\n{json.dumps(B)}\n")) == [A, B]
+
+
 def values_or_none(records: list[tuple]) -> list:
     return [reason or (json.loads(record) if is_json(record) else None) for record, _, _, reason in records]
 

@@ -4,20 +4,11 @@ import json
 
 import pytest
 
-from data_prep.records.normalise import (
-    ASSISTANT,
-    INPUT,
-    SYSTEM,
-    TEXT,
-    TITLE,
-    USER,
-    Rejected,
-    content_hash,
-    decode,
-    from_mapping,
-    normalise,
-)
+from data_prep.records.normalise import Decoder, content_hash, normalise
 from data_prep.records.reasons import Reason
+from data_prep.records.turns import Rejected, Role
+
+SYSTEM, USER, INPUT, ASSISTANT, TITLE, TEXT = list(Role)[:6]
 
 TURNS = [{"from": "system", "value": "s"}, {"from": "human", "value": "h"}, {"from": "gpt", "value": "g"}]
 MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "h"}, {"role": "assistant", "content": "g"}]
@@ -26,9 +17,10 @@ MESSAGES = [{"role": "system", "content": "s"}, {"role": "user", "content": "h"}
 def both_ways(record, kind: str):
     """The normal form of a record, read from its bytes and as a user's reader would yield it."""
     results = []
-    for parse, value in ((decode, json.dumps(record).encode()), (from_mapping, record)):
+    decoder = Decoder()
+    for parse, value in ((decoder.decode, json.dumps(record).encode()), (decoder.from_mapping, record)):
         try:
-            roles, texts = normalise(parse(value), kind)
+            roles, texts = normalise(parse(value), kind, [])
             results.append((list(roles), texts))
         except Rejected as rejected:
             results.append(rejected.reason)
@@ -97,7 +89,7 @@ def test_shapes_of_the_pretraining_directory(record, roles, texts):
         (5, Reason.UNKNOWN_SHAPE),
         ("text", Reason.UNKNOWN_SHAPE),
         (None, Reason.UNKNOWN_SHAPE),
-        ({"messages": [{"role": "tool", "content": "x"}]}, Reason.UNKNOWN_SHAPE),
+        ({"messages": [{"role": "narrator", "content": "x"}]}, Reason.UNKNOWN_SHAPE),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, Reason.UNKNOWN_SHAPE),
         ({"input": "a"}, Reason.MISSING_FIELD),
         ({"target": "a"}, Reason.MISSING_FIELD),
@@ -122,7 +114,7 @@ def test_shapes_of_the_pretraining_directory(record, roles, texts):
         ({"input": "a", "target": " \n\t"}, Reason.EMPTY_TARGET),
         ({"conversations": []}, Reason.EMPTY_TARGET),
         ({"conversations": TURNS[:2]}, Reason.EMPTY_TARGET),
-        ({"messages": [*MESSAGES, {"role": "assistant", "content": ""}]}, Reason.EMPTY_TARGET),
+        ({"messages": [*MESSAGES[:2], {"role": "assistant", "content": ""}]}, Reason.EMPTY_TARGET),
         ([], Reason.EMPTY_TARGET),
         ([{"input": "a", "target": ""}], Reason.EMPTY_TARGET),
         ({"text": ""}, Reason.EMPTY_TARGET),
@@ -161,18 +153,20 @@ def test_instruction_records_do_not_belong_into_the_pretraining_directory(record
 )
 def test_what_is_json(data, reason):
     try:
-        assert normalise(decode(data), "instruction") == (bytes((USER, ASSISTANT)), ["a", "b"])
+        assert normalise(Decoder().decode(data), "instruction", []) == (bytes((USER, ASSISTANT)), ["a", "b"])
         assert reason is None
     except Rejected as rejected:
         assert rejected.reason == reason
 
 
+def chosen_of(output: str) -> str:
+    record = {"instruction": ["x", "y", "z"], "output": output}
+    return normalise(Decoder().from_mapping(record), "instruction", [])[1][0]
+
+
 def test_one_of_several_instructions_is_chosen_by_content():
-    chosen = [
-        normalise(from_mapping({"instruction": ["x", "y", "z"], "output": str(number)}), "instruction")[1][0]
-        for number in range(300)
-    ]
-    again = normalise(from_mapping({"instruction": ["x", "y", "z"], "output": "0"}), "instruction")[1][0]
+    chosen = [chosen_of(str(number)) for number in range(300)]
+    again = chosen_of("0")
     assert chosen[0] == again
     assert all(70 < chosen.count(text) < 130 for text in "xyz")
 

@@ -23,9 +23,9 @@ from data_prep.records import files as corpus_module
 from data_prep.records import shard as records_module
 from data_prep.records import source as source_module
 from data_prep.records.files import find_files, plan_units
-from data_prep.records.normalise import ASSISTANT, USER
 from data_prep.records.reasons import Reason
 from data_prep.records.shard import RecordsResult, ledger_table, read_arrow, shard_records
+from data_prep.records.turns import Role
 from data_prep.settings import CorpusSettings
 from tests.support.real_corpora import REAL
 
@@ -64,7 +64,7 @@ def all_texts(result: RecordsResult) -> list[list[str]]:
 
 
 def contents(cache: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(cache)): path.read_bytes() for path in cache.rglob("*") if path.is_file()}
+    return {str(path.relative_to(cache)): path.read_bytes() for path in cache.glob("*/*/*") if path.is_file()}
 
 
 def check_places(result: RecordsResult) -> None:
@@ -94,7 +94,7 @@ def test_the_files_of_a_unit(tmp_path):
     (unit,) = result.units
     rows = read_arrow(Path(unit.path) / "records.arrow")
     assert rows["line"].to_pylist() == [0, 3]
-    assert rows["roles"].to_pylist() == [[USER, ASSISTANT], [USER, ASSISTANT]]
+    assert rows["roles"].to_pylist() == [[Role.USER, Role.ASSISTANT]] * 2
     assert rows["texts"].to_pylist() == [["a", "b"], ["i", "o"]]
     ledger = ledger_table(unit)
     assert ledger["line"].to_pylist() == [1, 2, 4, 5]
@@ -484,3 +484,30 @@ def test_the_real_corpora(tmp_path):
     check_places(result)
     lengths = np.array([len(texts) for texts in all_texts(result)])
     assert set(lengths.tolist()) == {1, 2, 3}
+
+
+def test_rejected_bytes_are_kept_up_to_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(unit_module, "QUARANTINE_BYTES", 100)
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    bad = [f'{{"input": "broken {number:04}"' for number in range(20)]
+    (folder / "a.jsonl").write_text("\n".join([json.dumps(PAIR), *bad, json.dumps(PAIR), ""]))
+    result = shard_records(corpus(folder), tmp_path / "cache")
+    assert result.rejected == {"malformed_json": 20}
+    kept = (Path(result.units[0].path) / "quarantine.bin").read_text().splitlines()
+    assert kept == bad[: len(kept)] and 0 < sum(len(line) + 1 for line in kept) <= 100
+    assert len(ledger_table(result.units[0])) == 22
+
+
+def test_a_user_reader_is_held_to_the_limit_of_a_record_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(unit_module, "MAX_RECORD_BYTES", 1000)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "long_reader.py").write_text(
+        'def read(path):\n    return [{"input": "a", "target": "b" * n} for n in (1, 2000)]\n'
+    )
+    folder = tmp_path / "corpus"
+    folder.mkdir()
+    (folder / "a.txt").write_text("x")
+    result = shard_records(corpus(folder, reader={"_target_": "long_reader.read"}), tmp_path / "cache")
+    assert (result.valid, result.rejected) == (1, {"oversized_record": 1})

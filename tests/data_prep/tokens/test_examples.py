@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 from data_prep.errors import StoreError, TokenizerError
 from data_prep.plan.reader import open_plan, prove_rows
-from data_prep.records.normalise import Role
+from data_prep.records.turns import Role
 from data_prep.tokenizer import load_tokenizer
 from data_prep.tokens.checks import prove
 from data_prep.tokens.encoder import DIFFICULT, FAST, REFERENCE, Encoded, Engine, agrees, encode_reference, load_engine
@@ -279,7 +279,7 @@ def test_the_proof_of_rows(tmp_path):
 
 
 def damaged(made, **changes):
-    return type(made)(TokenShard(**{**vars(made.shard), **changes}), made.runs, made.engine)
+    return replace(made, shard=TokenShard(**{**vars(made.shard), **changes}))
 
 
 def test_the_proof_finds_what_is_wrong(bytes_tokenizer):

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from data_prep.errors import TokenizerError
-from data_prep.records.normalise import Role
+from data_prep.records.turns import Role
 from data_prep.tokenizer import load_tokenizer
 from data_prep.tokens.templates import load_template
 from tests.data_prep.tokens.test_templates import story

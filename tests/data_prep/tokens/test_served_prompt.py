@@ -2,7 +2,7 @@
 
 import pytest
 
-from data_prep.records.normalise import Role
+from data_prep.records.turns import Role
 from data_prep.tokenizer import load_tokenizer
 from data_prep.tokens.examples import encode_plainly
 from data_prep.tokens.served_prompt import PromptError, ServedPrompt

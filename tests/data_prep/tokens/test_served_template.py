@@ -6,7 +6,7 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import AutoTokenizer
 
-from data_prep.records.normalise import Role
+from data_prep.records.turns import Role
 from data_prep.tokenizer import load_tokenizer
 from data_prep.tokens.templates import load_template, served_template
 

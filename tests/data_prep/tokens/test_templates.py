@@ -6,7 +6,7 @@ import pytest
 
 from data_prep import store
 from data_prep.errors import PandaError, TokenizerError
-from data_prep.records.normalise import Role
+from data_prep.records.turns import Role
 from data_prep.tokenizer import load_tokenizer
 from data_prep.tokens.layouts import runs_of
 from data_prep.tokens.templates import load_template
@@ -92,7 +92,7 @@ def test_token_shards_made_before_stay_valid(bytes_tokenizer, name, fingerprint,
     """The fingerprint says what the layouts are: who changes one of them raises the version in the fingerprint."""
     template = load_template(name, bytes_tokenizer)
     assert template.fingerprint == fingerprint
-    patterns = [roles for length in range(1, 5) for roles in product(Role, repeat=length) if can_be(roles)]
+    patterns = [roles for length in range(1, 5) for roles in product(list(Role)[:6], repeat=length) if can_be(roles)]
     stories = [story(template, roles, list("abcd")[: len(roles)]) for roles in patterns]
     assert store.fingerprint(stories=stories) == layouts
 

@@ -38,7 +38,7 @@ class TestStack:
         done = stack.panda("status")
         assert done.returncode == 0
         services = [line.split("  ")[0] for line in done.stdout.splitlines()]
-        assert services == ["prefect server", "mlflow server", "worker"]
+        assert services == ["prefect server", "mlflow server", "worker", "watch"]
 
     def test_up_again_changes_nothing(self, stack):
         before = re.findall(r"pid (\d+)", stack.panda("status").stdout)
@@ -72,7 +72,8 @@ class TestNobodyElse:
 
     def test_state_and_logs_are_for_their_owner_alone(self, stack):
         state = stack.folder / "state"
-        assert {path.name: path.stat().st_mode & 0o777 for path in [state, *state.iterdir()]} == {
+        found = [path for path in (state, *state.iterdir()) if path.name != "told.json"]
+        assert {path.name: path.stat().st_mode & 0o777 for path in found} == {
             "state": 0o700,
             **dict.fromkeys(
                 (
@@ -82,6 +83,7 @@ class TestNobodyElse:
                     "prefect-server.log",
                     "spec.json",
                     "state.json",
+                    "watch.log",
                     "worker.log",
                 ),
                 0o600,
@@ -271,7 +273,7 @@ def test_up_again_after_the_process_manager_was_killed(stack):
     assert done.returncode == 0, done.stdout + done.stderr
     after = stack.state()
     pids = [{service["pid"] for service in state["services"]} for state in (before, after)]
-    assert after["keeper"] != before["keeper"] and len(pids[1]) == 3 and not pids[0] & pids[1]
+    assert after["keeper"] != before["keeper"] and len(pids[1]) == 4 and not pids[0] & pids[1]
     assert not any(is_alive(pid) for pid in pids[0])
     assert stack.panda("status").returncode == 0
 

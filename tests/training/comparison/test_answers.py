@@ -39,7 +39,7 @@ def test_a_model_with_fewer_positions_than_an_answer_is_asked_within_them(tmp_pa
     """GPT-2 has an embedding for each position, and nothing beyond."""
     import pyarrow as pa
 
-    from data_prep.tokens.templates import Role
+    from data_prep.records.turns import Role
 
     size = len(save_tokenizer(tmp_path))
     GPT2LMHeadModel(

@@ -22,7 +22,7 @@ from training.models.build import Empty, load_deployed
 from training.models.deferred import Values
 from training.settings import GateSettings
 
-RECORDS = 24
+RECORDS, NEUTRAL_TEXTS = 24, 100
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +88,9 @@ def expected(run_dir) -> tuple[list[dict], dict]:
         losses = losses or [{**line, "loss": {}} for line in lines_of(run_dir)]
         for line, found in zip(losses, lines_of(run_dir), strict=True):
             line["loss"][role] = found["loss"]["candidate"]
-    assert len(losses) == RECORDS and losses[0]["loss"]["candidate"] != pytest.approx(losses[0]["loss"]["base"])
+    assert len(losses) == RECORDS + NEUTRAL_TEXTS and losses[0]["loss"]["candidate"] != pytest.approx(
+        losses[0]["loss"]["base"]
+    )
     assert losses[0]["loss"]["candidate"] != pytest.approx(losses[0]["loss"]["champion"])
     return losses, answers
 

@@ -16,7 +16,7 @@ def test_verdict_by_hand():
 
 - better
 
-| held-out loss on | records | against | loss | its loss | gain [95 %] |
+| held-out loss on | records | against | loss | its loss | gain [98%] |
 | --- | --- | --- | --- | --- | --- |
 | a b | 40 | champion | 1.5000 | 1.6250 | +0.1250 [+0.1000, +0.1500] |
 

@@ -9,7 +9,16 @@ from tests.support.tiny_models import save_adapter, save_full_model
 from tests.training.registry.test_register import tracked_run
 from training.export.export import Exported
 from training.lean_imports import without
-from training.registry.benchmark import BenchmarkError, Questions, Score, ask, model_args, record, scores_of
+from training.registry.benchmark import (
+    BenchmarkError,
+    Questions,
+    Score,
+    ask,
+    item_values,
+    model_args,
+    record,
+    scores_of,
+)
 from training.registry.publish import CardFacts, model_card
 from training.registry.register import register
 from training.registry.versions import Registry
@@ -104,5 +113,9 @@ def test_lm_eval_itself_on_a_task_of_ones_own(tmp_path, monkeypatch):
         ((score,), report) = ask(model_dir, Questions(["sky"], task_dir=tmp_path))
         assert (score.task, score.metric, score.shots, score.records) == ("sky", "acc", 0, 4)
         assert score.value in (0.25, 0.75) and report["lm_eval_version"]
+    values, texts = item_values(tmp_path / "base", "sky", {"task_dir": str(tmp_path), "limit": 3}, False)
+    assert len(values) == 3 and set(values) <= {0.0, 1.0} and texts == ["hello"] * 3
+    with pytest.raises(BenchmarkError, match="gate_benchmarks: sky: no 'f1' of single records; there is acc"):
+        item_values(tmp_path / "base", "sky", {"task_dir": str(tmp_path), "metric": "f1"}, False)
     with pytest.raises(BenchmarkError, match="no task 'skye'; did you mean sky"):
         ask(tmp_path / "base", Questions(["skye"], task_dir=tmp_path))

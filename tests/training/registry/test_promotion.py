@@ -5,18 +5,21 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from data_prep.errors import PandaError
 from data_prep.plan import tombstones
+from data_prep.plan.ledger import open_ledger
 from data_prep.plan.order import rows_of_step, steps_per_epoch
 from data_prep.plan.reader import open_plan
-from tests.support.corpora import NAME, ROWS_PER_STEP, Project, add_version
+from tests.support.corpora import NAME, NUMBERS, ROWS_PER_STEP, Project, add_version
 from tests.support.mlflow_fixtures import server
 from tests.support.ranks_here import alone
-from training.compare import run_job
-from training.comparison import approval
+from training.compare import run_job, unseen
+from training.comparison import approval, heldout
 from training.comparison.job import read_job
+from training.comparison.report import verdict_markdown
 from training.launch.processes import free_port
 from training.launch.run_config import read_config
 from training.registry import lineage, promotion
@@ -24,6 +27,8 @@ from training.registry.promotion import settle
 from training.registry.versions import CHALLENGER, CHAMPION, Registry, RegistryError
 from training.run_files import GATE_RECORDS
 from training.tracking.tags import APPROVAL_TAG, COMMENT_TAG, GATE_TAG, PARENT_TAG, REASONS_TAG
+
+EMPTY = {"promoted": False, "reasons": [], "slices": [], "checks": []}
 
 pytestmark = pytest.mark.usefixtures("load_back_here")
 
@@ -47,15 +52,17 @@ def test_a_better_version_becomes_champion_a_worse_one_does_not_and_back(project
     assert better.version.aliases == [CHAMPION] and better.version.tags[GATE_TAG] == "passed"
     assert better.verdict["reference"] == f"champion models:/{NAME}/1"
     rows = {row["slice"]: row for row in better.verdict["slices"]}
-    assert set(rows) == {"all", "instruction/cjk", "instruction/other"}
-    assert all(row["low"] > 0.5 for row in rows.values()) and rows["all"]["records"] == better.verdict["records"] > 40
+    own = {"all", "instruction/cjk", "instruction/other"}
+    assert set(rows) == {*own, "neutral/cjk", "neutral/other"}
+    assert all(rows[name]["low"] > 0.5 for name in own) and rows["all"]["records"] == better.verdict["records"] > 40
 
     worse = add_version(project, "run-3", 20)
     assert worse.version.aliases == [CHALLENGER] and worse.version.tags[GATE_TAG] == "failed"
     assert "not better than the champion models:/panda-count/2 with confidence" in worse.verdict["reasons"][0]
     assert worse.verdict["records_digest"] == better.verdict["records_digest"]
     lines = [json.loads(line) for line in (worse.run_dir / GATE_RECORDS).read_text().splitlines()]
-    assert len(lines) == worse.verdict["records"] and set(lines[0]["loss"]) == {"candidate", "champion"}
+    assert len(lines) == worse.verdict["records"] + worse.verdict["records_elsewhere"]
+    assert worse.verdict["records_elsewhere"] == 100 and set(lines[0]["loss"]) == {"candidate", "champion"}
     stored = registry.json_artifact(worse.version, "gate.json")
     assert stored["reasons"] == worse.verdict["reasons"]
     shown = registry.client.get_model_version(NAME, "3").description
@@ -97,6 +104,31 @@ def test_records_the_champion_was_trained_on_do_not_count(project):
         result = run_job(read_config(first.run_dir / "config.yaml"), job, ranks)
     assert result["records"] == 0 and result["excluded_records"] > 40 and not result["promoted"]
     assert f"the champion was trained on all {result['excluded_records']} held-out records" in result["reasons"][0]
+
+
+def test_held_out_records_that_were_trained_on_do_not_count(project):
+    """A training record in other capitals and spacing, under the name of a held-out one."""
+    plan_dir = Path(project.plan().path)
+    held_out, ledger = heldout.choose(plan_dir, 400), open_ledger(plan_dir)
+    trained = ledger.accepted("train").select(["file", "line", "shard", "example"]).to_pylist()[7]
+    _, texts = ledger.read_texts([trained])
+    copy = [text.upper().replace(" ", " - ") for text in texts.to_pylist()[0]]
+    changed = replace(held_out, texts=pa.array([copy, *held_out.texts.to_pylist()[1:]], held_out.texts.type))
+    left, rows = unseen(changed, plan_dir, 0.8)
+    assert left.hashes == held_out.hashes[1:] and left.num_own == len(held_out) - 1
+    assert rows == [{"record": held_out.places[0], "trained": f"{trained['file']}:{trained['line']}", "share": 1.0}]
+    assert "is in " + rows[0]["trained"] + " (100%)" in verdict_markdown({**EMPTY, "overlaps": rows})
+
+
+def test_what_the_champion_knew_must_not_be_forgotten(project, registry):
+    """The corpus is replaced by another one: what was held out for the champion is in it no more."""
+    add_version(project, "run-1", 60)
+    lines = [{"input": f"{i}: say {word}", "target": word} for i, word in enumerate(NUMBERS * 30)]
+    (project.data_dir / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    other = add_version(project, "run-2", 60)
+    assert other.version.aliases == [CHALLENGER] and other.verdict["slices"][0]["low"] > 0
+    assert other.verdict["reasons"][0].startswith(f"has forgotten: worse than the champion models:/{NAME}/1 on before/")
+    assert {"before/instruction/cjk", "before/instruction/other"} < {row["slice"] for row in other.verdict["slices"]}
 
 
 def test_a_champion_that_cannot_be_asked_stays_champion(project, registry):

@@ -1,0 +1,1 @@
+"""What looks after deployed runs when nobody does: crashed ones are started again, what does not happen is told."""

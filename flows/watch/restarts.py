@@ -1,0 +1,136 @@
+"""Deployed runs that crashed are started again: the same flow run, with its parameters, from its newest checkpoint.
+
+In: a client of the Prefect server. Out: states. A crash is what Prefect's retries do not cover: process, worker or
+machine lost. How often is the setting `max_restarts` of the run; the history of its states is the count and keeps every
+reason, and the last crash of too many ends as `CrashedTooOften`. Which directory a run goes on with, RUN/owner.json
+says. A run declared dead because the server was away, whose process lives here, is running again: nothing is lost.
+Task runs that nobody works on any more end with their run. Cost: two requests a look, a composed configuration a crash.
+"""
+
+import logging
+from datetime import timedelta
+from typing import Any
+
+import psutil
+from prefect.client.orchestration import SyncPrefectClient
+from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
+from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
+from prefect.client.schemas.sorting import FlowRunSort
+from prefect.states import Crashed, Failed, Running, Scheduled
+from prefect.types._datetime import now
+from prefect.utilities.urls import url_for
+
+from configs.settings import UnattendedSettings
+from flows.parts.notify import SILENT, tell, who_is_told
+from flows.stack.prefect_server import environment
+from training.launch.processes import is_alive, marked
+
+FLOWS = ("panda-train", "panda-prepare", "panda-evaluate")
+RESTARTING, GAVE_UP = "AwaitingRestart", "CrashedTooOften"
+RUN_ID = "PREFECT__FLOW_RUN_ID"
+REMEMBERED = timedelta(days=7)  # an older crash is no longer anybody's business
+PAUSES = (5, 30, 120, 600)  # seconds before each restart, the last one for all further ones
+SETTLED = timedelta(seconds=60)  # after its end, news of a run's tasks may still be on their way
+TAKES_OVER = {StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.COMPLETED, StateType.FAILED,
+              StateType.CRASHED}  # fmt: skip
+
+logger = logging.getLogger(__name__)
+
+
+def look(client: SyncPrefectClient) -> None:
+    """Start again what has crashed, and end what has ended."""
+    for run in crashed(client):
+        heal(client, run)
+    end_tasks_of_ended_runs(client)
+
+
+def crashed(client: SyncPrefectClient) -> list[FlowRun]:
+    """Our deployed runs that have crashed, and whose crash is not too old."""
+    wanted = FlowRunFilter.model_validate({
+        "deployment_id": {"is_null_": False},
+        "state": {"type": {"any_": [StateType.CRASHED]}},
+        "end_time": {"after_": now("UTC") - REMEMBERED},
+    })  # fmt: skip
+    return client.read_flow_runs(
+        flow_filter=FlowFilter.model_validate({"name": {"any_": list(FLOWS)}}),
+        flow_run_filter=wanted,
+        sort=FlowRunSort.START_TIME_DESC,
+    )
+
+
+def heal(client: SyncPrefectClient, run: FlowRun) -> None:
+    """What is to be done about one crash; nothing as long as processes of it live."""
+    assert run.state, "it was found by its state"
+    processes = [process for process in marked(RUN_ID, str(run.id)) if is_alive(process.pid)]
+    if processes:
+        if was_only_silent(run.state, processes):
+            message = "it had been alive all the time, but the server did not hear of it"
+            client.set_flow_run_state(run.id, Running(message=message), force=True)
+            logger.info("%s: %s", run.name, message)
+        return
+    settings = unattended(run.parameters or {}, str(run.id))
+    limit = settings.max_restarts
+    if not limit or is_taken_over(client, run):
+        return
+    done = sum(state.name == RESTARTING for state in client.read_flow_run_states(run.id))
+    if done >= limit:
+        message = f"it has crashed {done + 1} times; max_restarts is {limit}. The last time: {run.state.message}"
+        client.set_flow_run_state(run.id, Failed(name=GAVE_UP, message=message), force=True)
+        if settings.notify:
+            tell(settings.notify, f"{run.name}: {GAVE_UP}", f"{message}\n\n{url_for('flow-run', obj_id=run.id)}")
+    else:
+        pause = PAUSES[min(done, len(PAUSES) - 1)]
+        message = f"restart {done + 1} of {limit} after a crash: {run.state.message}"
+        due = now("UTC") + timedelta(seconds=pause)
+        client.set_flow_run_state(run.id, Scheduled(scheduled_time=due, name=RESTARTING, message=message))
+    logger.info("%s: %s", run.name, message)
+
+
+def was_only_silent(state: State[Any], processes: list[psutil.Process]) -> bool:
+    """Whether the server has judged by silence alone, and the process of the flow goes on (ending takes 30 s)."""
+    engines = [process for process in processes if _is_engine(process)]
+    by_silence = (state.message or "").startswith(SILENT)
+    return bool(engines) and by_silence and now("UTC") - state.timestamp > timedelta(seconds=30)
+
+
+def _is_engine(process: psutil.Process) -> bool:
+    try:
+        return any("prefect" in word and "engine" in word for word in process.cmdline())
+    except psutil.Error:
+        return False
+
+
+def unattended(parameters: dict[str, Any], run_id: str) -> UnattendedSettings:
+    """What is set for a run with these parameters, read as those of a run that a server asks for."""
+    with environment({RUN_ID: run_id}):
+        return who_is_told(parameters, logger)
+
+
+def is_taken_over(client: SyncPrefectClient, run: FlowRun) -> bool:
+    """Whether a later run of the deployment does the same work; that one goes on with the directory."""
+    if run.start_time is None:
+        return False
+    later = FlowRunFilter.model_validate({
+        "deployment_id": {"any_": [run.deployment_id]},
+        "start_time": {"after_": run.start_time},
+        "state": {"type": {"any_": list(TAKES_OVER)}},
+    })  # fmt: skip
+    found = client.read_flow_runs(flow_run_filter=later)
+    return any(other.id != run.id and other.parameters == run.parameters for other in found)
+
+
+def end_tasks_of_ended_runs(client: SyncPrefectClient) -> None:
+    """Nobody works any more on tasks that are `Running` or `Retrying` in a run that has ended."""
+    ended = FlowRunFilter.model_validate({
+        "deployment_id": {"is_null_": False},
+        "state": {"type": {"any_": list(TERMINAL_STATES)}},
+        "end_time": {"before_": now("UTC") - SETTLED, "after_": now("UTC") - REMEMBERED},
+    })  # fmt: skip
+    open_states = [StateType.PENDING, StateType.RUNNING, StateType.SCHEDULED]
+    tasks = client.read_task_runs(
+        flow_filter=FlowFilter.model_validate({"name": {"any_": list(FLOWS)}}),
+        flow_run_filter=ended,
+        task_run_filter=TaskRunFilter.model_validate({"state": {"type": {"any_": open_states}}}),
+    )
+    for task in tasks:
+        client.set_task_run_state(task.id, Crashed(message="its run has ended"), force=True)
