@@ -102,6 +102,11 @@ def given_value(name: str, values: dict[str, Any], overrides: list[str] | None, 
     return _read_user_file(Path(conf_path), []).get(name) if conf_path else None
 
 
+def touched(overrides: list[str]) -> set[str]:
+    """The settings that overrides change, by the names that `load` takes them for."""
+    return {_top(text) for text in guide_names.in_words(overrides)}
+
+
 def names(group: str) -> list[str]:
     """The names a group offers, for example the models that have a YAML of their own."""
     return sorted(path.stem for path in (CONFIG_DIR / group).glob("*.yaml") if path.stem != PATH_MODEL)

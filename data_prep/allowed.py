@@ -22,7 +22,8 @@ from data_prep.errors import PandaError
 from data_prep.owner import Owner, owner
 
 ALWAYS = ("torch.optim", "training.engines.optimizers")
-OURS = ("benchmarks", "configs", "data_prep", "flows", "tasks", "train", "training")
+OURS = ("benchmarks", "configs", "data_prep", "deploy", "flows", "tasks", "tests", "train", "training")
+"""All that this project brings: what lies in a clone beside the user's modules is not the user's."""
 TRAMPOLINES = (
     *("cloudpickle", "dill", "hydra", "joblib", "omegaconf", "pandas.eval", "pip", "pkg_resources", "prefect"),
     *("setuptools", "torch.classes", "torch.hub", "torch.jit", "torch.load", "torch.multiprocessing", "torch.ops"),

@@ -22,6 +22,8 @@ from data_prep.errors import PandaError
 
 TRAIN_TEXT = "Turn JSON corpora and a base model into a registered, evaluated model: one Prefect flow, in this process."
 TRAIN_SWITCHES = [CONF_PATH, PRINT_CONFIG, DRY_RUN, JSON, VERBOSE, *PLAN_SWITCHES]
+HELP = ("-h", "--help")
+STANDING = "cli.standing:show"  # `panda` alone
 STATES_OF_PREFECT = ("Task run failed with state", "Finished in state")
 
 VERBS: dict[str, tuple[str, str]] = {
@@ -56,14 +58,16 @@ def train_main(argv: list[str]) -> int:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """`panda VERB ...`."""
+    """`panda VERB ...`; without a verb, where things stand."""
     argv = sys.argv[1:] if argv is None else argv
-    if not argv or argv[0] in ("-h", "--help") or argv[0] not in VERBS:
+    flags_alone = not argv or (argv[0].startswith("-") and argv[0] not in HELP)
+    if not flags_alone and argv[0] not in VERBS:
         return _overview(argv)
-    module, _, function = VERBS[argv[0]][0].partition(":")
+    place, words = (STANDING, argv) if flags_alone else (VERBS[argv[0]][0], argv[1:])
+    module, _, function = place.partition(":")
 
     def run() -> int:
-        return getattr(importlib.import_module(f"flows.{module}"), function)(argv[1:])
+        return getattr(importlib.import_module(f"flows.{module}"), function)(words)
 
     return guarded(run, verbose="--verbose" in argv)
 
@@ -122,11 +126,12 @@ def _overview(argv: list[str]) -> int:
     """The list of verbs; a misspelt one is an error."""
     from configs.errors import did_you_mean
 
-    known = not argv or argv[0] in ("-h", "--help")
+    known = argv[0] in HELP
     stream = sys.stdout if known else sys.stderr
     if not known:
         print(f"error: unknown command {argv[0]!r}{did_you_mean(argv[0], VERBS)}", file=stream)
     print("usage: panda VERB [--flag value ...]   (panda VERB --help shows the flags)\n", file=stream)
+    print(f"  {'':<12} without a verb: where things stand", file=stream)
     for verb, (_, text) in VERBS.items():
         print(f"  {verb:<12} {text}", file=stream)
     return 0 if known else 2

@@ -20,6 +20,7 @@ import yaml
 from prefect.runtime import deployment
 
 from configs.errors import ConfigError
+from configs.load import touched
 from configs.settings import PandaSettings
 from data_prep.owner import Owner, owner
 from training.models.hub import find_checkpoint
@@ -64,8 +65,7 @@ def check_parameters(given: dict[str, Any]) -> set[str]:
     if "conf_path" in foreign:
         problems += _configuration_problems(str(foreign["conf_path"]), owner())
     _raise(problems)
-    dotted = {re.split(r"[.=]", text.lstrip("+~"), maxsplit=1)[0] for text in foreign.get("overrides", [])}
-    return (foreign.keys() - {"conf_path", "overrides"}) | dotted
+    return (foreign.keys() - {"conf_path", "overrides"}) | touched(foreign.get("overrides", []))
 
 
 def check_settings(settings: PandaSettings, foreign: set[str]) -> None:

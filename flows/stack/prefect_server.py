@@ -30,7 +30,7 @@ from training.launch.processes import LOOPBACK, die_with_parent
 
 CORS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")
 OTHER_LOGINS = ("PREFECT_API_KEY", "PREFECT_CLIENT_CUSTOM_HEADERS")  # of Prefect Cloud, of a proxy
-START_SECONDS = 120
+START_SECONDS = 300  # 3 are usual; a machine with ten times the work it has cores for needed more than 120
 LOG_CHARACTERS = 2000
 TEMPORARY = {
     "PREFECT_UI_ENABLED": "0",

@@ -37,10 +37,11 @@ from flows.stack.prefect_server import answers, http_status, unusable
 from training.launch.processes import free_port
 from training.tracking.sync import TRAINING_VIEW
 
-START_SECONDS = 180.0
+START_SECONDS = 300.0
 STOP_SECONDS = 60.0
 LOG_LINES = 12
 MLFLOW_PORT = 5000
+CORPUS = "dataset"  # where a run looks that names no other directory
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +109,10 @@ def status(argv: list[str]) -> int:
     if state is None:
         print("down (panda up starts everything)")
         return 3
-    rows = [(service, _condition(service)) for service in state["services"]]
-    for service, condition in rows:
-        print(f"{service['name']:<15} {condition:<14} {_vitals(service):<32} {service['address'] or service['log']}")
-    return 0 if all(condition == "up" for _, condition in rows) else 3
+    rows = [(service, condition(service)) for service in state["services"]]
+    for service, how in rows:
+        print(f"{service['name']:<15} {how:<14} {_vitals(service):<32} {service['address'] or service['log']}")
+    return 0 if all(how == "up" for _, how in rows) else 3
 
 
 def _options(verb: str, text: str, argv: list[str]) -> argparse.Namespace:
@@ -215,7 +216,8 @@ def _why_not_up(service: dict[str, Any] | None, state_dir: Path) -> str:
     return "\n".join([last, *(f"  {line}" for line in log), "It is started again now and then; panda down ends that."])
 
 
-def _condition(service: dict[str, Any]) -> str:
+def condition(service: dict[str, Any]) -> str:
+    """Whether a service of the state runs, and answers."""
     if not service["pid"]:
         return "not running"
     return "up" if not service["base"] or answers(service["base"]) else "does not answer"
@@ -250,7 +252,9 @@ def _welcome(state_dir: Path, there: Address, usual: str) -> str:
     beside = Path(sys.executable).with_name("prefect")
     prefect = "prefect" if shutil.which("prefect") or not beside.exists() else os.path.relpath(beside)
     elsewhere = f"PREFECT_API_URL={there.url} " if usual != there.url else ""
-    run = ["Next:", f"  {elsewhere}{prefect} deployment run panda-train/default --watch"]
+    sample = f"  {os.path.relpath(sys.executable)} -m data_prep.sample {CORPUS}    # a small corpus, as none is there"
+    run = ["Next:", *([] if Path(CORPUS).exists() else [sample])]
+    run += [f"  {elsewhere}{prefect} deployment run panda-train/default --watch"]
     return "\n".join(
         [
             f"Prefect UI   {there.url.removesuffix('/api')}",

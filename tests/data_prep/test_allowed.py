@@ -7,9 +7,11 @@ from pathlib import Path
 
 import pytest
 
+from data_prep.allowed import OURS
 from data_prep.errors import PandaError
 from data_prep.targets import load_target, problems_of, target_fingerprint
 
+ROOT = Path(__file__).parents[2]
 MINE = """
 import functools, operator, os, subprocess
 from os import system
@@ -74,6 +76,9 @@ NEVER = [
         "training.launch.supervisor.start",
         "flows.parts.run_dir.write_atomically",
         "train.main",
+        "deploy.lock.main",
+        "benchmarks.prepare.main",
+        "tests.support.stack.Stack",
     ),
     *("mine.__builtins__.get", "torch.hub.load", "joblib.load", "cloudpickle.loads"),
 ]
@@ -192,3 +197,9 @@ def test_a_file_that_says_nothing_sensible(mine, text, message):
 def test_all_problems_of_a_value_are_told_once():
     node = {"_target_": "os.system", "a": [{"_target_": "os.system"}, {"_target_": 3}]}
     assert len(problems_of(node)) == 2
+
+
+def test_all_code_of_this_project_is_known_as_such():
+    """Whatever is added beside the packages starts processes as well, and lies in the working directory of a clone."""
+    listed = subprocess.run(["git", "ls-files", "*.py"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {Path(path).parts[0].removesuffix(".py") for path in listed.split()} == set(OURS)

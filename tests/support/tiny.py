@@ -14,6 +14,7 @@ from tests.support.plans import example, write_plan
 from training.launch.processes import free_port
 
 ROOT = Path(__file__).parents[2]
+USERS_PROJECT = ROOT / "tests" / "users_project"
 VOCABULARY = 64
 BOS, EOS, PAD = 0, 1, 2
 ARCHITECTURE = {
@@ -87,7 +88,8 @@ def start(run_dir: Path, world_size: int, *arguments: str, module: str = "traini
     for rank in range(world_size):
         environment = os.environ | {
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "",
+            "MASTER_PORT": str(port), "PYTHONPATH": f"{ROOT}:{USERS_PROJECT}", "OMP_NUM_THREADS": "1",
+            "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
         command = ["--config", str(run_dir / "config.yaml"), *arguments]
         processes.append(warm.ranks().start(module, command, environment, run_dir / f"rank-{rank}.log"))

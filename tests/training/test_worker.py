@@ -107,26 +107,16 @@ def test_torchrun_by_hand(tmp_path):
     assert events[-1]["event"] == "done"
 
 
-def scaled_sgd(groups, lr, factor):
-    return torch.optim.SGD(groups, lr=lr * factor)
-
-
 def test_your_own_optimizer_schedule_and_callbacks(tmp_path):
-    here = "tests.training.test_worker"
     run = tiny.write_run(
         tmp_path, max_steps=3, zero_stage=0,
-        optimizer={"_target_": f"{here}.scaled_sgd", "factor": 2.0},
-        lr_scheduler={"_target_": "tests.training.trainer.test_schedule.halving", "start": 1.0},
-        callbacks=[{"_target_": f"{here}.note", "path": str(tmp_path / "noted")}],
+        optimizer={"_target_": "users_functions.scaled_sgd", "factor": 2.0},
+        lr_scheduler={"_target_": "users_functions.halving", "start": 1.0},
+        callbacks=[{"_target_": "users_functions.note", "path": str(tmp_path / "noted")}],
     )  # fmt: skip
     lines = tiny.train(run, 1)
     assert [line["learning_rate"] for line in lines] == [0.01, 0.005, 0.0025]
     assert (tmp_path / "noted").read_text() == "1\n2\n3\n"
-
-
-def note(record, path):
-    with Path(path).open("a") as file:
-        file.write(f"{record['step']}\n")
 
 
 @pytest.mark.distributed

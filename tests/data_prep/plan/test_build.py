@@ -519,23 +519,11 @@ def test_a_million_examples_are_planned_tightly():
     assert rows.tokens.sum(dtype=np.int64) / (2048 * rows.num_rows) > 0.998
 
 
-def failing(record):
-    """A user's template that fails on one record."""
-    if record[0]["content"] == "question 3":
-        raise KeyError("oops")
-    return [(record[0]["content"], False), (record[1]["content"], True)]
-
-
-def not_segments(record):
-    """A user's template that yields no text."""
-    return [(None, True)]
-
-
 def test_a_users_template_that_fails_names_the_record(tmp_path, bytes_dir):
     corpus = write_corpus(tmp_path, {"instruction/a.jsonl": pairs(1, 2, 3)})
     records = shard_records(corpus, tmp_path / "cache")
     for name, message in [("failing", r"a\.jsonl:3: .*KeyError: 'oops'"), ("not_segments", r"a\.jsonl:1: .*not None")]:
-        settings_ = TokenizeSettings(template={"_target_": f"tests.data_prep.plan.test_build.{name}"})
+        settings_ = TokenizeSettings(template={"_target_": f"users_functions.{name}"})
         with pytest.raises(TokenizerError, match=message):
             tokenize_records(records, settings_, bytes_dir, tmp_path / "cache")
 

@@ -204,7 +204,7 @@ def test_what_changes_the_fingerprint_and_what_does_not(tmp_path, monkeypatch):
     elsewhere = shutil.copytree(directory, tmp_path / "elsewhere")
     assert unit_fingerprints(corpus(elsewhere)) == before
     assert unit_fingerprints(corpus(None, elsewhere)) != before
-    reader = {"_target_": "tests.data_prep.records.test_shard.read_semicolons"}
+    reader = {"_target_": "users_functions.read_semicolons"}
     assert unit_fingerprints(corpus(directory, reader=reader)) != before
     assert unit_fingerprints(corpus(directory, reader=reader)) != unit_fingerprints(
         corpus(directory, reader={**reader, "skip": 1})
@@ -326,20 +326,9 @@ def test_progress_reports_bytes(tmp_path, monkeypatch):
     assert [done for _, done, _, _ in calls] == sorted(done for _, done, _, _ in calls)
 
 
-def read_semicolons(path: str, skip: int = 0):
-    """A user's reader."""
-    for line in Path(path).read_text().splitlines()[skip:]:
-        first, second = line.split(";")
-        yield {"input": first, "target": second}
-
-
-def read_wildly(path: str):
-    yield from [PAIR, 5, {"input": object(), "target": "x"}, {"input": "\ud800", "target": "x"}]
-
-
 def test_a_users_reader(tmp_path):
     directory = write(tmp_path / "in", a__csv="head;er\na;b\nc;\n")
-    reader = {"_target_": "tests.data_prep.records.test_shard.read_semicolons", "skip": 1}
+    reader = {"_target_": "users_functions.read_semicolons", "skip": 1}
     result = shard_records(corpus(directory, reader=reader), tmp_path / "cache")
     assert all_texts(result) == [["a", "b"]]
     ledger = ledger_table(result.units[0])
@@ -350,7 +339,7 @@ def test_a_users_reader(tmp_path):
 
 def test_a_users_reader_that_yields_what_is_no_record(tmp_path):
     directory = write(tmp_path / "in", a__csv="")
-    reader = {"_target_": "tests.data_prep.records.test_shard.read_wildly"}
+    reader = {"_target_": "users_functions.read_wildly"}
     result = shard_records(corpus(directory, reader=reader), tmp_path / "cache")
     reasons = ledger_table(result.units[0])["reason"].to_pylist()
     assert reasons == [None, "unknown_shape", "wrong_type", "invalid_utf8"]
@@ -360,10 +349,10 @@ def test_a_users_reader_that_yields_what_is_no_record(tmp_path):
     ("reader", "message"),
     [
         (
-            {"_target_": "tests.data_prep.records.test_shard.read_semicolons"},
+            {"_target_": "users_functions.read_semicolons"},
             "failed on .*a.csv after 0 records: ValueError",
         ),
-        ({"_target_": "tests.data_prep.records.test_shard.nothing"}, "cannot import"),
+        ({"_target_": "users_functions.nothing"}, "cannot import"),
         ({"_target_": "no_such_module.nothing"}, "no module no_such_module"),
     ],
 )

@@ -122,15 +122,11 @@ def test_a_document_with_bos_and_special_text(llama_tokenizer):
 
 @pytest.mark.parametrize("special", [False, True])
 def test_a_users_template_says_where_special_tokens_count(bytes_tokenizer, special):
-    node = {"_target_": "tests.data_prep.tokens.test_examples.marked", "special": special}
+    node = {"_target_": "users_functions.marked", "special": special}
     made = tokenized([([USER, ASSISTANT], ["q<s>", "a"])], bytes_tokenizer, node)
     assert story(made, bytes_tokenizer) == [["<|im_start|>q<s>", "=> a</s>"]]
     assert (made.shard.ids == 2).sum() == int(special)
     assert (made.shard.ids == 0).sum() == 0
-
-
-def marked(record, special):
-    return [("<|im_start|>", False, special), (record[0]["content"], False), (record[1]["content"], True)]
 
 
 def test_records_are_grouped_by_their_roles():

@@ -114,14 +114,8 @@ def test_runs_alternate_and_start_masked():
     ]  # fmt: skip
 
 
-def upside_down(record, mark="!"):
-    """A user's template: the answer before the question, and a mark after each."""
-    texts = {entry["role"]: entry["content"] for entry in record}
-    return [(texts["assistant"], True), (mark + texts["user"], False), (mark, True)]
-
-
 def test_a_users_function(bytes_tokenizer):
-    node = {"_target_": "tests.data_prep.tokens.test_templates.upside_down", "mark": "?"}
+    node = {"_target_": "users_functions.upside_down", "mark": "?"}
     layout, texts = load_template(node, bytes_tokenizer).segments((USER, ASSISTANT), ["q", "a"])
     assert [(run.target, run.text(texts)) for run in layout.runs] == [
         (False, ""), (True, "a"), (False, "?q"), (True, "?"),
@@ -130,7 +124,7 @@ def test_a_users_function(bytes_tokenizer):
 
 def test_a_users_function_that_is_not_there(bytes_tokenizer):
     with pytest.raises(PandaError, match=r"template.*no_such"):
-        load_template({"_target_": "tests.data_prep.tokens.test_templates.no_such"}, bytes_tokenizer)
+        load_template({"_target_": "users_functions.no_such"}, bytes_tokenizer)
 
 
 # ------------------------------------------------------------------------------------------------ chat templates

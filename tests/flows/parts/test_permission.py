@@ -194,6 +194,12 @@ def test_places_in_the_fields_of_a_node(project, value):
     assert read({"callbacks": [{"_target_": "mine.log", "file": "losses.txt", "separator": "/", "tag": "a/b"}]})
 
 
+@pytest.mark.parametrize("override", ["+reader.file=/etc/x", "+read_tensor.file=/etc/x"])
+def test_a_setting_is_known_by_the_name_of_the_guide_too(project, override):
+    """`read_tensor` is `reader`: what it may say does not depend on how it is spelled."""
+    assert "reader='/etc/x': outside" in refusal(overrides=["+reader._target_=mine.read", override])
+
+
 def test_an_architecture_names_no_kernels_of_the_hub(project):
     said = refusal(architecture={"model_type": "llama", "attn_implementation": "evil/kernel"})
     assert "'evil/kernel' is no value of a model's configuration but a place" in said

@@ -153,7 +153,10 @@ class TestHint:
         there, hint = prefect_home.Address("http://127.0.0.1:9/api"), "deployment run panda-train/default"
         assert hint not in up._welcome(project / "state", there, there.url), "there is nothing to run"
         (project / "prefect.yaml").touch()
-        assert hint in up._welcome(project / "state", there, there.url)
+        without_corpus = up._welcome(project / "state", there, there.url)
+        assert hint in without_corpus and "-m data_prep.sample dataset" in without_corpus, "else that run ends at once"
+        (project / "dataset").mkdir()
+        assert "data_prep.sample" not in up._welcome(project / "state", there, there.url)
 
     def test_of_a_temporary_server(self, project):
         port = free_port()

@@ -25,6 +25,12 @@ def root(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("launch")
 
 
+@pytest.fixture(autouse=True)
+def callbacks_of_a_user(monkeypatch):
+    """On the path of the ranks."""
+    monkeypatch.setenv("PYTHONPATH", str(tiny.USERS_PROJECT))
+
+
 @pytest.fixture(scope="module")
 def plan(root) -> Path:
     return tiny.write_counting_plan(root / "cache")
@@ -48,9 +54,9 @@ def start(run_dir: Path, resume: bool = False) -> tuple[ExitReport, list[dict[st
 
 
 def with_hook(root: Path, plan: Path, name: str, **settings: Any) -> Path:
-    """A run directory whose callback is one of `hooks`; `hook` holds its name and arguments."""
+    """A run directory whose callback is one of `users_hooks`; `hook` holds its name and arguments."""
     hook = settings.pop("hook")
-    hook["_target_"] = f"tests.support.hooks.{hook['_target_']}"
+    hook["_target_"] = f"users_hooks.{hook['_target_']}"
     run_dir = tiny.write_run(root, name, plan_dir=plan, save_steps=2, num_processes=2, callbacks=[hook], **settings)
     if "config" in hook:
         config = yaml.safe_load((run_dir / "config.yaml").read_text())
@@ -96,7 +102,7 @@ def test_a_stall_shows_where_every_rank_hangs(root, plan):
     run_dir = with_hook(root, plan, "stall", hook={"_target_": "hang", "step": 2}, stall_seconds=12)
     report, _ = start(run_dir)
     assert report.reason is ExitReason.lost_rank and "no sign of progress" in report.message
-    assert "hooks.py" in report.details and "in hang" in report.details  # rank 0 waits in the callback
+    assert "users_hooks.py" in report.details and "in hang" in report.details  # rank 0 waits in the callback
     assert "[rank-1]" in report.details and "all_reduce" in report.details  # and rank 1 for rank 0
     assert report.seconds < 90
 
