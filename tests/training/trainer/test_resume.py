@@ -208,10 +208,8 @@ def test_killed_before_the_first_checkpoint_and_resumed_on_fewer_ranks(tmp_path)
 def test_sigterm_of_one_rank_writes_a_checkpoint_and_ends_all(long_run, expected):
     processes = tiny.start(long_run, 2)
     wait_for_steps(long_run, 6)
-    began = time.monotonic()
     os.kill(processes[1].pid, signal.SIGTERM)
     assert tiny.wait(processes) == [80, 80], tiny.logs(long_run)
-    assert time.monotonic() - began < 10
     done = len(tiny.metrics(long_run))
     assert (long_run / "checkpoints" / f"step-{done:06d}" / "complete.json").exists()
     assert f"stopped after step {done}" in (long_run / "rank-0.log").read_text()
