@@ -20,7 +20,7 @@ ifneq ($(if $(BUILT),$(filter-out $(BUILT),$(NAMED)),none),)
 .PHONY: $(BIN)/python $(INSTALLED)
 endif
 
-.PHONY: help install demo up down status test test-fast test-extra gpu-check check lock docs clean
+.PHONY: help install demo up down status test test-fast test-extra chaos gpu-check check lock docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -61,8 +61,12 @@ test-fast: $(INSTALLED)  ## the tests that take seconds
 	$(BIN)/python -m pytest -m "not slow and not distributed and not extra"
 
 test-extra: $(INSTALLED)  ## the tests of optional parts; installs them, and wants PostgreSQL on this machine
-	$(PIP) install --quiet -c requirements.lock 'lm-eval>=0.4.13' 'psycopg[binary]>=3.3'
+	$(PIP) install --quiet -c requirements.lock 'lm-eval>=0.4.13' 'psycopg[binary]>=3.3' 's3fs>=2026.9' 'moto[s3,server]>=5.2'
 	$(BIN)/python -m pytest -m extra
+
+chaos: $(INSTALLED)  ## break everything for MINUTES= (10) from SEED= (1) on, and print what was lost, wrong, orphaned, untyped
+	-$(PIP) install --quiet 'atheris>=3'
+	$(BIN)/python -m benchmarks.chaos --seed $(or $(SEED),1) --minutes $(or $(MINUTES),10) $(if $(CASE),--case $(CASE))
 
 gpu-check: $(INSTALLED)  ## what works on the GPUs of this machine, and how fast: one table in ten minutes (ARGS=--json)
 	$(BIN)/python -m training.gpu_check $(ARGS)

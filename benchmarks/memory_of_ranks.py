@@ -103,11 +103,13 @@ def as_text(values: list[float]) -> str:
 def peaks(way: str, root: Path, num_ranks: int) -> tuple[list[float], list[float]]:
     """Peak of each rank, until it has loaded and in all."""
     from tests.support.tiny import free_port
+    from training.launch.commands import GIVEN_BACK_BYTES
 
     for old in root.glob("loaded-*"):
         old.unlink()
     port = str(free_port())
     shared = {"WORLD_SIZE": str(num_ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    shared["MALLOC_MMAP_THRESHOLD_"] = str(GIVEN_BACK_BYTES)  # as the launcher does
     processes = []
     for rank in range(num_ranks):
         environment = os.environ | shared | {"RANK": str(rank), "LOCAL_RANK": str(rank), "CUDA_VISIBLE_DEVICES": ""}

@@ -29,7 +29,10 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text. Raises `yaml.YAMLError`."""
     from omegaconf._utils import get_yaml_loader
 
-    return yaml.load(text, Loader=get_yaml_loader())
+    try:
+        return yaml.load(text, Loader=get_yaml_loader())
+    except RecursionError as error:
+        raise yaml.YAMLError("nested too deeply") from error
 
 
 def one_line(error: Exception) -> str:

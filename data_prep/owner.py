@@ -2,7 +2,7 @@
 
     allowed_targets = ["some_library.readers"]                     # modules or objects that `_target_` may name
     allowed_roots = ["/srv/panda"]                                 # directories that parameters of a run may name
-    allowed_addresses = ["http://mlflow:5000", "tcp://dask:8786"]  # servers that they may name
+    allowed_addresses = ["http://mlflow:5000", "s3://corpora"]  # servers and corpora that they may name
 
 All of it is optional, and the file as well: `_target_` may always name modules in the working directory, and parameters
 of a deployed run paths in it (`flows/parts/permission.py`). In: the file. Out: `Owner`. Cost: reading some lines.
@@ -47,7 +47,7 @@ def owner() -> Owner:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return Owner(path)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
         raise PandaError(f"{path}: {error}") from error
     for key, value in content.items():
         if key not in KEYS:

@@ -46,8 +46,12 @@ def _check_target(node: dict[str, Any]) -> dict[str, Any]:
     return node
 
 
-SUFFIXES = (".json", ".jsonl", ".json.gz", ".jsonl.gz", ".json.zst", ".jsonl.zst")
+SUFFIXES = (
+    *(f".{form}{compression}" for form in ("json", "jsonl", "csv", "tsv") for compression in ("", ".gz", ".zst")),
+    *(".parquet", ".arrow"),
+)
 """Names of the files that are read of a corpus; with a ``reader`` all are."""
+FORMATS = tuple(suffix for suffix in SUFFIXES if suffix.count(".") == 1)
 
 TEMPLATES = ("plain", "alpaca", "chatml", "tokenizer")
 Target = Annotated[dict[str, Any], AfterValidator(_check_target)]
@@ -64,8 +68,9 @@ class CorpusSettings(Settings):
 
     instruction_tuning_data_dir: str | None = Field(
         "./dataset/instruction_tuning",
-        description="Directory of instruction records ({input, target}, {instruction, input, output}, chats); "
-        "every .json and .jsonl below it is read, also .gz and .zst.",
+        description="Directory of instruction records ({input, target}, {instruction, input, output}, chats), or an "
+        "address such as s3://bucket/folder; every .json, .jsonl, .csv, .tsv, .parquet and .arrow below it is read, "
+        "text also as .gz and .zst.",
     )
     pretraining_data_dir: str | None = Field(
         "./dataset/pretraining",

@@ -140,7 +140,7 @@ def open_manifest(path: Path) -> dict[str, Any]:
         manifest = json.loads((path / MANIFEST).read_bytes())
     except FileNotFoundError:
         raise StoreError(f"{path}: no {MANIFEST}, so this was never completed; prepare the data again") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise StoreError(f"{path / MANIFEST}: damaged ({error}); remove the directory and prepare again") from error
     _check_manifest(path, manifest)
     return manifest
@@ -290,7 +290,7 @@ def _damaged_files(path: Path) -> list[str]:
     try:
         files = json.loads((path / MANIFEST).read_bytes())["files"]
         return [name for name, entry in files.items() if not _intact(path / name, entry)]
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return [MANIFEST]
 
 

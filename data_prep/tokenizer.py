@@ -160,6 +160,7 @@ def _convert(directory: Path, building: Path) -> dict[str, Any]:
 def _read(path: Path) -> Tokenizer:
     try:
         core = Tokenizer.from_file(str(path))
+        core.encode("a")  # one without its unknown token can be read, but not used
     except Exception as error:  # tokenizers raises bare Exception
         raise TokenizerError(f"{path}: not a tokenizer that `tokenizers` can read: {error}") from error
     core.no_truncation()
@@ -178,13 +179,19 @@ def _json(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
         raise TokenizerError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise TokenizerError(f"{path}: a JSON object is expected, not {str(content)[:80]}")
+    return content
 
 
 def _token_text(value: Any) -> str | None:
-    return value.get("content") if isinstance(value, dict) else value
+    text = value.get("content") if isinstance(value, dict) else value
+    if text is not None and not isinstance(text, str):
+        raise TokenizerError(f"a special token is a text or an object with one, not {str(value)[:80]}")
+    return text
 
 
 def _stop_ids(directory: Path, core: Tokenizer, config: dict[str, Any]) -> list[int]:
@@ -196,6 +203,8 @@ def _stop_ids(directory: Path, core: Tokenizer, config: dict[str, Any]) -> list[
     for name in _ID_FILES:
         declared = _json(directory / name).get("eos_token_id")
         ids += declared if isinstance(declared, list) else [] if declared is None else [declared]
+    if wrong := [one for one in ids if not isinstance(one, int) or one < 0]:
+        raise TokenizerError(f"{directory}: eos_token_id {wrong[0]!r} is no token id; see {', '.join(_ID_FILES)}")
     if not ids:
         raise TokenizerError(
             f"{directory}: no eos token, so a trained model would never stop. Looked for eos_token in "

@@ -23,8 +23,8 @@ MAY_IMPORT = {
 CONFIGS_MAY_SEE = {"data_prep.settings", "data_prep.errors", "training.settings", "training.planning.compatibility"}
 FLOORS = {
     "data_prep": [
-        "errors", "settings store processes owner", "allowed", "targets", "tokenizer", "records", "tokens", "plan",
-        "inspection pipeline sample",
+        "errors", "settings store processes owner", "allowed", "targets", "tokenizer", "places", "records", "tokens",
+        "plan", "inspection pipeline sample",
     ],
     "training": [
         "errors settings lean_imports run_files", "rendezvous", "distributed devices", "launch models", "engines",

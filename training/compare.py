@@ -170,7 +170,7 @@ def main() -> None:
     ranks = this_rank()
     logging.basicConfig(level=logging.INFO if ranks.is_first else logging.WARNING, format="%(message)s")
     torch.manual_seed(0)
-    join(ranks)
+    join(ranks, config.settings.stall_seconds)
     try:
         result = run_job(config, read_job(config.run_dir), ranks)
     finally:

@@ -17,7 +17,9 @@ import torch.distributed as dist
 from training.errors import DeviceError
 from training.rendezvous import listen_beside, meet
 
-TIMEOUT = timedelta(minutes=30)
+PATIENCE = 3  # times `stall_seconds`: how long a rank waits for the others, should nobody look after it
+SHORTEST_WAIT = 120.0  # ranks do not start in the same moment
+FOR_EVER = 365 * 24 * 3600.0
 AGENT_STORE = "TORCHELASTIC_USE_AGENT_STORE"
 
 
@@ -76,16 +78,21 @@ def _device(local_rank: int) -> torch.device:
     return torch.device("cuda", local_rank)
 
 
-def join(ranks: Ranks) -> None:
-    """Meet the other ranks (waits for all of them)."""
+def join(ranks: Ranks, stall_seconds: float = 600) -> None:
+    """Meet the other ranks (waits for all of them).
+
+    Who launches ranks sees that one is silent and ends those of its machine. On a machine that has only an agent, or
+    whose launcher sees no events, nobody does: there a rank whose peers have gone without a word stops waiting.
+    """
+    timeout = timedelta(seconds=max(PATIENCE * stall_seconds, SHORTEST_WAIT) if stall_seconds else FOR_EVER)
     if ranks.device.type == "cuda":
         torch.cuda.set_device(ranks.device)
     backend = "cpu:gloo,cuda:nccl" if ranks.device.type == "cuda" else "gloo"
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     listen_beside(address)
     hosted = os.environ.get(AGENT_STORE) == "True"  # by torchrun's agent, which torch then finds by itself
-    store = None if hosted else meet(address, port, ranks.world_size, ranks.is_first, TIMEOUT)
-    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=TIMEOUT)
+    store = None if hosted else meet(address, port, ranks.world_size, ranks.is_first, timeout)
+    dist.init_process_group(backend, store=store, rank=ranks.rank, world_size=ranks.world_size, timeout=timeout)
 
 
 def leave() -> None:

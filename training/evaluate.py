@@ -73,7 +73,7 @@ def main() -> None:
     parser.add_argument("--all", action="store_true", help="compute all held-out rows, not a sample")
     arguments = parser.parse_args()
     config, ranks = read_config(arguments.config), this_rank()
-    join(ranks)
+    join(ranks, config.settings.stall_seconds)
     try:
         result = evaluate_run(config, ranks, arguments.all)
     finally:

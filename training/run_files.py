@@ -5,9 +5,11 @@ handle a small file. Old runs have these names, so they never change. Cost: none
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import Any, TypedDict, TypeVar
 
+from data_prep.errors import PandaError
 from data_prep.store import write_atomically
 
 CONFIG = "config.yaml"  # the flat configuration, and `paths`
@@ -33,6 +35,8 @@ ENVIRONMENT_REPORT = f"{REPORT}/environment.json"  # Python and the packages
 GATE_RECORDS = f"{REPORT}/gate_records.jsonl"  # the loss of every held-out record under every model
 LOSS_PLOT, SPEED_PLOT = f"{REPORT}/loss.png", f"{REPORT}/speed.png"
 
+
+Made = TypeVar("Made")
 
 Losses = dict[str, dict[str, float]]
 """Held-out loss by moment (before, after) and source; `all` of them together."""
@@ -61,8 +65,30 @@ class Registered(TypedDict):
 
 
 def read_json(path: Path) -> Any:
-    """The content of a small JSON file."""
-    return json.loads(path.read_text(encoding="utf-8"))
+    """The content of a small JSON file.
+
+    :raises PandaError: it is damaged.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
+
+
+def read_as(path: Path, make: Callable[..., Made]) -> Made:
+    """What is made of the fields of a small JSON file.
+
+    :raises PandaError: it is damaged, or has other fields.
+    """
+    try:
+        return make(**read_json(path))
+    except TypeError as error:
+        raise damaged(path, error) from error
+
+
+def damaged(path: Path, error: Exception) -> PandaError:
+    """For a file of a run that cannot be read: all of them but config.yaml are made again when they are missing."""
+    return PandaError(f"{path}: damaged ({error}); take it from a copy, or remove it and go on with --resume")
 
 
 def write_json(path: Path, content: Any) -> None:

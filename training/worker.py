@@ -37,7 +37,7 @@ def work(config: RunConfig, resume: bool) -> None:
     )
     with without(*UNUSED):  # none of these imports is the user's code
         from training.trainer.run import train_run
-    join(ranks)
+    join(ranks, config.settings.stall_seconds)
     try:
         train_run(config, ranks, resume)
     finally:

@@ -29,7 +29,7 @@ def read(path: Path) -> list[str]:
     """
     if not path.exists():
         return []
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    lines = enumerate(path.read_text(encoding="utf-8", errors="replace").splitlines(), start=1)
     return sorted({_hash_of(path, number, line) for number, line in lines if line.strip()})
 
 
@@ -38,7 +38,7 @@ def _hash_of(path: Path, number: int, line: str) -> str:
         value = json.loads(line)["hash"]
         if len(bytes.fromhex(value)) * 2 == HASH_DIGITS:
             return value.lower()
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         pass
     raise PandaError(f'{path}:{number}: not a tombstone; {{"hash": "32 hex digits"}} is expected, found {line[:80]!r}')
 

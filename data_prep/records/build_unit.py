@@ -20,11 +20,13 @@ import pyarrow as pa
 from data_prep import store
 from data_prep.errors import CorpusError
 from data_prep.processes import peak_rss_bytes
+from data_prep.records.csv_rows import DELIMITERS, read_csv
 from data_prep.records.files import UnitSpec
 from data_prep.records.json_stream import read_blocks
 from data_prep.records.normalise import Rejected, Row, content_hash, decode, from_mapping, normalise
 from data_prep.records.reasons import Reason
-from data_prep.records.source import Block, Piece, Source
+from data_prep.records.source import WHOLE, Block, Piece, Source
+from data_prep.records.tables import read_table
 from data_prep.records.user_reader import read_records
 
 MAX_EXAMPLES = 5
@@ -114,12 +116,16 @@ class _Directory:
     def write(self, pieces: np.ndarray, block: Block, validated: _Validated) -> None:
         """Append a block to all files; ``pieces`` (n,) int32 says of which piece each record is."""
         valid = validated.valid
+        rejected = np.flatnonzero(validated.reasons >= 0).tolist()
+        raw = {index: block.found[index] if block.found else _raw(block.records[index]) for index in rejected}
+        block.lengths[rejected] = [len(raw[index]) for index in rejected]  # of a row without bytes: those that are kept
         if len(valid):
             batch = _records_batch(validated, valid + self.num_records)
             self.text_bytes += batch.column("texts").values.nbytes
             self.records.write_batch(batch)
         self.ledger.write_batch(_ledger_batch(pieces, block, validated))
-        for index in np.flatnonzero(validated.reasons >= 0).tolist():
+        for index in rejected:
+            self.quarantine.write(raw[index] + b"\n")
             self._reject(int(pieces[index]), block, index, validated)
         self.num_records += len(block.records)
         self.num_valid += len(valid)
@@ -127,7 +133,6 @@ class _Directory:
     def _reject(self, piece: int, block: Block, index: int, validated: _Validated) -> None:
         reason = REASONS[validated.reasons[index]]
         self.rejected[reason.value] += 1
-        self.quarantine.write(_raw(block.records[index]) + b"\n")
         if len(self.examples) < MAX_EXAMPLES:
             detail = validated.details.get(index, reason.explanation)
             line = int(block.lines[index])
@@ -146,12 +151,11 @@ class _Directory:
 def _write_series(root: Path, spec: UnitSpec) -> list[store.Built]:
     """A directory for every 32 MiB of text; all are published when the last is written, the first at the very end."""
     facts: list[dict[str, int]] = []
-    parse = decode if spec.reader is None else from_mapping
     edges = None
     with ExitStack() as temporary:
         series = [_Directory(temporary.enter_context(store.building(root, spec.fingerprint)))]
         for pieces, block in _gathered(_blocks(spec, facts)):
-            validated = _validate(block, parse, spec.kind)
+            validated = _validate(block, from_mapping if block.is_parsed else decode, spec.kind)
             edges = [edges[0] if edges else validated.is_rejected(0), validated.is_rejected(-1)]
             if series[-1].text_bytes >= MAX_TEXT_BYTES:
                 series[-1].close()
@@ -173,11 +177,22 @@ def _blocks(spec: UnitSpec, facts: list[dict[str, int]]) -> Iterator[tuple[int, 
     """(number of the piece, block) of all pieces of a unit; adds to ``facts`` what was read of each piece."""
     for number, (piece, expected) in enumerate(zip(spec.pieces, spec.hashes, strict=True)):
         source = Source(piece)
-        for block in read_blocks(source) if spec.reader is None else _user_blocks(piece, spec):
+        rows = 0
+        for block in _read(source, spec):
+            rows += len(block.records)
             yield number, block
         if spec.reader is None:
-            _check_unchanged(source, piece, expected)
-        facts.append({"bytes": source.size, "newlines": source.newlines})
+            _check_unchanged(source, expected)
+        facts.append({"bytes": source.size, "newlines": rows if piece.form in WHOLE else source.newlines})
+
+
+def _read(source: Source, spec: UnitSpec) -> Iterator[Block]:
+    form = source.piece.form
+    if spec.reader is not None:
+        return _user_blocks(source.piece, spec)
+    if form in WHOLE:
+        return read_table(source.piece)
+    return read_csv(source) if form in DELIMITERS else read_blocks(source)
 
 
 def _gathered(blocks: Iterator[tuple[int, Block]]) -> Iterator[tuple[np.ndarray, Block]]:
@@ -185,9 +200,12 @@ def _gathered(blocks: Iterator[tuple[int, Block]]) -> Iterator[tuple[np.ndarray,
     gathered: list[tuple[int, Block]] = []
     size = 0
     for number, block in blocks:
+        if gathered and block.is_parsed != gathered[-1][1].is_parsed:
+            yield _joined(gathered)
+            gathered, size = [], 0
         gathered.append((number, block))
         size += int(block.lengths.sum())
-        if size >= BATCH_BYTES:
+        if size >= BATCH_BYTES or block.offsets[0] < 0:  # rows without bytes: as many as their reader saw fit
             yield _joined(gathered)
             gathered, size = [], 0
     if gathered:
@@ -206,12 +224,15 @@ def _joined(gathered: list[tuple[int, Block]]) -> tuple[np.ndarray, Block]:
         np.concatenate([block.lengths for block in blocks]),
         np.concatenate([block.lines for block in blocks]),
         faults,
+        [found for block in blocks for found in block.found],
     )
     return np.repeat(np.array([number for number, _ in gathered], np.int32), counts), joined
 
 
-def _check_unchanged(source: Source, piece: Piece, expected: str) -> None:
-    if source.content_hash != expected:
+def _check_unchanged(source: Source, expected: str) -> None:
+    piece = source.piece
+    content = store.hash_file(*piece.here()) if piece.form in WHOLE else source.content_hash
+    if content != expected:
         raise CorpusError(f"{piece.path} changed while it was read; run again when nobody writes to it")
 
 

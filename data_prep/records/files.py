@@ -22,27 +22,35 @@ from typing import Any
 
 from data_prep import store
 from data_prep.errors import CorpusError, NoCorpusError
+from data_prep.places.address import RangeStream, is_address, list_files, read_range, without_secrets
+from data_prep.places.download import RemoteFile, remove_stale
+from data_prep.places.saved_dataset import Parts, without_bookkeeping
 from data_prep.records.json_stream import BOM, HEAD_BYTES, find_form, find_opening
-from data_prep.records.source import Piece, compression_of
+from data_prep.records.source import WHOLE, Piece, compression_of, table_of
+from data_prep.records.tables import cut_table
 from data_prep.records.user_reader import reader_fingerprint
-from data_prep.settings import SUFFIXES, CorpusSettings
+from data_prep.settings import FORMATS, SUFFIXES, CorpusSettings
 
 PART_BYTES = 16 << 20
 BORDER_READ_BYTES = 64 << 10  # records are seldom longer
 MIN_FILES_TO_GROUP = 64
 GROUP_BYTES = 1 << 20
 MAX_GROUP_BYTES = 8 << 20
+SMALL_TABLE_BYTES = 4 << 20  # compressed, so 16 MiB of text perhaps
+WAVE_BYTES = 1 << 30  # of remote files on this machine at once, and as much on its way
+REMOTE_THREADS = 8  # they wait for the network
 DIRECTORY_SETTINGS = {"instruction": "instruction_tuning_data_dir", "pretraining": "pretraining_data_dir"}
 
 
 @dataclass(frozen=True)
 class InputFile:
-    """One file of the corpus."""
+    """One file of the corpus; its ``path`` is an address if it is ``remote``."""
 
     path: str
     kind: str
     source: str
     size: int
+    remote: RemoteFile | None = None
 
 
 @dataclass(frozen=True)
@@ -68,8 +76,10 @@ class UnitSpec:
         return store.fingerprint(stage="records", kind=self.kind, pieces=pieces, reader=self.reader_source)
 
 
-def find_files(corpus: CorpusSettings) -> list[InputFile]:
+def find_files(corpus: CorpusSettings, cache_dir: Path | None = None) -> list[InputFile]:
     """Every input file in the stable order.
+
+    :param cache_dir: where parts of remote files are kept meanwhile.
 
     :raises CorpusError: a directory that was asked for is missing or empty.
     :raises NoCorpusError: none was asked for, and there is no file in the default ones.
@@ -80,7 +90,13 @@ def find_files(corpus: CorpusSettings) -> list[InputFile]:
         directory = getattr(corpus, setting)
         if directory is None:
             continue
-        found = list(_files_below(Path(directory), kind, any_name=corpus.reader is not None))
+        any_name = corpus.reader is not None
+        if any_name and is_address(directory):
+            raise CorpusError(f"reader: it reads files of this machine; {without_secrets(directory)} is an address")
+        if is_address(directory):
+            found = list(_files_at(directory, kind, cache_dir))
+        else:
+            found = list(_files_below(Path(directory), kind, any_name))
         files += found
         if not found:
             problems.append((setting, directory))
@@ -98,18 +114,87 @@ def plan_units(
     num_workers: int,
     tokenizer_dir: Path | None = None,
     cache_dir: Path | None = None,
-) -> list[UnitSpec]:
-    """The units of all files, in the order of the files; a user's reader may ask for the tokenizer."""
+) -> Iterator[UnitSpec]:
+    """The units of all files, in the order of the files; a user's reader may ask for the tokenizer.
+
+    They come one after another because those of remote files are fetched for it, up to `WAVE_BYTES` ahead.
+    """
     reader = corpus.reader
-    pieces = [(file, piece) for file in files for piece in (_cut(file) if reader is None else [Piece(file.path)])]
-    with ThreadPoolExecutor(num_workers) as threads:
-        hashes = list(threads.map(_hash_piece, [piece for _, piece in pieces], chunksize=16))
     source = None if reader is None else reader_fingerprint(reader, tokenizer_dir, cache_dir)
-    specs = [
+    specs = (
         UnitSpec((piece,), (content,), file.kind, file.source, _piece_size(piece, file), reader, source, tokenizer_dir)
-        for (file, piece), content in zip(pieces, hashes, strict=True)
-    ]
-    return list(_grouped(specs)) if len(files) >= MIN_FILES_TO_GROUP else specs
+        for file, piece, content in _hashed(files, num_workers, whole=reader is not None)
+    )
+    return _grouped(specs) if len(files) >= MIN_FILES_TO_GROUP else specs
+
+
+def waves(specs: Iterable[UnitSpec]) -> Iterator[list[UnitSpec]]:
+    """Units to make before more is fetched; those of local files all at once."""
+    wave: list[UnitSpec] = []
+    size = 0
+    for spec in specs:
+        wave.append(spec)
+        size += spec.size if spec.pieces[0].remote else 0
+        if size >= WAVE_BYTES:
+            yield wave
+            wave, size = [], 0
+    yield wave
+
+
+def _hashed(files: list[InputFile], num_workers: int, whole: bool) -> Iterator[tuple[InputFile, Piece, str]]:
+    """Every piece with the hash of its bytes. Those of remote files are fetched for it, and the hashes remembered."""
+    wanted = max(num_workers, REMOTE_THREADS) if any(file.remote for file in files) else num_workers
+    with ThreadPoolExecutor(wanted) as threads:
+        for batch in _batches(_pieces(files, whole)):
+            hashes = threads.map(_hash_piece, [piece for _, piece, content in batch if content is None])
+            done = [(file, piece, content or next(hashes)) for file, piece, content in batch]
+            _remember([now for now, before in zip(done, batch, strict=True) if before[2] is None])
+            yield from done
+
+
+Known = tuple[InputFile, Piece, str | None]
+"""A piece of a file, and the hash of its bytes if it is known."""
+
+
+def _pieces(files: list[InputFile], whole: bool) -> Iterator[Known]:
+    for file in files:
+        known = file.remote.known() if file.remote else {}
+        hashes = known.get("hashes", {})
+        if whole:
+            pieces = [Piece(file.path)]
+        elif "cut" in known:
+            pieces = [_piece_of(file, **plain) for plain in known["cut"]]
+        else:
+            pieces = _cut(file)
+            if file.remote and (len(pieces) > 1 or pieces[0].form in WHOLE):  # what was fetched to know it
+                file.remote.remember(cut=[piece.plain() for piece in pieces])
+        yield from ((file, piece, hashes.get(piece.range)) for piece in pieces)
+
+
+def _piece_of(file: InputFile, opening: str, **plain: Any) -> Piece:
+    return Piece(file.path, opening=bytes.fromhex(opening), remote=file.remote, **plain)
+
+
+def _batches(pieces: Iterator[Known]) -> Iterator[list[Known]]:
+    """As many as are fetched before they are used: WAVE_BYTES of remote files, and local ones without limit."""
+    batch: list[Known] = []
+    size = 0
+    for file, piece, content in pieces:
+        batch.append((file, piece, content))
+        size += _piece_size(piece, file) if file.remote and content is None else 0
+        if size >= WAVE_BYTES:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+def _remember(found: list[tuple[InputFile, Piece, str]]) -> None:
+    by_file: dict[RemoteFile, dict[str, str]] = {}
+    for file, piece, content in found:
+        if file.remote:
+            by_file.setdefault(file.remote, {})[piece.range] = content
+    for remote, hashes in by_file.items():
+        remote.remember(hashes=hashes)
 
 
 def join(first: UnitSpec, second: UnitSpec) -> UnitSpec:
@@ -121,52 +206,84 @@ def join(first: UnitSpec, second: UnitSpec) -> UnitSpec:
 def _files_below(directory: Path, kind: str, any_name: bool) -> Iterator[InputFile]:
     if directory.is_file():
         raise CorpusError(f"{DIRECTORY_SETTINGS[kind]}: {directory} is a file; give the directory it is in")
-    found = []
+    found: dict[Parts, Path] = {}
     seen = set()
     for parent, directories, names in os.walk(directory, followlinks=True):
         real = os.path.realpath(parent)
         directories[:] = [name for name in directories if not name.startswith(".") and real not in seen]
         if real not in seen:
-            found += [Path(parent, name) for name in names if not name.startswith(".")]
+            paths = [Path(parent, name) for name in names if not name.startswith(".")]
+            found |= {path.relative_to(directory).parts: path for path in paths}
         seen.add(real)
-    for path in sorted(found, key=lambda path: path.relative_to(directory).parts):
-        if (any_name or path.name.endswith(SUFFIXES)) and path.is_file():
-            yield _input_file(path, path.relative_to(directory).parts, kind)
+    chosen = set(found)
+    if not any_name:
+        chosen = without_bookkeeping(chosen, lambda parts: found[parts].read_bytes(), str(directory))
+    for parts in sorted(chosen):
+        if (any_name or parts[-1].endswith(SUFFIXES)) and found[parts].is_file():
+            yield _input_file(found[parts], parts, kind)
 
 
-def _input_file(path: Path, parts: tuple[str, ...], kind: str) -> InputFile:
+def _files_at(address: str, kind: str, cache_dir: Path | None) -> Iterator[InputFile]:
+    """The same at an address."""
+    if cache_dir is None:
+        raise CorpusError(f"{address}: no directory to keep its parts in meanwhile")
+    remove_stale(cache_dir)
+    listed = {file.parts: file for file in list_files(address) if not any(part.startswith(".") for part in file.parts)}
+
+    def read(parts: Parts) -> bytes:
+        return read_range(listed[parts].address, 0, listed[parts].size)
+
+    for parts in sorted(without_bookkeeping(set(listed), read, address)):
+        if parts[-1].endswith(SUFFIXES):
+            file = listed[parts]
+            remote = RemoteFile(file.address, file.version, file.size, str(cache_dir))
+            yield InputFile(file.address, kind, _source(kind, parts), file.size, remote)
+
+
+def _source(kind: str, parts: Parts) -> str:
+    return kind if len(parts) == 1 else f"{kind}/{parts[0]}"
+
+
+def _input_file(path: Path, parts: Parts, kind: str) -> InputFile:
     try:
         str(path).encode()
     except UnicodeEncodeError:
         raise CorpusError(f"{os.fsencode(path)!r}: the name is not UTF-8; rename the file") from None
     if not os.access(path, os.R_OK):
         raise CorpusError(f"{path}: not readable; check its permissions")
-    return InputFile(str(path), kind, kind if len(parts) == 1 else f"{kind}/{parts[0]}", path.stat().st_size)
+    return InputFile(str(path), kind, _source(kind, parts), path.stat().st_size)
 
 
 def _nothing_to_read(problems: list[tuple[str, str]]) -> str:
     if not problems:
         return "No corpus: give --instruction_tuning_data_dir, --pretraining_data_dir or both"
-    empty = f"holds no {', '.join(SUFFIXES)} file"
-    lines = [f"--{name}: {path} {empty if os.path.exists(path) else 'does not exist'}" for name, path in problems]
+    empty = f"holds no {', '.join(FORMATS)} file"
+    lines = [
+        f"--{name}: {path} {empty if is_address(path) or os.path.exists(path) else 'does not exist'}"
+        for name, path in problems
+    ]
     return "\n".join(["Nothing to read:", *lines, "Give a directory with data, or null to do without it."])
 
 
 def _cut(file: InputFile) -> list[Piece]:
-    """The parts of a large plain file; a small or compressed file is one piece."""
-    if file.size <= 2 * PART_BYTES or compression_of(file.path):
-        return [Piece(file.path)]
-    with open(file.path, "rb") as stream:
+    """The parts of a large file; a small or compressed one, and one of CSV, is one piece."""
+    table = table_of(file.path)
+    whole = [Piece(file.path, form=table, remote=file.remote)]
+    if table in WHOLE and file.size > SMALL_TABLE_BYTES:
+        return cut_table(whole[0], file.size)
+    if table or file.size <= 2 * PART_BYTES or compression_of(file.path):
+        return whole
+    with RangeStream(file.path, file.size) if file.remote else open(file.path, "rb") as stream:
         head = stream.read(HEAD_BYTES)
         form = find_form(head.removeprefix(BOM))
         opening = find_opening(head) if form == "array" else b""
         border = b"\n" if form == "lines" else opening
         if not border or form == "values":
-            return [Piece(file.path)]
+            return whole
         cuts = list(_borders(stream, border, file.size))
     edges = [0, *cuts, file.size]
     return [
-        Piece(file.path, start, stop, form, opening, first=start == 0, last=stop == file.size)
+        Piece(file.path, start, stop, form, opening, start == 0, stop == file.size, file.remote)
         for start, stop in pairwise(edges)
     ]
 
@@ -223,7 +340,7 @@ def _merged(group: list[UnitSpec]) -> UnitSpec:
 
 
 def _hash_piece(piece: Piece) -> str:
-    return store.hash_file(piece.path, piece.start, piece.stop)
+    return store.hash_file(*piece.here())
 
 
 def _piece_size(piece: Piece, file: InputFile) -> int:

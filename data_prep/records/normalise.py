@@ -113,11 +113,9 @@ def decode(data: bytes | msgspec.Raw) -> Row | list:
     :raises Rejected: malformed_json, invalid_utf8, or unknown_shape for a number, a string, true, null.
     """
     try:
-        return _decode_row(data)
+        return _decode_known(data)
     except UnicodeDecodeError as error:
         raise Rejected(Reason.INVALID_UTF8, f"byte {error.object[error.start]:#04x} in a text") from None
-    except msgspec.ValidationError:
-        return _decode_other(data)
     except msgspec.DecodeError as error:
         raise Rejected(Reason.MALFORMED_JSON, str(error)) from None
     except RecursionError:
@@ -162,6 +160,13 @@ def content_hash(roles: bytes, texts: list[str]) -> bytes:
         return xxhash.xxh3_128_digest(roles + _encode_texts(texts))
     except UnicodeEncodeError:
         raise Rejected(Reason.INVALID_UTF8, "a lone surrogate in a text") from None
+
+
+def _decode_known(data: bytes | msgspec.Raw) -> Row | list:
+    try:
+        return _decode_row(data)
+    except msgspec.ValidationError:
+        return _decode_other(data)  # which may still be malformed: the first problem that is met is named
 
 
 def _decode_other(data: bytes | msgspec.Raw) -> Row | list:

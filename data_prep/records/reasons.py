@@ -36,6 +36,8 @@ class Reason(StrEnum):
     NOT_SAMPLED = "not_sampled", "the mixture weight of its source leaves it out"
     TAKEN_DOWN = "taken_down", "it has a tombstone (`panda takedown`)"
     NOT_REPLAYED = "not_replayed", "an earlier model was trained on it, and replay_share leaves it out"
+    # Rejected; later in the order, because the number of a reason stands in ledgers.
+    MALFORMED_ROW = "malformed_row", "a CSV row with other than the header's number of cells, or a stray quote"
 
 
 REJECTED = frozenset(
@@ -48,6 +50,7 @@ REJECTED = frozenset(
         Reason.MISSING_FIELD,
         Reason.WRONG_TYPE,
         Reason.EMPTY_TARGET,
+        Reason.MALFORMED_ROW,
         Reason.NO_TARGET_TOKENS,
     }
 )

@@ -41,7 +41,7 @@ from data_prep import store
 from data_prep.errors import CorpusError, StoreError
 from data_prep.processes import FanOut, on_processes, peak_rss_bytes
 from data_prep.records.build_unit import RECORDS_FILE, UNIT_LEDGER_FILE, build_unit, find_unit
-from data_prep.records.files import InputFile, UnitSpec, find_files, join, plan_units
+from data_prep.records.files import InputFile, UnitSpec, find_files, join, plan_units, waves
 from data_prep.settings import CorpusSettings
 
 Progress = Callable[[str, int, int, str], None]
@@ -116,9 +116,11 @@ def shard_records(
     started = time.perf_counter()
     root = Path(cache_dir) / STAGE
     num_workers = corpus.prepare_workers or len(os.sched_getaffinity(0))
-    files = find_files(corpus)
-    specs = plan_units(files, corpus, num_workers, tokenizer_dir, cache_dir)
-    made = _Units(root, num_workers, progress, fan_out)
+    files = find_files(corpus, cache_dir)
+    made = _Units(root, num_workers, progress, fan_out, sum(file.size for file in files))
+    specs = []
+    for wave in waves(plan_units(files, corpus, num_workers, tokenizer_dir, cache_dir)):
+        specs += made.make(wave)
     specs = _joined_where_cut_wrongly(specs, made)
     units = _with_positions(specs, made)
     result = _result(units, made, files, time.perf_counter() - started)
@@ -151,17 +153,19 @@ def read_arrow(path: Path) -> pa.Table:
 class _Units:
     """The units that exist so far, by fingerprint, and how to make those that do not."""
 
-    def __init__(self, root: Path, num_workers: int, progress: Progress | None, fan_out: FanOut | None):
+    def __init__(self, root: Path, num_workers: int, progress: Progress | None, fan_out: FanOut | None, total: int):
         self.root = root
         self.num_workers = num_workers
         self.progress = progress
         self.fan_out = fan_out
         self.built: dict[str, list[store.Built]] = {}
         self.peak_rss_bytes = peak_rss_bytes()
+        self._total = total
+        self._done = 0
         self._reported = 0.0
 
-    def make(self, specs: list[UnitSpec]) -> None:
-        """Find or build every unit; the same content twice is built once."""
+    def make(self, specs: list[UnitSpec]) -> list[UnitSpec]:
+        """Find or build every unit, the same content twice once; what was fetched for them goes. Returns them."""
         missing = {}
         for spec in specs:
             fp = spec.fingerprint
@@ -170,13 +174,16 @@ class _Units:
                     self.built[fp] = found
                 else:
                     missing[fp] = spec
-        total = sum(spec.size for spec in specs)
-        done = total - sum(spec.size for spec in missing.values())
+        self._done += sum(spec.size for spec in specs) - sum(spec.size for spec in missing.values())
         for fp, (directories, rss) in self._build(missing):
             self.built[fp] = directories
             self.peak_rss_bytes = max(self.peak_rss_bytes, rss)
-            done += missing[fp].size
-            self._report(done, total)
+            self._done += missing[fp].size
+            self._report()
+        for spec in specs:
+            for piece in spec.pieces:
+                piece.release()
+        return specs
 
     def _build(self, missing: dict[str, UnitSpec]) -> Iterator[tuple[str, tuple[list[store.Built], int]]]:
         num_workers = min(self.num_workers, len(missing))
@@ -189,17 +196,16 @@ class _Units:
         fan_out = self.fan_out or on_processes(num_workers)
         yield from fan_out(build_unit, {fp: (self.root, missing[fp]) for fp in largest_first})
 
-    def _report(self, done: int, total: int) -> None:
-        now = time.monotonic()
-        if self.progress and (done == total or now - self._reported >= PROGRESS_SECONDS):
+    def _report(self) -> None:
+        now, done = time.monotonic(), min(self._done, self._total)
+        if self.progress and (done == self._total or now - self._reported >= PROGRESS_SECONDS):
             self._reported = now
-            self.progress(STAGE, done, total, "bytes")
+            self.progress(STAGE, done, self._total, "bytes")
 
 
 def _joined_where_cut_wrongly(specs: list[UnitSpec], made: _Units) -> list[UnitSpec]:
-    """Make all units. Parts of an array that meet at a rejected record may be cut inside one: join them and repeat."""
+    """Parts of an array that meet at a rejected record may be cut inside one: join those, look again."""
     while True:
-        made.make(specs)
         joined: list[UnitSpec] = []
         for spec in specs:
             if joined and _cut_wrongly(joined[-1], spec, made):
@@ -208,7 +214,7 @@ def _joined_where_cut_wrongly(specs: list[UnitSpec], made: _Units) -> list[UnitS
                 joined.append(spec)
         if len(joined) == len(specs):
             return specs
-        specs = joined
+        specs = made.make(joined)
 
 
 def _cut_wrongly(before: UnitSpec, after: UnitSpec, made: _Units) -> bool:

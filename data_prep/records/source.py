@@ -8,14 +8,19 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import msgspec
 import numpy as np
 import xxhash
 import zstandard
 from isal import isal_zlib
 
+from data_prep.places.download import RemoteFile
 from data_prep.records.reasons import Reason
 
-Form = Literal["lines", "array", "values"]
+Form = Literal["lines", "array", "values", "csv", "tsv", "parquet", "arrow"]
+"""What is in a file: three forms of JSON, and tables."""
+WHOLE = ("parquet", "arrow")
+TABLES: dict[str, Form] = {".csv": "csv", ".tsv": "tsv", ".parquet": "parquet", ".arrow": "arrow"}
 WINDOW_BYTES = 4 << 20
 READ_BYTES = 256 << 10  # small: chunks of a whole window leave holes between records, which glibc does not fill again
 GZIP_CHUNK_BYTES = 16 << 10  # at most 17 MB decompressed
@@ -27,7 +32,8 @@ class Piece:
     """What one reader reads: the bytes ``start:stop`` of a file (of a compressed file always all of them).
 
     ``first`` and ``last`` say whether the file begins and ends here; ``opening`` is the text by which the elements of
-    an array were seen to begin, for example ``,\\n  {\\n    "input"`` (only a hint for the first guess of a border).
+    an array were seen to begin, for example ``,\\n  {\\n    "input"`` (only a hint for the first guess of a border);
+    of a part of a table the hash of its schema. ``path`` is the address of a ``remote`` file.
     """
 
     path: str
@@ -37,6 +43,34 @@ class Piece:
     opening: bytes = b""
     first: bool = True
     last: bool = True
+    remote: RemoteFile | None = None
+
+    @property
+    def range(self) -> str:
+        """Its place in the file, as a key."""
+        return f"{self.start}-{'' if self.stop is None else self.stop}"
+
+    def plain(self) -> dict[str, Any]:
+        """What `RemoteFile` remembers of it."""
+        return {
+            **{name: getattr(self, name) for name in ("start", "stop", "form", "first", "last")},
+            "opening": self.opening.hex(),
+        }
+
+    def here(self) -> tuple[str, int, int | None]:
+        """The bytes on this machine: a file and a range of it. Some tables are read at many places: so as a whole."""
+        if self.remote is None:
+            return self.path, self.start, self.stop
+        if self.form in WHOLE:
+            return str(self.remote.fetch()), self.start, self.stop
+        return str(self.remote.fetch(self.start, self.stop)), 0, None
+
+    def release(self) -> None:
+        """What was fetched is not needed any more; a whole file is kept as long as there are parts to come."""
+        if self.remote and self.form not in WHOLE:
+            self.remote.release(self.start, self.stop)
+        elif self.remote and self.last:
+            self.remote.release()
 
 
 def compression_of(path: str) -> str:
@@ -44,15 +78,32 @@ def compression_of(path: str) -> str:
     return next((suffix for suffix in ("gz", "zst") if path.endswith(f".{suffix}")), "")
 
 
+def table_of(path: str) -> Form | None:
+    """The form of a table, by the name of the file; None = JSON."""
+    compression = compression_of(path)
+    name = path.removesuffix(f".{compression}") if compression else path
+    return next((form for suffix, form in TABLES.items() if name.endswith(suffix)), None)
+
+
 @dataclass
 class Block:
-    """Consecutive records of a piece. ``faults``: index of a record -> why it is none. All arrays are (n,) int64."""
+    """Consecutive records of a piece. ``faults``: index of a record -> why it is none. All arrays are (n,) int64.
+
+    ``records`` are bytes of JSON, or values (dicts, mostly), which have ``found`` beside them, the bytes that they were
+    read from, unless they have none: then ``offsets`` are -1.
+    """
 
     records: list
     offsets: np.ndarray
     lengths: np.ndarray
     lines: np.ndarray
     faults: dict[int, Reason] = field(default_factory=dict)
+    found: list[bytes] = field(default_factory=list)
+
+    @property
+    def is_parsed(self) -> bool:
+        """Whether the records are values rather than bytes of JSON."""
+        return not isinstance(self.records[0], (bytes, msgspec.Raw))
 
 
 class Source:
@@ -84,9 +135,10 @@ class Source:
             yield from self._stored(READ_BYTES)
 
     def _stored(self, chunk_bytes: int) -> Iterator[bytes]:
-        with open(self.piece.path, "rb", buffering=READ_BYTES) as stream:
-            stream.seek(self.piece.start)
-            left = (1 << 62) if self.piece.stop is None else self.piece.stop - self.piece.start
+        path, start, stop = self.piece.here()
+        with open(path, "rb", buffering=READ_BYTES) as stream:
+            stream.seek(start)
+            left = (1 << 62) if stop is None else stop - start
             while left and (chunk := stream.read(min(chunk_bytes, left))):
                 left -= len(chunk)
                 self.size += len(chunk)

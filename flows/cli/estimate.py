@@ -18,11 +18,13 @@ from configs.settings import PandaSettings
 from data_prep import store
 from data_prep.errors import NoCorpusError
 from data_prep.pipeline import ORDER, run_stages
+from data_prep.places.address import absolute
 from data_prep.plan.build import PlanResult, plan_fingerprint, plan_rows
 from data_prep.plan.ledger import LEDGER_FILE
 from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.files import UnitSpec, find_files, plan_units
 from data_prep.records.shard import RecordsResult, RecordsUnit, read_arrow, shard_records
+from data_prep.records.source import TABLES
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer, trained_fingerprint, vocab_size_of
 from data_prep.tokens.encoder import Engine, load_engine
@@ -115,7 +117,13 @@ class Look:
     def records(self) -> RecordsResult:
         corpus, found = CorpusSettings.of(self.settings), self.found
         num_workers = self.settings.prepare_workers or 1
-        specs = plan_units(find_files(corpus), corpus, num_workers, self.tokenizer_dir, self.cache)
+        files = find_files(corpus, self.cache)
+        if unread := [file for file in files if file.remote and not file.remote.known()]:
+            found.corpus_bytes = sum(file.size for file in files)
+            found.stages.append(Stage("records", 0, len(files), f"{len(unread)} files have not been fetched yet"))
+            found.tokens = round(found.corpus_bytes / TEXT_BYTES_PER_TOKEN)
+            raise _ToDo
+        specs = list(plan_units(files, corpus, num_workers, self.tokenizer_dir, self.cache))
         found.corpus_bytes = sum(spec.size for spec in specs)
         missing = [spec for spec in specs if store.find(self.cache / "records" / spec.fingerprint) is None]
         why = _why_records(missing, specs, self.last)
@@ -220,9 +228,13 @@ def _compressed(spec: UnitSpec) -> bool:
     return spec.pieces[0].path.endswith((".gz", ".zst"))
 
 
+def _is_json_here(spec: UnitSpec) -> bool:
+    return spec.pieces[0].remote is None and spec.pieces[0].form not in TABLES.values()
+
+
 def _tokens_per_byte(specs: list[UnitSpec], tokenizer_dir: Path | None, cache: Path) -> float:
     """Tokens of the strings in a sample of the files, divided by the bytes of the sample."""
-    plain = [spec for spec in specs if not _compressed(spec)]
+    plain = [spec for spec in specs if not _compressed(spec) and _is_json_here(spec)]
     if tokenizer_dir is None or not plain:
         return 1 / BYTES_PER_TOKEN
     core = load_tokenizer(tokenizer_dir, cache).core
@@ -260,7 +272,7 @@ def _why_records(missing: list[UnitSpec], specs: list[UnitSpec], last: dict[str,
     known = _files_of(last)
     if not known:
         return f"{_files(len(names))} never prepared" if len(missing) < len(specs) else "nothing is prepared yet"
-    new = [name for name in names if str(Path(name).absolute()) not in known]
+    new = [name for name in names if absolute(name) not in known]
     changed = [name for name in names if name not in new]
     parts = [
         f"{_files(len(group), word)} ({_some(group)})" for group, word in ((new, "new"), (changed, "changed")) if group

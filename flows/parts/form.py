@@ -33,6 +33,7 @@ from configs.field_types import allowed
 from configs.load import Loaded, load
 from configs.settings import PandaSettings, fields_by_group
 from data_prep.errors import PandaError
+from data_prep.places.address import is_address
 from flows.parts import permission, preflight
 from flows.parts.overview import verdict_of
 from flows.parts.policy import is_scheduled
@@ -174,7 +175,10 @@ def _today() -> str:
 
 def _data(settings: PandaSettings) -> str:
     folders = [settings.instruction_tuning_data_dir, settings.pretraining_data_dir]
-    return " + ".join(Path(folder).name for folder in folders if folder and Path(folder).is_dir()) or "no corpus"
+    return (
+        " + ".join(Path(folder).name for folder in folders if folder and (is_address(folder) or Path(folder).is_dir()))
+        or "no corpus"
+    )
 
 
 def _purpose(settings: PandaSettings) -> list[str]:

@@ -3,8 +3,9 @@
 Whoever types a command on this machine, or writes a file of it, is its owner and may say anything: `python train.py`,
 the YAML file that `conf_path` names, the `parameters` of deployments and schedules in `prefect.yaml` (also of
 `deploy/*/prefect.yaml`). Values that only a server has are held to this: paths lie in the working directory or in
-`allowed_roots` of `panda.toml`, addresses are listed there in `allowed_addresses`, nothing names the environment or
-asks for code of strangers. `_target_` nodes have a rule of their own (`data_prep/allowed.py`), which holds for all.
+`allowed_roots` of `panda.toml`, addresses are listed there in `allowed_addresses` (corpora lie below one of them),
+nothing names the environment or asks for code of strangers. `_target_` nodes have a rule of their own
+(`data_prep/allowed.py`), which holds for all.
 
 In: the parameters of a flow, and the settings they make. Out: a `ConfigError` with every problem, or nothing. Cost: the
 prefect.yaml files are read.
@@ -23,12 +24,15 @@ from configs.errors import ConfigError
 from configs.load import touched
 from configs.settings import PandaSettings
 from data_prep.owner import Owner, owner
+from data_prep.places.address import is_address, problem_of, without_secrets
 from training.models.hub import find_checkpoint
 
 PATHS = {"output_dir", "cache_dir", "instruction_tuning_data_dir", "pretraining_data_dir", "tombstones", "replay_of"}
 CHECKPOINTS = {"model", "ckpt_path", "delta_base"}
 ADDRESSES = {"prepare_cluster", "mlflow_tracking_uri", "master_addr"}
 FILES = {"conf_path", "tombstones"}
+CORPORA = {"instruction_tuning_data_dir", "pretraining_data_dir"}
+"""Those of `PATHS` that may be addresses."""
 OWNERS_ALONE = {"trust_remote_code", "hostfile"}
 MAPPINGS = {"reader", "template", "optimizer", "lr_scheduler", "callbacks", "architecture"}
 HARMLESS = {
@@ -38,6 +42,7 @@ HARMLESS = {
 """Beside these, a setting is a number, a switch or one of a few words. A test holds every field to one of the sets."""
 
 INTERPOLATION = re.compile(r"\$\\*\{")
+UNCLEAR_ADDRESS = re.compile(r"[%\\\s]|/\.{1,2}(/|$)|[^:/]//")
 CONFIGURATION = {".yaml", ".yml"}
 WRITTEN_BY_OTHERS = ("dataset", "cache")
 
@@ -79,7 +84,9 @@ def check_settings(settings: PandaSettings, foreign: set[str]) -> None:
     }
     problems = []
     for name, value in chosen.items():
-        if name in PATHS:
+        if name in CORPORA and is_address(value):
+            problems += _corpus_problems(name, value, rules)
+        elif name in PATHS:
             problems += _path_problems(name, value, rules)
         elif name in CHECKPOINTS:
             problems += _path_problems(name, value, rules) or _found_problems(name, value, rules)
@@ -157,6 +164,20 @@ def _address_problems(name: str, value: str, rules: Owner) -> list[str]:
         return []
     return [
         f"{name}={value!r}: no address that parameters of a run may name; " + rules.advice("allowed_addresses", value)
+    ]
+
+
+def _corpus_problems(name: str, value: str, rules: Owner) -> list[str]:
+    """A corpus at an address: below one that is allowed, and written so that no server takes it for another."""
+    shown = without_secrets(value)
+    if problem := problem_of(value):
+        return [f"{name}={shown!r}: {problem}"]
+    below = any(f"{value.rstrip('/')}/".startswith(f"{root.rstrip('/')}/") for root in rules.allowed_addresses)
+    if below and not UNCLEAR_ADDRESS.search(value):
+        return []
+    return [
+        f"{name}={shown!r}: not below an address that parameters of a run may name; "
+        + rules.advice("allowed_addresses", shown)
     ]
 
 

@@ -9,7 +9,9 @@ from pathlib import Path
 
 from configs.errors import ConfigError
 from configs.settings import PandaSettings
-from data_prep.settings import SUFFIXES
+from data_prep.errors import PandaError
+from data_prep.places.address import is_address, require_readable
+from data_prep.settings import FORMATS, SUFFIXES
 from data_prep.targets import problems_of
 from training.models.hub import (
     DELTA_MARKER,
@@ -75,18 +77,30 @@ def _corpus_problems(settings: PandaSettings, chosen: set[str]) -> list[str]:
         value = getattr(settings, name)
         if value is None:
             continue
-        if _has_corpus(Path(value), "" if settings.reader else SUFFIXES):
+        if is_address(value):  # what is there is asked when it is read
+            usable += 1
+            problems += [f"{name}: {problem}"] if (problem := _address_problem(value)) else []
+        elif _has_corpus(Path(value), "" if settings.reader else SUFFIXES):
             usable += 1
         elif name in chosen:
-            wanted = "file" if settings.reader else ".json or .jsonl file"
+            wanted = "file" if settings.reader else f"file of {', '.join(FORMATS)}"
             state = f"is empty (no {wanted} below it)" if Path(value).is_dir() else "does not exist"
             problems.append(f"{name}={value!r}: the directory {state}")
     if not usable and not problems:
         problems.append(
-            "no corpus: neither ./dataset/instruction_tuning nor ./dataset/pretraining has a .json or .jsonl file; "
+            "no corpus: neither ./dataset/instruction_tuning nor ./dataset/pretraining has a file of "
+            f"{', '.join(FORMATS)}; "
             "put records there, or name your directories with --instruction_tuning_data_dir and --pretraining_data_dir"
         )
     return problems
+
+
+def _address_problem(address: str) -> str | None:
+    try:
+        require_readable(address)
+    except PandaError as error:
+        return str(error)
+    return None
 
 
 def _has_corpus(folder: Path, suffixes: str | tuple[str, ...]) -> bool:

@@ -15,6 +15,7 @@ from prefect.runtime import deployment, flow_run
 from configs.settings import PandaSettings, RunSettings
 from data_prep import store
 from data_prep.pipeline import run_stages
+from data_prep.places.address import is_address
 from data_prep.plan.build import PlanResult
 from data_prep.records.shard import RecordsResult
 from data_prep.store import fingerprint
@@ -136,7 +137,7 @@ def run_metadata(settings: PandaSettings, corpus: str, plan: PlanResult) -> RunM
     datasets = [
         Dataset(source, corpus, folder, profile=plan.report["sources"].get(source, {}))
         for source, folder in folders.items()
-        if folder and Path(folder).is_dir()
+        if folder and (is_address(folder) or Path(folder).is_dir())
     ]
     if plan.report["validation_records"]:
         held_out = {name: plan.report[f"validation_{name}"] for name in ("records", "tokens", "target_tokens")}

@@ -31,6 +31,7 @@ from training.launch.processes import LOOPBACK, die_with_parent
 CORS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_ORIGINS")
 OTHER_LOGINS = ("PREFECT_API_KEY", "PREFECT_CLIENT_CUSTOM_HEADERS")  # of Prefect Cloud, of a proxy
 START_SECONDS = 300  # 3 are usual; a machine with ten times the work it has cores for needed more than 120
+STOP_SECONDS = 30
 LOG_CHARACTERS = 2000
 TEMPORARY = {
     "PREFECT_UI_ENABLED": "0",
@@ -76,8 +77,17 @@ def connected() -> Iterator[Callable[[], None]]:
         try:
             yield lambda: wait_for_server(process, temporary.url, log)
         finally:
-            process.terminate()
-            process.wait(timeout=30)
+            stop(process)
+
+
+def stop(process: subprocess.Popen) -> None:
+    """End a server; one that a busy machine does not let end is killed, which its database survives."""
+    process.terminate()
+    try:
+        process.wait(timeout=STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 @contextlib.contextmanager

@@ -38,7 +38,7 @@ def read(run_dir: Path, result: GateResult) -> Approval | None:
     path = run_dir / run_files.APPROVAL
     if not path.exists():
         return None
-    asked = Approval(**run_files.read_json(path))
+    asked = run_files.read_as(path, Approval)
     return asked if (asked.version, asked.champion) == (result["candidate"], result.get("champion")) else None
 
 

@@ -93,6 +93,9 @@ def write_job(job: Job, run_dir: Path) -> None:
 
 def read_job(run_dir: Path) -> Job:
     """RUN/gate-job.json."""
-    written = run_files.read_json(run_dir / run_files.GATE_JOB)
-    models = {role: ModelUnderTest(**written[role]) for role in ("candidate", "champion", "base") if written.get(role)}
-    return Job(**{**written, **models})
+
+    def make(**written: Any) -> Job:
+        roles = ("candidate", "champion", "base")
+        return Job(**{**written, **{role: ModelUnderTest(**written[role]) for role in roles if written.get(role)}})
+
+    return run_files.read_as(run_dir / run_files.GATE_JOB, make)

@@ -42,11 +42,12 @@ def live_elements(num_parameters: int) -> int:
     return min(1_000_000_000, max(20_000_000, num_parameters // 32))
 
 
-def import_deepspeed() -> ModuleType:
-    """DeepSpeed, without mlflow, torch's compiler and the just-in-time build of its shared-memory operator."""
+def import_deepspeed(compiler: bool = False) -> ModuleType:
+    """DeepSpeed, without mlflow, the just-in-time build of its shared-memory operator and, mostly, torch's compiler."""
     os.environ.setdefault("DS_ACCELERATOR", any_device().type)
-    os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
-    os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+    if not compiler:
+        os.environ.setdefault("TORCH_COMPILE_DISABLE", "1")
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     with without(*UNUSED):
         import deepspeed
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # type: ignore[attr-defined]  # see the head
@@ -138,7 +139,7 @@ class DeepSpeedEngine:
     ) -> "DeepSpeedEngine":
         """Wrap the model; `values`: of what is still empty, read straight to the device. DeepSpeed shards it."""
         values = Values() if values is None else values
-        deepspeed = import_deepspeed()
+        deepspeed = import_deepspeed(compiler=settings.compile)
         settings = effective(settings, ranks)
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
         num_trained = sum(parameter.numel() for _, parameter in trainable(module))

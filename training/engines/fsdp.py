@@ -1,13 +1,13 @@
 """PyTorch FSDP2 (`fully_shard`) behind the `Engine` interface.
 
-In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit, so are embedding and output
-layer unless they are tied, and the rest is the root unit: weights are gathered for a unit at a time, gradients and
-optimizer states exist only as shards. FSDP2 averages
-gradients over the ranks (undone through `averaging`). bfloat16: shards are float32, layers compute in bfloat16,
-gradients are summed in float32. Those of an adapter are kept whole until the last micro-batch of a step and reduced
-once; those of a whole model would not fit beside it, so every micro-batch reduces them. Optimizers see `DTensor`s,
-whose norms are global, so LAMB works. Frozen 4-bit weights are sharded as bytes. Cost: each rank reads its shards from
-the files; a 4-bit weight is quantised whole by every rank, which keeps its part.
+In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is a unit (on a CPU, every part of a large
+one), so are embedding and output layer unless they are tied, and the rest is the root unit: weights are gathered for a
+unit at a time, gradients and optimizer states exist only as shards. FSDP2 averages gradients over the ranks (undone
+through `averaging`). bfloat16: shards are float32, layers compute in bfloat16, gradients are summed in float32. Those
+of an adapter are kept whole until the last micro-batch of a step and reduced once; those of a whole model would not fit
+beside it, so every micro-batch reduces them. Optimizers see `DTensor`s, whose norms are global, so LAMB works. Frozen
+4-bit weights are sharded as bytes. Cost: each rank reads its shards from the files; a 4-bit weight is quantised whole
+by every rank, which keeps its part.
 """
 
 import math
@@ -35,9 +35,13 @@ from training.engines.engine import (
 )
 from training.engines.optimizers import build_optimizer, restored_states, whole
 from training.launch.heartbeat import Heartbeat
+from training.models.attention import PLAIN
 from training.models.deferred import Value, Values, check_filled, make_shardable, replace
 from training.models.loss import CausalLMLoss, causal_model
 from training.settings import TrainSettings
+
+PARTS = 64  # a unit on a CPU is at most such a part of the model
+LEAST_PART = 4_000_000  # numbers; smaller units save nothing that counts
 
 
 @dataclass
@@ -140,7 +144,7 @@ def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPr
     mesh = init_device_mesh(ranks.device.type, (ranks.world_size,))
     make_shardable(values, ranks.device)
     missing = values.by_name(module)
-    for unit in (*decoder_layers(module), *_untied_ends(module)):
+    for unit in (*_parts(module, ranks.device), *decoder_layers(module), *_untied_ends(module)):
         fully_shard(unit, mesh=mesh, mp_policy=precision)
         if ranks.device.type == "cpu":  # nothing overlaps there, so that gathering the next one early is memory only
             unit.set_modules_to_backward_prefetch([unit])  # type: ignore[operator]  # an FSDPModule now
@@ -152,6 +156,31 @@ def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPr
             _fill_shard(parameter, missing.pop(name), ranks)
     values.clear()
     check_filled(module)
+
+
+def _parts(module: CausalLMLoss, device: torch.device) -> Iterator[nn.Module]:
+    """On a CPU the parts of layers that are much of the model, as units of their own.
+
+    Gathering takes four times the memory of a unit there (with gloo's own copy, and that of the unit before), and
+    overlaps with nothing. For models whose parts are all called as modules, as FSDP wants them.
+    """
+    if device.type != "cpu" or causal_model(module.model).config.model_type not in PLAIN:
+        return
+    limit = max(LEAST_PART, sum(parameter.numel() for parameter in module.parameters()) // PARTS)
+    for layer in decoder_layers(module):
+        yield from _smaller(layer, limit)
+
+
+def _smaller(module: nn.Module, limit: int) -> Iterator[nn.Module]:
+    """The modules of one that has more numbers than the limit, taken apart until each has no more or is one matrix.
+
+    Norms stay with the layer, and the adapters of a matrix that is taken out.
+    """
+    if sum(parameter.numel() for parameter in module.parameters()) <= limit:
+        return
+    for child in module.children():
+        if any(parameter.dim() > 1 for parameter in child.parameters()) and not isinstance(child, nn.ModuleDict):
+            yield from list(_smaller(child, limit)) or [child]
 
 
 def _untied_ends(module: CausalLMLoss) -> list[nn.Module]:

@@ -6,6 +6,7 @@ is refused when it does not say what the adapter says. Cost: reading and writing
 prompts.
 """
 
+import logging
 import shutil
 import subprocess
 import sys
@@ -25,6 +26,8 @@ from training.tracking.looks import only_a_look
 MAX_MEAN_KL = 1e-3  # nats; rounding to bfloat16 costs about 1e-4
 MIN_TOP1_AGREEMENT = 0.98
 CONVERTER = "convert_hf_to_gguf.py"
+log = logging.getLogger(__name__)
+
 WEIGHT_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 
 
@@ -75,6 +78,7 @@ def export(source: Source, target: Path, card: Callable[[Exported], str]) -> Exp
 def _fill(unfinished: Path, source: Source) -> Exported:
     model_dir, reference = source.model_dir, base_of(source.model_dir)
     if reference is None:
+        log.info("copying %s", model_dir)
         shutil.copytree(model_dir, unfinished, dirs_exist_ok=True)  # no links: what is exported may be edited
         write_for_transformers4(unfinished)
         return Exported(str(unfinished), "copied")

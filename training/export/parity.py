@@ -6,6 +6,7 @@ positions are kept. Cost: both models' files are read once, memory for one layer
 """
 
 import gc
+import logging
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from training.models.build import empty_deployed
 from training.models.streamed import streamed
 
 TIE_NATS = 0.01  # two tokens this close in log-probability are equally likely: rounding may swap them
+log = logging.getLogger(__name__)
+
 POSITIONS = 32  # last positions of each prompt that are compared: 8 prompts x 32 x 128k words = 130 MB
 
 
@@ -41,8 +44,10 @@ class Tuned:
 
 def difference(merged: Path, tuned: Tuned, prompts: list[list[int]]) -> Difference:
     """Compare a merged model with base and adapter, in float32."""
+    log.info("asking the merged model, layer by layer")
     q = log_probabilities(load(merged, None, tuned.trust_remote_code), prompts)
     gc.collect()
+    log.info("asking the adapter on its base, layer by layer")
     p = log_probabilities(load(tuned.adapter, tuned.base, tuned.trust_remote_code), prompts)
     kl = torch.cat([(a.exp() * (a - b)).sum(-1) for a, b in zip(p, q, strict=True)]).clamp(min=0)
     same = torch.cat([agrees(a, b) for a, b in zip(p, q, strict=True)])

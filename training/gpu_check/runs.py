@@ -26,7 +26,7 @@ from training.devices import uses_bf16
 from training.gpu_check.lines import Found, NotAvailable
 from training.launch import launcher
 from training.launch.exits import ExitReason
-from training.models.build import copy_tokenizer, from_scratch, vocabulary_size
+from training.models.build import copy_tokenizer, load_model, vocabulary_size
 from training.planning import memory
 from training.planning.hardware import GB, Hardware, first_gpu
 from training.planning.model_shape import config_from, measure
@@ -238,7 +238,8 @@ def four_bits(shop: Workshop) -> Found:
         architecture={**SCALES["tiny"].architecture, "vocab_size": vocabulary_size(str(shop.tokenizer_dir))}
     )
     base = shop.folder / "base"
-    from_scratch(small, str(shop.tokenizer_dir)).save_pretrained(base)
+    model: Any = load_model(small, None, str(shop.tokenizer_dir), torch.float32)
+    model.save_pretrained(base)
     copy_tokenizer(str(shop.tokenizer_dir), base)
     settings = shop.settings(
         use_lora=True, use_quant=True, lora_r=8, strategy="deepspeed", max_steps=3, num_processes=1

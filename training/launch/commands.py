@@ -28,6 +28,7 @@ EVALUATE = "training.evaluate"
 COMPARE = "training.compare"
 LOAD_BACK = "training.registry.loaded_back"
 DEFAULT_PORT = 29500
+GIVEN_BACK_BYTES = 4 << 20  # tensors from this size on are given back to the system when they are freed
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ def local_ranks(
 ) -> list[Command]:
     """The ranks of this machine, each running `module` (with its arguments), called `kind` and their number."""
     size = num_local_ranks(settings, machine)
-    common = common_env(machine, size) | {
+    common = common_env(settings, machine, size) | {
         "WORLD_SIZE": str(size),
         "LOCAL_WORLD_SIZE": str(size),
         "MASTER_ADDR": settings.master_addr,
@@ -112,7 +113,7 @@ def torchrun_command(run_dir: Path, settings: EngineSettings, machine: Machine, 
         *["-m", worker, *worker_args(run_dir, resume)],
     ]
     name = f"node-{settings.node_rank}"
-    return Command(name, argv, common_env(machine, size), str(run_dir / run_files.LOGS / f"{name}.log"))
+    return Command(name, argv, common_env(settings, machine, size), str(run_dir / run_files.LOGS / f"{name}.log"))
 
 
 def hostfile_command(run_dir: Path, settings: EngineSettings, machine: Machine, resume: bool, worker: str) -> Command:
@@ -128,7 +129,7 @@ def hostfile_command(run_dir: Path, settings: EngineSettings, machine: Machine, 
         argv += ["--num_gpus", str(settings.num_processes)]
     argv += ["--module", worker, *worker_args(run_dir, resume)]
     return Command(
-        "hosts", argv, common_env(machine, machine.num_gpus or 1), str(run_dir / run_files.LOGS / "hosts.log")
+        "hosts", argv, common_env(settings, machine, machine.num_gpus or 1), str(run_dir / run_files.LOGS / "hosts.log")
     )
 
 
@@ -146,18 +147,20 @@ def worker_args(run_dir: Path, resume: bool) -> list[str]:
     return ["--config", str(run_dir.resolve() / run_files.CONFIG), *(["--resume"] if resume else [])]
 
 
-def common_env(machine: Machine, num_local: int) -> dict[str, str]:
+def common_env(settings: EngineSettings, machine: Machine, num_local: int) -> dict[str, str]:
     """Variables every rank gets; the cores are shared out, and what only costs start-up time is switched off."""
     env = {
         "PYTHONPATH": python_path(),
         "PYTHONUNBUFFERED": "1",
         "TOKENIZERS_PARALLELISM": "false",
-        # Importing deepspeed pulls in torch._inductor (1.4 s) unless compilation is off; nothing here compiles.
-        "TORCH_COMPILE_DISABLE": "1",
-        "TORCHDYNAMO_DISABLE": "1",
         "TQDM_DISABLE": "1",  # bars of libraries, one line each in a log
         "PYTHONWARNINGS": "ignore::FutureWarning",  # DeepSpeed calls what torch has deprecated
     }
+    if not settings.compile:  # importing deepspeed pulls in torch._inductor (1.4 s) unless compilation is off
+        env |= {"TORCH_COMPILE_DISABLE": "1", "TORCHDYNAMO_DISABLE": "1"}
+    if not machine.num_gpus and (settings.strategy == "fsdp" or settings.zero_stage == 3):
+        # gathered weights come and go in the CPU's memory; glibc would keep what each thread has freed
+        env["MALLOC_MMAP_THRESHOLD_"] = str(GIVEN_BACK_BYTES)
     if "OMP_NUM_THREADS" not in os.environ:
         env["OMP_NUM_THREADS"] = str(max(1, machine.num_cores // num_local))
     return env

@@ -143,6 +143,6 @@ def event_of(line: str) -> Event | None:
         return None
     try:
         found = json.loads(match.group(1))
-    except json.JSONDecodeError:
+    except (ValueError, RecursionError):
         return None
-    return found if "event" in found else None
+    return cast(Event, found) if isinstance(found, dict) and "event" in found else None

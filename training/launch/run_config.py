@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ValidationError
 
 from data_prep.errors import PandaError
 from data_prep.settings import PackSettings, TokenizeSettings
@@ -45,5 +44,5 @@ def read_config(path: Path) -> RunConfig:
             model_dir=paths.get("model_dir"),
             run_dir=Path(paths["run_dir"]),
         )
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValidationError) as error:
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise PandaError(f"{path}: not a run configuration ({type(error).__name__}: {error})") from error

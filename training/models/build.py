@@ -1,9 +1,9 @@
 """The model to train: from a directory or from scratch, whole, with an adapter, or with frozen 4-bit weights.
 
 In: settings, directories, device. Out: a transformers model (wrapped by peft for LoRA) that computes on `device`
-after the engine has put its weights in place: until then they are in their files (`deferred.py`). Saving writes what
-is deployed: safetensors (the adapter only for LoRA), the tokenizer's files and a generation config with eos. Cost: one
-copy of the weights in CPU memory of rank 0 while saving; a model from scratch once per rank while it is made.
+after the engine has put its weights in place: until then they are in their files (`deferred.py`), or are still to be
+drawn (`drawn.py`). Saving writes what is deployed: safetensors (the adapter only for LoRA), the tokenizer's files and a
+generation config with eos. Cost: headers of files; a tensor at a time in CPU memory of rank 0 while saving.
 
 peft and bitsandbytes are imported only when asked for: they take up to 20 s on a cold disk.
 """
@@ -25,6 +25,7 @@ from training.errors import ModelError
 from training.lean_imports import silence_vain_warnings
 from training.models import attention
 from training.models.deferred import Values, deferring
+from training.models.drawn import drawn
 from training.models.hub import base_of
 from training.models.loss import causal_model
 from training.models.transformers4 import write_for_transformers4
@@ -57,7 +58,7 @@ def empty_model(
     torch.manual_seed(settings.seed)
     values = Values()
     if model_dir is None:
-        causal = from_scratch(settings, tokenizer_dir)
+        causal = from_scratch(settings, tokenizer_dir, values)
     else:
         causal = from_directory(settings, model_dir, dtype, values)
     keep_differentiable(causal)
@@ -69,16 +70,18 @@ def empty_model(
     return model.train(), values
 
 
-def from_scratch(settings: TrainSettings, tokenizer_dir: str) -> PreTrainedModel:
-    """A model with random float32 weights; vocabulary and special tokens are the tokenizer's."""
+def from_scratch(settings: TrainSettings, tokenizer_dir: str, values: Values) -> PreTrainedModel:
+    """A model of random float32 weights, which `values` will draw; vocabulary and special tokens: the tokenizer's."""
     if not settings.architecture:
         raise ModelError(f"model={settings.model!r} has neither ckpt_path nor architecture; give one of them")
     config = config_of(
         {**settings.architecture, **special_tokens(tokenizer_dir), "vocab_size": vocabulary_size(tokenizer_dir)}
     )
-    return _with_attention(
-        settings, lambda kind: AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kind)
-    )
+
+    def build(kind: str | None) -> PreTrainedModel:
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation=kind)
+
+    return _with_attention(settings, lambda kind: drawn(config.model_type, lambda: build(kind), values))
 
 
 def config_of(architecture: dict[str, Any]) -> PreTrainedConfig:

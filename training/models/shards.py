@@ -8,6 +8,7 @@ Cost: values are mapped into memory, so that a checkpoint of any size needs a fe
 """
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,6 +23,8 @@ from torch import Tensor
 from training.errors import CheckpointError
 
 INDEX = "model.safetensors.index.json"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,7 +78,8 @@ def rewrite_shards(
     :param drop: true for names of tensors that are left out
     """
     files, size, weight_map = shards(folder), 0, {}
-    for file in files:
+    for number, file in enumerate(files, 1):
+        log.info("writing %s, file %d of %d", target / file.name, number, len(files))
         with _opened(file) as tensors:
             names = [name for name in tensors.offset_keys() if not drop(name)]
             sizes = {name: tensors.get_tensor(name).nbytes for name in names}

@@ -44,6 +44,12 @@ class Case:
         return max(int(self.architecture.get(name) or 0) for name in names)
 
     @property
+    def adapts_router(self) -> bool:
+        """Whether an adapter of a mixture of experts would be on its router as well; without names it is on all."""
+        names = self.settings.lora_target_modules
+        return not names or any(name.rpartition(".")[2] in ROUTERS for name in names)
+
+    @property
     def zero(self) -> int:
         """ZeRO stage; 0 for another engine."""
         return self.settings.zero_stage if self.settings.strategy == "deepspeed" else 0
@@ -141,8 +147,8 @@ RULES: tuple[Rule, ...] = (
         "--max_seq_length {case.max_positions}, or a checkpoint whose config.json scales its rotary embedding further",
     ),
     Rule(
-        "a mixture of experts without use_lora",
-        lambda case: case.num_experts > 1 and not case.settings.use_lora,
+        "a mixture of experts whose router would be trained",
+        lambda case: case.num_experts > 1 and (not case.settings.use_lora or case.adapts_router),
         "what keeps its {case.num_experts} experts equally busy is a loss of the router, which is not computed here",
         "--use_lora --lora_target_modules [q_proj,k_proj,v_proj,o_proj], which leaves router and experts as they are",
     ),
@@ -154,6 +160,7 @@ RULES: tuple[Rule, ...] = (
     ),
 )
 
+ROUTERS = ("gate", "router", "all-linear")
 RECURRENT_TYPES = frozenset(
     ("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "zamba", "zamba2", "bamba",
      "falcon_h1", "nemotron_h", "granitemoehybrid", "lfm2", "lfm2_moe", "qwen3_next", "minimax", "kimi_linear",

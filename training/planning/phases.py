@@ -2,9 +2,10 @@
 
 In: `ModelShape`, the training settings, what the ranks run on. Out: `Phase`s in the order of a run; changes of
 settings. Pure arithmetic around the step of `memory.py`. What is taken for granted: each rank reads its own slices of
-the weights, tensor by tensor, but makes a model from scratch whole; evaluation after training uses the weights in
-memory; a checkpoint is a copy of a rank's part in CPU memory, written beside the training; the model is written tensor
-by tensor; the gate loads models one after the other, shared out over the ranks of one machine.
+the weights, tensor by tensor, or draws them so, but makes some models from scratch whole (`training.models.drawn`);
+evaluation after training uses the weights in memory; a checkpoint is a copy of a rank's part in CPU memory, written
+beside the training; the model is written tensor by tensor; the gate loads models one after the other, shared out over
+the ranks of one machine.
 """
 
 import itertools
@@ -12,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from training.models.drawn import KINDS
 from training.models.loss import CHUNK_ELEMENTS
 from training.planning import compatibility
 from training.planning.hardware import Hardware
@@ -40,8 +42,10 @@ def phases(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> li
     copy = shape.trainable * CHECKPOINT_BYTES / hardware.ranks
     offloaded = step.host - (copy if hardware.is_gpu else 0)  # a step may find the copy still being written
     looked_at = _evaluation_bytes(shape, settings)
+    kind = (settings.architecture or {}).get("model_type")
     from_scratch = settings.ckpt_path is None and settings.architecture is not None
-    made = shape.parameters * FLOAT32 if from_scratch else tensor  # by every rank, in CPU memory, before it is cut up
+    whole = from_scratch and kind not in KINDS  # made by every rank, in CPU memory, before it is cut up
+    made = shape.parameters * FLOAT32 if whole else tensor
     loaded = hardware.with_overhead(step.weights + tensor if hardware.is_gpu else max(step.weights, made) + tensor)
     return [
         _phase("load", loaded, offloaded + (made if hardware.is_gpu else 0), hardware),

@@ -15,7 +15,7 @@ import json
 import math
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -79,7 +79,7 @@ def rehearse(wanted: Rehearsal) -> list[Phase]:
     """Load, train a step, evaluate, save a checkpoint, write the model."""
     settings = TrainSettings.model_validate(wanted.settings).model_copy(update={"strategy": "fsdp"})
     ranks = _OneRank(0, 0, wanted.ranks, torch.device("cpu"))
-    with _alone(ranks), _attention(settings, wanted):
+    with _alone(ranks), _attention(settings, wanted), _units(wanted):
         model = _model(settings, wanted, ranks)
         with FakeTensorMode(allow_non_fake_inputs=True), Tally(wanted.ranks, number=A_NUMBER) as tally:
             model.to_empty(device=ranks.device)
@@ -180,6 +180,13 @@ def _alone(ranks: Ranks) -> Iterator[None]:
             yield
     finally:
         dist.destroy_process_group()
+
+
+@contextmanager
+def _units(wanted: Rehearsal) -> Iterator[None]:
+    """Only ranks on CPUs take layers apart; for `fully_shard` all tensors here are a CPU's."""
+    with patch.object(fsdp, "_parts", lambda *_: ()) if wanted.is_gpu else nullcontext():
+        yield
 
 
 @contextmanager

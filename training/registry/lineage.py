@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 import yaml
 
 from data_prep import store
-from data_prep.errors import PandaError
+from data_prep.errors import CorpusError, PandaError
+from data_prep.places.address import absolute, is_address, look
 from data_prep.plan.ledger import Ledger, open_ledger, records_with
 from data_prep.plan.order import position_of, steps_per_epoch
 from data_prep.plan.plan_file import open_rows, rows_file
@@ -111,9 +112,18 @@ def ancestry(version: Version, versions: list[Version]) -> Iterator[Version]:
 
 
 def corpus_files(plan_dir: Path) -> list[dict[str, Any]]:
-    """The files of the corpus behind a plan as they are now: path, bytes, xxh3_128 of the bytes (6 GB/s)."""
-    found = [Path(file).absolute() for file in open_ledger(plan_dir).files()]
-    return [{"file": str(path), "bytes": path.stat().st_size, "xxh3": store.hash_file(path)} for path in found]
+    """The files of the corpus behind a plan as they are now: path, bytes, xxh3_128 of the bytes (6 GB/s).
+
+    Of a remote file the address and, for the hash, the version: it is not fetched for this.
+    """
+    return [_facts(absolute(file)) for file in open_ledger(plan_dir).files()]
+
+
+def _facts(file: str) -> dict[str, Any]:
+    if is_address(file):
+        found = look(file)
+        return {"file": file, "bytes": found.size, "version": found.version}
+    return {"file": file, "bytes": Path(file).stat().st_size, "xxh3": store.hash_file(file)}
 
 
 def describe(registry: Registry, version: Version, cache_dir: Path) -> dict[str, Any]:
@@ -142,13 +152,10 @@ def describe(registry: Registry, version: Version, cache_dir: Path) -> dict[str,
 
 def _state(file: dict[str, Any]) -> dict[str, Any]:
     """A corpus file as it was, and what became of it."""
-    path = Path(file["file"])
-    if not path.is_file():
+    try:
+        now = "unchanged" if _facts(file["file"]) == file else "changed"
+    except (OSError, CorpusError):
         now = "gone"
-    elif path.stat().st_size != file["bytes"] or store.hash_file(path) != file["xxh3"]:
-        now = "changed"
-    else:
-        now = "unchanged"
     return {**file, "now": now}
 
 

@@ -101,7 +101,7 @@ def sharded(config: RunConfig, job: Job, stored: Path) -> Found:
     from training.engines.inference import load_for_inference
 
     ranks = this_rank()
-    join(ranks)
+    join(ranks, config.settings.stall_seconds)
     try:
         model = load_for_inference(stored, config.settings, ranks)
         tokenizer = load_tokenizer(stored)

@@ -7,6 +7,7 @@ by the reference in the model's configuration, or at $PANDA_BASE_MODEL where tha
 """
 
 import os
+import re
 import time
 import uuid
 from pathlib import Path
@@ -65,15 +66,35 @@ class ServedModel(PythonModel):
         }
 
     def encode_chat(self, messages: list[dict[str, str]]) -> torch.Tensor:
-        """``(1, num_tokens)`` ids through the tokenizer's chat template; without one, the texts line by line."""
-        if self.tokenizer.chat_template:
-            text = self.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-            return self.encode(str(text), add_special_tokens=False)
-        return self.encode("\n".join(message["content"] for message in messages))
+        """``(1, num_tokens)`` ids through the tokenizer's chat template; without one, the texts line by line.
+
+        A special token that somebody has typed into a message stays text, as in training: it would end his turn.
+        """
+        if not self.tokenizer.chat_template:
+            return self.as_tensor(self.text_ids("\n".join(message["content"] for message in messages), True))
+        typed = TypedTokens(self.tokenizer, [message["content"] for message in messages])
+        hidden = [{**message, "content": typed.hide(message["content"])} for message in messages]
+        text = str(self.tokenizer.apply_chat_template(hidden, tokenize=False, add_generation_prompt=True))
+        if not typed.found:
+            return self.encode(text, add_special_tokens=False)
+        ids: list[int] = []
+        for number, piece in enumerate(typed.pattern.split(text)):  # every other one is a token of the template
+            if number % 2:
+                ids += [self.tokenizer.convert_tokens_to_ids(piece)]  # type: ignore[list-item]  # one for one
+            else:
+                ids += self.text_ids(typed.show(piece))
+        return self.as_tensor(ids)
+
+    def text_ids(self, text: str, add_special_tokens: bool = False) -> list[int]:
+        """Ids of a text in which no special token counts."""
+        return list(self.tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True).input_ids)
 
     def encode(self, text: str, add_special_tokens: bool = True) -> torch.Tensor:
         """``(1, num_tokens)`` ids; of an empty text bos, without one eos: a model cannot go on from nothing."""
-        ids = self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids
+        return self.as_tensor(self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+
+    def as_tensor(self, ids: list[int]) -> torch.Tensor:
+        """``(1, num_tokens)``, at least one."""
         tokenizer = self.tokenizer
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         return torch.tensor([ids or [start]], dtype=torch.long)
@@ -96,6 +117,31 @@ class ServedModel(PythonModel):
         new = output[0, ids.shape[1] :]
         reason = "stop" if len(new) and int(new[-1]) == self.tokenizer.eos_token_id else "length"
         return str(self.tokenizer.decode(new, skip_special_tokens=True)), len(new), reason
+
+
+class TypedTokens:
+    """The special tokens in texts that people have typed, hidden while the chat template is rendered around them."""
+
+    def __init__(self, tokenizer: Any, texts: list[str]) -> None:
+        special = sorted(
+            {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}, key=len, reverse=True
+        )
+        self.pattern = re.compile("(" + "|".join(map(re.escape, special)) + ")" if special else "((?!))")
+        self.mark = next(one for one in map(chr, range(0xE000, 0xF900)) if not any(one in text for text in texts))
+        self.found: list[str] = []
+
+    def hide(self, text: str) -> str:
+        """The text with a number between two marks in place of each token."""
+
+        def number(match: re.Match[str]) -> str:
+            self.found.append(match.group())
+            return f"{self.mark}{len(self.found) - 1}{self.mark}"
+
+        return self.pattern.sub(number, text)
+
+    def show(self, text: str) -> str:
+        """What was hidden is back."""
+        return re.sub(f"{self.mark}(\\d+){self.mark}", lambda match: self.found[int(match.group(1))], text)
 
 
 def load_weights(directory: str, trusted: bool) -> Any:

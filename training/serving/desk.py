@@ -2,15 +2,17 @@
 
 In: ids and sampling of a request. Out: an `Answer`, whose text arrives while it is made. Each answer has a thread; they
 use the model by turns, a token each (`turns.py`), so that a long answer holds up nobody. Where nobody reads an answer
-any more, or the server is to end, it stops at its next token. Cost: the memory of `MAX_ACTIVE` contexts.
+any more, or the server is to end, it stops at its next token; after
+`MAX_SECONDS` it ends as one that is too long. Cost: the memory of `MAX_ACTIVE` contexts.
 """
 
 import asyncio
 import contextlib
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from data_prep.tokens.served_prompt import PromptError
 from training.serving.deployed import Deployed, Sampling, Written
@@ -19,6 +21,7 @@ from training.serving.turns import Turns
 
 MAX_ACTIVE = 4  # answers in the making
 MAX_WAITING = 32  # requests behind them
+MAX_SECONDS = 600  # for an answer, from its first token on
 
 logger = logging.getLogger(__name__)
 
@@ -96,14 +99,19 @@ class Desk:
             with contextlib.suppress(RuntimeError):  # the loop has ended
                 loop.call_soon_threadsafe(answer.queue.put_nowait, piece)
 
+        def is_over() -> bool:
+            return answer.abandoned.is_set() or self.closing.is_set()
+
         def go_on() -> bool:
             self.turns.pass_on()
-            return not (answer.abandoned.is_set() or self.closing.is_set())
+            return not is_over() and time.monotonic() < deadline
 
         try:
             with self.turns:
-                over = answer.abandoned.is_set() or self.closing.is_set()
-                written = Written(0, "cancelled") if over else self.deployed.write(ids, sampling, put, go_on)
+                deadline = time.monotonic() + MAX_SECONDS
+                written = Written(0, "cancelled") if is_over() else self.deployed.write(ids, sampling, put, go_on)
+            if written.reason == "cancelled" and not is_over():
+                written = replace(written, reason="length")
             logger.info("%d tokens after a prompt of %d (%s)", written.num_tokens, len(ids), written.reason)
             put(written)
         except Exception as error:  # whatever torch raises; the next request may well succeed

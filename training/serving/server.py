@@ -2,9 +2,9 @@
 
 In: a model in memory, its names, a bound socket. Out: answers over HTTP, whole or streamed, until a signal. For trying
 a version and for few users at a time: answers are made one token each in turn, so a long one holds up nobody, but they
-share the speed of one; vLLM computes many at once. Limits: those of the desk (429 beyond), `MAX_BODY_BYTES`, the
-context length of the model. A client that goes away ends its answer at the next token. Nothing of this machine is in an
-answer: errors name fields and limits, details go to the log. Cost: the model in memory.
+share the speed of one; vLLM computes many at once. Limits: those of the desk (429 beyond), `MAX_BODY_BYTES`
+in `BODY_SECONDS`, the context length of the model. A client that goes away ends its answer at the next token. Nothing
+of this machine is in an answer: errors name fields and limits, details go to the log. Cost: the model in memory.
 """
 
 import asyncio
@@ -26,6 +26,7 @@ from training.serving.reply import CHAT, COMPLETION, Reply, Shape
 from training.serving.request import ApiError, ChatRequest, CommonRequest, CompletionRequest, parse_request
 
 MAX_BODY_BYTES = 4 << 20
+BODY_SECONDS = 30  # for a body to arrive
 STOP_SECONDS = 5  # for answers in the making to end, after a signal
 GONE = 499  # what nobody reads any more
 
@@ -155,10 +156,14 @@ async def _body(request: Request) -> bytes:
     if request.headers.get("content-type", "").partition(";")[0].strip().lower() != "application/json":
         raise ApiError(415, "Content-Type: must be application/json")
     body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MAX_BODY_BYTES:
-            raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > MAX_BODY_BYTES:
+                    raise ApiError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
+    except TimeoutError:
+        raise ApiError(408, f"the body was not there after {BODY_SECONDS} s") from None
     return bytes(body)
 
 

@@ -99,7 +99,7 @@ def read(run_dir: Path) -> RunRecord | None:
 
 def read_known(run_dir: Path) -> RunRecord:
     """The record of a run directory that has one."""
-    return RunRecord(**run_files.read_json(run_dir / run_files.TRACKING))
+    return run_files.read_as(run_dir / run_files.TRACKING, RunRecord)
 
 
 def write(run_dir: Path, record: RunRecord) -> None:

@@ -4,7 +4,8 @@ On disk, below ``RUN/checkpoints``::
 
     step-000120/  state-00000-00000.safetensors ...  pieces of "<parameter>|weight", "<parameter>|exp_avg", ...:
                                                      those of rank 0; state-00001-... are those of rank 1
-                  complete.json                      step, progress, sizes and hashes of the files; written last
+                  complete.json                      step, progress, sizes and hashes of the files, and a
+                                                     hash of all that; written last
 
 Only trained parameters are in it, so a LoRA checkpoint holds no base weights. `saver.py` writes it, beside training;
 `state_files.py` has the files' format. A directory without a valid `complete.json` is not a checkpoint. The newest
@@ -24,6 +25,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
+
+import xxhash
 
 from data_prep.store import hash_file
 from training.distributed import Ranks
@@ -79,6 +82,12 @@ def marker(progress: Progress, num_ranks: int) -> dict[str, Any]:
     return {"format_version": FORMAT_VERSION, "progress": asdict(progress), "ranks": num_ranks, "files": {}}
 
 
+def hash_of(content: dict[str, Any]) -> str:
+    """Of all fields of `complete.json` but the hash: a flipped bit in it would be another step."""
+    known = {name: value for name, value in content.items() if name != "xxh3"}
+    return xxhash.xxh3_128_hexdigest(json.dumps(known, sort_keys=True).encode())
+
+
 def read_marker(directory: Path) -> dict[str, Any] | None:
     """What `complete.json` says of files that have their sizes; None where it is not there, or with a warning."""
     if not (directory / COMPLETE).is_file():
@@ -87,8 +96,10 @@ def read_marker(directory: Path) -> dict[str, Any] | None:
         content = json.loads((directory / COMPLETE).read_text())
         if content["format_version"] not in READABLE:
             raise ValueError(f"format version {content['format_version']}, this program reads up to {FORMAT_VERSION}")
+        if content.get("xxh3", hash_of(content)) != hash_of(content):
+            raise ValueError(f"{COMPLETE} is damaged: its hash differs")
         check_sizes(directory, content["files"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         log.warning("%s: skipped, not a whole checkpoint (%s)", directory, error)
         return None
     return content

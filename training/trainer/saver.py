@@ -221,6 +221,7 @@ def write_part(directory: Path, rank: int, pieces: list[NamedPiece]) -> None:
 
 def publish(directory: Path, final: Path, marker: dict[str, Any]) -> None:
     """The marker, then the name; what had the name before (a damaged one) goes after that."""
+    marker = marker | {"xxh3": checkpoint.hash_of(marker)}
     (directory / checkpoint.COMPLETE).write_text(json.dumps(marker, indent=1))
     fsync(directory / checkpoint.COMPLETE)
     fsync(directory)

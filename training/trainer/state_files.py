@@ -148,11 +148,11 @@ def _read_into(target: memoryview, file: Path, offset: int) -> None:
 def read_index(directory: Path) -> dict[str, dict[str, StoredTensor]]:
     """{parameter: {key: stored tensor}} of all files of a checkpoint; reads their headers.
 
-    :raises CheckpointError: pieces are missing.
+    :raises CheckpointError: pieces are missing, or a header is damaged.
     """
     index: dict[str, dict[str, StoredTensor]] = {}
     for file in sorted(directory.glob("state-*.safetensors")):
-        for parameter, key, shape, dtype, place in _entries(file):
+        for parameter, key, shape, dtype, place in _sound_entries(file):
             stored = index.setdefault(parameter, {}).setdefault(key, StoredTensor(shape, dtype))
             stored.places.append(place)
     for parameter, states in index.items():
@@ -164,10 +164,20 @@ def read_index(directory: Path) -> dict[str, dict[str, StoredTensor]]:
     return index
 
 
+def _sound_entries(file: Path) -> list[tuple[str, str, tuple[int, ...], torch.dtype, _Place]]:
+    """What a file holds."""
+    try:
+        return list(_entries(file))
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError, RecursionError) as error:
+        raise CheckpointError(f"{file}: its header is damaged ({error}); take an older checkpoint") from error
+
+
 def _entries(file: Path) -> Iterator[tuple[str, str, tuple[int, ...], torch.dtype, _Place]]:
     """What a file holds, of format 1 or 2."""
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
+        if length > file.stat().st_size:
+            raise ValueError(f"a header of {length} bytes in a file of {file.stat().st_size}")
         header = json.loads(stream.read(length))
     shapes = header.pop(METADATA, None) or {}
     for name, entry in header.items():

@@ -150,6 +150,8 @@ def test_instruction_records_do_not_belong_into_the_pretraining_directory(record
         (b'{"input": "a", "target": "b"} trailing', Reason.MALFORMED_JSON),
         (b'{"input": "a", "target": "b",}', Reason.MALFORMED_JSON),
         (b'{"extra": ' + b"[" * 100_000 + b"]" * 100_000 + b"}", Reason.MALFORMED_JSON),
+        (b'{"input": 1e999x, "target": "b"}', Reason.MALFORMED_JSON),  # two faults, one behind the other
+        (b'{"input": 1e999, "target": "b", "extra": ' + b"[" * 100_000, Reason.MALFORMED_JSON),
         (b'{"input": "a", "target": "\xff"}', Reason.INVALID_UTF8),
         (b'[{"input": "a", "target": "\xff"}]', Reason.INVALID_UTF8),
         (b'{"input": "a", "target": "b", "extra": "\xff"}', None),

@@ -456,7 +456,7 @@ def test_a_file_that_changes_while_it_is_read(tmp_path, monkeypatch):
     directory = write(tmp_path / "in", a__json=pairs(0, 5))
 
     def plan_and_write(*arguments):
-        specs = plan_units(*arguments)
+        specs = list(plan_units(*arguments))
         write(directory, a__json=pairs(0, 6))
         return specs
 

@@ -108,6 +108,28 @@ def test_addresses(project, name, value):
     assert getattr(read({name: value}).settings, name) == value
 
 
+CORPUS = "instruction_tuning_data_dir"
+
+
+def test_a_corpus_at_an_address_lies_below_one_that_the_owner_names(project):
+    value = "s3://team/corpora"
+    assert f'a line in {project}/panda.toml: allowed_addresses = ["{value}"]' in refusal(**{CORPUS: value})
+    (project / "panda.toml").write_text('allowed_addresses = ["s3://team/corpora/"]')
+    for inside in (value, f"{value}/", f"{value}/medical/2026"):
+        assert getattr(read({CORPUS: inside}).settings, CORPUS) == inside
+
+
+def test_corpora_at_other_addresses(project):
+    (project / "panda.toml").write_text('allowed_addresses = ["s3://team/corpora"]')
+    for value in (
+        "s3://team/corpora-of-others", "s3://team", "s3://team/corpora/../secrets", "s3://team/corpora/%2e%2e/secrets",
+        "s3://team/corpora//x", "s3://team/corpora/./x", "s3a://team/corpora", "S3://team/corpora", "file:///etc",
+        "zip://x::s3://team/corpora", "s3://team/corpora?versionId=1", "https://user:hunter2@host/x",
+    ):  # fmt: skip
+        said = refusal(**{CORPUS: value})
+        assert CORPUS in said and "hunter2" not in said
+
+
 @pytest.mark.parametrize("parameters", [{"trust_remote_code": True}, {"overrides": ["trust_remote_code=true"]}])
 def test_code_of_strangers(project, parameters):
     said = refusal(**parameters)

@@ -265,6 +265,22 @@ def test_torchrun_command(tmp_path):
     assert command.name == "node-2"
 
 
+@pytest.mark.parametrize("asked", [True, False])
+def test_the_compiler_is_on_where_it_is_asked_for(tmp_path, asked):
+    settings = TrainSettings(compile=asked, num_processes=2)
+    for one in (settings, settings.model_copy(update={"nodes": 2}), settings.model_copy(update={"hostfile": "hosts"})):
+        commands = rank_commands(tmp_path, one, MACHINE, resume=False)
+        assert {"TORCHDYNAMO_DISABLE" in command.env for command in commands} == {not asked}
+
+
+@pytest.mark.parametrize(("sharded", "gpus", "given_back"), [(True, 0, True), (True, 8, False), (False, 0, False)])
+def test_ranks_on_a_cpu_that_share_out_weights_give_freed_memory_back(tmp_path, sharded, gpus, given_back):
+    machine = Machine(num_gpus=gpus, num_cores=8, free_port=4321)
+    for settings in (TrainSettings(zero_stage=3), TrainSettings(strategy="fsdp")) if sharded else (TrainSettings(),):
+        commands = rank_commands(tmp_path, settings, machine, resume=False)
+        assert {"MALLOC_MMAP_THRESHOLD_" in command.env for command in commands} == {given_back}
+
+
 def test_hostfile_command(tmp_path):
     settings = TrainSettings(hostfile="/etc/hosts.ds", master_addr="10.0.0.1", num_processes=4, master_port=1234)
     (command,) = rank_commands(tmp_path, settings, MACHINE, resume=True)

@@ -89,7 +89,10 @@ def test_rows_longer_than_the_positions_a_model_knows(config, limit):
 
 def test_adapters_on_a_mixture_of_experts_are_trained():
     mixture = {"model_type": "mixtral", "num_local_experts": 8}
-    assert problems(TrainSettings(use_lora=True), mixture, True) == []
+    assert problems(TrainSettings(use_lora=True, lora_target_modules=["q_proj", "v_proj"]), mixture, True) == []
+    for on_router in (None, ["q_proj", "gate"], ["model.layers.0.mlp.router"]):
+        (said,) = problems(TrainSettings(use_lora=True, lora_target_modules=on_router), mixture, True)
+        assert "8 experts" in said
     assert problems(TrainSettings(), {"model_type": "llama", "num_local_experts": 1}, True) == []
 
 

@@ -80,6 +80,12 @@ def flip_a_byte(path):
     path.write_bytes(content)
 
 
+def other_text(path, before, after):
+    text = path.read_text()
+    assert before in text
+    path.write_text(text.replace(before, after))
+
+
 DAMAGES = {
     "byte": lambda directory: flip_a_byte(directory / "state-00000-00000.safetensors"),
     "truncated": lambda directory: (directory / "state-00000-00000.safetensors").write_bytes(b"short"),
@@ -87,6 +93,7 @@ DAMAGES = {
     "no marker": lambda directory: (directory / COMPLETE).unlink(),
     "half a marker": lambda directory: (directory / COMPLETE).write_text('{"format_version": 1, "fil'),
     "other version": lambda directory: (directory / COMPLETE).write_text('{"format_version": 99, "files": {}}'),
+    "marker of another step": lambda directory: other_text(directory / COMPLETE, '"step": 4', '"step": 6'),
     "marker of another shape": lambda directory: (directory / COMPLETE).write_text("[]"),
 }
 

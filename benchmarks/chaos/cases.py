@@ -1,0 +1,64 @@
+"""The cases, and how they take turns.
+
+In: names, a seed, how many minutes. Out: the rows of the table and every finding. A case is a function of a seed and
+of a folder that all rounds share, so that what is only compared with is made once. Cost: the minutes.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from benchmarks.chaos import fuzz
+from benchmarks.chaos.findings import Round, Row
+from benchmarks.chaos.kill_preparation import kill_preparation
+from benchmarks.chaos.kill_ranks import kill_ranks
+from benchmarks.chaos.readers import READERS
+
+Case = Callable[[int, Path], Round]
+FUZZ_SECONDS = 30
+
+
+def fuzz_case(seed: int, ground: Path) -> Round:
+    """One reader a seed, grown by coverage; without atheris all of them, mutated."""
+    if fuzz.has_atheris():
+        return fuzz.grown(list(READERS)[seed % len(READERS)], seed, FUZZ_SECONDS)
+    return fuzz.feed(seed, Path(tempfile.mkdtemp(dir=ground)))
+
+
+CASES: dict[str, Case] = {
+    "kill-ranks": kill_ranks,
+    "kill-preparation": kill_preparation,
+    "fuzz": fuzz_case,
+}
+"""Name -> what is broken. In the order of the table."""
+
+
+def rounds(names: list[str], seed: int) -> Iterator[tuple[str, int]]:
+    """(case, seed), for ever: each case in turn, then all with the next seed."""
+    while True:
+        yield from ((name, seed) for name in names)
+        seed += 1
+
+
+def play(
+    names: list[str], seed: int, minutes: float, most: int | None, say: Callable[[str], None]
+) -> tuple[dict[str, Row], list[tuple[str, int, tuple[str, str]]]]:
+    """Rounds until the time is up, or `most` of each case; (rows, findings with case and seed)."""
+    rows: dict[str, Row] = {name: Row() for name in names}
+    found: list[tuple[str, int, tuple[str, str]]] = []
+    deadline = time.monotonic() + 60 * minutes
+    with tempfile.TemporaryDirectory(prefix="panda-chaos-") as folder:
+        for number, (name, one_seed) in enumerate(rounds(names, seed)):
+            if time.monotonic() > deadline or (most is not None and number >= most * len(names)):
+                break
+            ground = Path(folder, name)
+            ground.mkdir(exist_ok=True)
+            began = time.monotonic()
+            result = CASES[name](one_seed, ground)
+            rows[name].add(result, time.monotonic() - began)
+            found += [(name, one_seed, finding) for finding in result.findings]
+            say(f"{name} seed {one_seed}: {result.tried} tried, {len(result.findings)} found")
+            for kind, what in result.findings:
+                say(f"    {kind}: {what}")
+    return rows, found
