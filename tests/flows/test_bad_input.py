@@ -64,6 +64,7 @@ def test_message_without_traceback(corpus, name):
     assert not (corpus / "outputs").exists()
 
 
+@pytest.mark.usefixtures("use_prefect_server")
 def test_no_usable_record(corpus):
     (corpus / "data" / "a.json").write_text('[{"input": "a", "target": ""}, {"input": 1}]')
     done = train(corpus, "--instruction_tuning_data_dir", "data", "--pretraining_data_dir", "null")

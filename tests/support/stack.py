@@ -115,8 +115,13 @@ class Stack:
     def logs(self, flow_run_id: UUID) -> str:
         from prefect.client.schemas.filters import LogFilter
 
+        found: list[Any] = []
         with self.client() as client:
-            found = client.read_logs(LogFilter(flow_run_id={"any_": [flow_run_id]}), limit=200)
+            while len(found) % 200 == 0:  # the server gives 200 at once, and a run of many steps says more
+                page = client.read_logs(LogFilter(flow_run_id={"any_": [flow_run_id]}), limit=200, offset=len(found))
+                if not page:
+                    break
+                found += page
         return "\n".join(entry.message for entry in found)
 
     def wait_for_log(self, flow_run_id: UUID, text: str) -> None:

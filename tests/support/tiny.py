@@ -1,9 +1,7 @@
-"""A tiny tokenizer, corpus and run directory for the tests of training, and ranks started for real over gloo."""
+"""A tiny tokenizer, corpus and run directory for the tests of training, and real ranks over gloo."""
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +9,7 @@ import numpy as np
 import yaml
 from tokenizers import Tokenizer, models, pre_tokenizers
 
+from tests.support import warm
 from tests.support.plans import example, write_plan
 from training.launch.processes import free_port
 
@@ -82,8 +81,8 @@ def write_run(root: Path, name: str = "run", model_dir: Path | None = None, **se
     return run_dir
 
 
-def start(run_dir: Path, world_size: int, *arguments: str, module: str = "training.worker") -> list[subprocess.Popen]:
-    """Start ranks as the launcher does, with environment variables; output goes to RUN/rank-N.log."""
+def start(run_dir: Path, world_size: int, *arguments: str, module: str = "training.worker") -> list[warm.Process]:
+    """Ranks with the environment the launcher gives them; output goes to RUN/rank-N.log."""
     port = free_port()
     processes = []
     for rank in range(world_size):
@@ -92,13 +91,12 @@ def start(run_dir: Path, world_size: int, *arguments: str, module: str = "traini
             "MASTER_PORT": str(port), "PYTHONPATH": f"{ROOT}:{USERS_PROJECT}", "OMP_NUM_THREADS": "1",
             "CUDA_VISIBLE_DEVICES": "",
         }  # fmt: skip
-        command = [sys.executable, "-m", module, "--config", str(run_dir / "config.yaml"), *arguments]
-        with (run_dir / f"rank-{rank}.log").open("a") as log:
-            processes.append(subprocess.Popen(command, env=environment, stdout=log, stderr=log, cwd=ROOT))
+        command = ["--config", str(run_dir / "config.yaml"), *arguments]
+        processes.append(warm.ranks().start(module, command, environment, run_dir / f"rank-{rank}.log"))
     return processes
 
 
-def wait(processes: list[subprocess.Popen], seconds: float = 120) -> list[int]:
+def wait(processes: list[warm.Process], seconds: float = 120) -> list[int]:
     """Exit codes; kills what is left when time is up."""
     try:
         return [process.wait(seconds) for process in processes]
