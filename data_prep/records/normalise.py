@@ -22,7 +22,8 @@ that nothing is made of is named to the caller. Fields may have other names in a
 
 What is JSON: RFC 8259 in UTF-8. Not accepted: NaN, Infinity, lone surrogates (\\ud800), raw control characters.
 Accepted: \\u0000 in a text, repeated keys (the last one counts), numbers of any size in fields that are not read, and
-bytes that are not UTF-8 in fields that are not read. Cost: about 1.5 us a record.
+bytes that are not UTF-8 in fields that are not read. Cost: about 1.5 us a record; where many of one plain shape follow
+each other, `data_prep.records.plain` does the same for less.
 """
 
 from collections.abc import Callable, Mapping
