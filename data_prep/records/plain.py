@@ -51,7 +51,7 @@ class _Shape:
         )
         self.optional = fields.index(optional) if optional else -1
         own = [f"text_{number}" for number in range(len(fields))]
-        typed = [(name, str) for name, field in zip(own, fields, strict=True) if field != optional]
+        typed: list[Any] = [(name, str) for name, field in zip(own, fields, strict=True) if field != optional]
         typed += [(own[self.optional], str, "")] if optional else []
         rename = dict(zip(own, fields, strict=True))
         struct = msgspec.defstruct("Plain", typed, rename=rename, forbid_unknown_fields=True, gc=False)
