@@ -5,7 +5,7 @@ import json
 import msgspec
 import numpy as np
 import pytest
-from hypothesis import example, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from data_prep.records import build_unit
@@ -70,7 +70,7 @@ def test_broken_lines_that_join_to_values_stay_broken():
     assert read_plain([b'{"text": "a"}', b"\xff"], "pretraining") is None
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(
     st.lists(st.dictionaries(st.sampled_from(FIELDS), VALUES, min_size=1, max_size=3), min_size=1, max_size=3),
     st.sampled_from(["instruction", "pretraining"]),
