@@ -23,10 +23,11 @@ from training.models.hub import base_of, resolve_checkpoint
 from training.models.transformers4 import write_for_transformers4
 from training.tracking.looks import only_a_look
 
+log = logging.getLogger(__name__)
+
 MAX_MEAN_KL = 1e-3  # nats; rounding to bfloat16 costs about 1e-4
 MIN_TOP1_AGREEMENT = 0.98
 CONVERTER = "convert_hf_to_gguf.py"
-log = logging.getLogger(__name__)
 
 WEIGHT_FILES = ("adapter_config.json", "adapter_model.safetensors", "README.md")
 

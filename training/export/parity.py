@@ -17,9 +17,9 @@ from training.devices import any_device
 from training.models.build import empty_deployed
 from training.models.streamed import streamed
 
-TIE_NATS = 0.01  # two tokens this close in log-probability are equally likely: rounding may swap them
 log = logging.getLogger(__name__)
 
+TIE_NATS = 0.01  # two tokens this close in log-probability are equally likely: rounding may swap them
 POSITIONS = 32  # last positions of each prompt that are compared: 8 prompts x 32 x 128k words = 130 MB
 
 
