@@ -23,13 +23,13 @@ RECORDS = 200
 ACCIDENTS = 6
 
 
-def damage_cache(seed: int, ground: Path) -> Round:
+def damage_cache(seed: int, ground: Path, accidents: int = ACCIDENTS) -> Round:
     """Some accidents, each to a fresh copy."""
     draw, found = random.Random(seed), Round()
     whole = ground / "cache-whole"
     plan = Path(_prepare(ground, whole)).name
     expected = _contents(whole)
-    for _ in range(ACCIDENTS):
+    for _ in range(accidents):
         cache = ground / "cache-damaged"
         shutil.copytree(whole, cache)
         name = draw.choice(sorted(expected))

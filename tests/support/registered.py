@@ -62,17 +62,19 @@ def add_made_version(
     return registry.resolve(f"{NAME}/{made.version}")
 
 
-def add_made_run(output_dir: Path, cache_dir: Path, number: int, finished: bool = True, **config: Any) -> Path:
+def add_made_run(
+    output_dir: Path, cache_dir: Path, number: int, *, finished: bool = True, plan: Path | None = None, name: str = ""
+) -> Path:
     """A run directory with a plan of its own, whose token shard is shared with the run before or after."""
-    run_dir = output_dir / f"run-{number:03}"
+    run_dir = output_dir / (name or f"run-{number:03}")
     (run_dir / "model").mkdir(parents=True)
     (run_dir / "model" / WEIGHTS).write_bytes(bytes([number]) * 10_000)
     (run_dir / "checkpoints" / "step-000001").mkdir(parents=True)
     (run_dir / "checkpoints" / "step-000001" / "state").write_bytes(bytes(20_000))
     examples = [example([1, 2], [3, 4 + number // 2])] * 3
-    plan = write_plan(cache_dir, examples, max_seq_length=8 + number)
+    plan = plan or write_plan(cache_dir, examples, max_seq_length=8 + number)
     paths = {"plan_dir": str(plan), "tokenizer_dir": None, "model_dir": None, "run_dir": str(run_dir)}
-    content = {"cache_dir": str(cache_dir), "paths": paths, **config}
+    content = {"cache_dir": str(cache_dir), "paths": paths}
     (run_dir / "config.yaml").write_text(yaml.safe_dump(content))
     if finished:
         (run_dir / "summary.json").write_text("{}")

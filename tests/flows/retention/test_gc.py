@@ -123,8 +123,8 @@ def test_stopped_anywhere_it_leaves_what_is_whole_and_goes_on(project, capsys, m
         left[0] -= 1
         return real(sweep, item)
 
-    monkeypatch.setattr("flows.retention.remove.Sweep.remove", some)
-    monkeypatch.setattr("flows.retention.remove.shutil.rmtree", lambda *_, **__: None)
+    monkeypatch.setattr(remove.Sweep, "remove", some)
+    monkeypatch.setattr(shutil, "rmtree", lambda *_, **__: None)
     done = 0
     while done < len(shown):
         left[0] = PER_TRY
