@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from data_prep.sample import write_sample
+from tests.support import warm
 from tests.support.mlflow_fixtures import load_and_generate
 from tests.support.real_corpora import REAL
 from tests.training.registry.test_register import greedy
@@ -23,7 +24,7 @@ def train(folder: Path, *arguments: str) -> tuple[dict, str]:
     done = subprocess.run(
         [sys.executable, str(ROOT / "train.py"), "--json", *arguments],
         cwd=folder, capture_output=True, text=True, check=False, timeout=550,
-        env={**os.environ, "PREFECT_HOME": str(folder / "prefect")},
+        env={**os.environ, **warm.environment(), "PREFECT_HOME": str(folder / "prefect")},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr

@@ -18,6 +18,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import warm
+
 ROOT = Path(__file__).parents[2]
 KEPT = Path(__file__).parents[1] / "assets" / "run-of-version-0.1.tar.xz"
 MADE_IN = "/tmp/kept"
@@ -48,7 +50,7 @@ def folder(tmp_path_factory) -> Path:
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
     done = subprocess.run(
         [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False, timeout=550,
-        env={**os.environ, "PYTHONPATH": str(ROOT), "PREFECT_HOME": str(folder / "prefect")},
+        env={**os.environ, **warm.environment(), "PREFECT_HOME": str(folder / "prefect")},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     return done

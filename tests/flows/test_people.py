@@ -6,6 +6,7 @@ import socket
 
 import pytest
 
+from tests.support import warm
 from tests.support.stack import LONG, Stack, running_stack, wait_for
 from training.launch.processes import free_port
 from training.registry.versions import Registry
@@ -18,7 +19,7 @@ MODEL = "panda-panda-tiny"
 
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory):
-    with running_stack(tmp_path_factory.mktemp("people")) as up:
+    with running_stack(tmp_path_factory.mktemp("people"), **warm.environment()) as up:
         yield up
 
 
@@ -77,7 +78,7 @@ class TestTold:
             conf = stack.config("cancelled", **LONG)
             run = stack.start(conf, until_stage="train", overrides=[f"notify={block}"])
             stack.wait_until_training(run, "cancelled", 1)
-            stack.prefect("flow-run", "cancel", str(run))
+            stack.cancel(run)
             assert stack.end_of(run, 120).name == "Cancelled"
             wait_for(lambda: received, 60, "the message")
         assert subjects(received) == [f"panda-train {stack.flow_run(run).name}: Cancelled"]

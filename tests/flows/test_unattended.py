@@ -107,7 +107,7 @@ def test_by_turns(stack, first):
             wait_for(lambda: waiting(stack), 240, "a scheduled run that waits")
             assert stack.flow_run(training).state.name == "Running"
             assert stack.flow_run(by_hand).state.name == "AwaitingConcurrencySlot"
-            stack.prefect("flow-run", "cancel", str(training))
+            stack.cancel(training)
             scheduled = stack.end_of(waiting(stack)[0].id)
     assert stack.end_of(by_hand).name == "Prepared"
     assert (scheduled.type.value, scheduled.name) == ("CANCELLED", "SkippedStillRunning")
@@ -169,7 +169,7 @@ class TestHeals:
             lambda: stack.processes(run) and num_steps(run_dir) >= 12, 300, "the training of the run started again"
         )
         assert [path.parent for path in stack.outputs("healed").glob("*/config.yaml")] == [run_dir]
-        stack.prefect("flow-run", "cancel", str(run))
+        stack.cancel(run)
         assert stack.end_of(run, 90).name == "Cancelled"
 
     def test_a_run_taken_for_dead_is_running_again(self, stack, first):
@@ -181,7 +181,7 @@ class TestHeals:
             client.set_flow_run_state(run, Crashed(message="No heartbeat for 90 s: the flow's process"), force=True)
         wait_for(lambda: stack.flow_run(run).state.name == "Running", 120, "the state of what goes on")
         assert stack.engine(run).pid == engine
-        stack.prefect("flow-run", "cancel", str(run))
+        stack.cancel(run)
         assert stack.end_of(run, 90).name == "Cancelled"
 
 

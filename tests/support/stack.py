@@ -83,11 +83,18 @@ class Stack:
         return self.folder / "outputs" / name
 
     def start(self, conf_path: str, deployment: str = "panda-train/default", **parameters: Any) -> UUID:
-        """`prefect deployment run`; returns the id of the flow run."""
-        given = [f"--param={name}={json.dumps(value)}" for name, value in parameters.items()]
-        done = self.prefect("deployment", "run", deployment, f"--param=conf_path={conf_path}", *given)
-        assert done.returncode == 0, done.stdout + done.stderr
-        return flow_run_id(done.stdout)
+        """What `prefect deployment run` asks of the server; returns the id of the flow run."""
+        with self.client() as client:
+            found = client.read_deployment_by_name(deployment)
+            run = client.create_flow_run_from_deployment(found.id, parameters={"conf_path": conf_path, **parameters})
+        return run.id
+
+    def cancel(self, flow_run_id: UUID) -> None:
+        """What `prefect flow-run cancel` asks of the server."""
+        from prefect.states import State, StateType
+
+        with self.client() as client:
+            client.set_flow_run_state(flow_run_id, State(type=StateType.CANCELLING))
 
     def auth_string(self) -> str:
         """What `panda up` has made."""
@@ -308,10 +315,11 @@ def new_stack(folder: Path) -> Stack:
 
 
 @contextmanager
-def running_stack(folder: Path) -> Iterator[Stack]:
+def running_stack(folder: Path, **environment: str) -> Iterator[Stack]:
     """`panda up` beside the sample corpus, and `panda down` at the end, whatever happens."""
     write_sample(folder / "dataset")
     stack = new_stack(folder)
+    stack.env.update(environment)
     try:
         outputs = str(stack.outputs("short"))
         done = stack.panda("up", "--mlflow_port", str(free_port()), "--output_dir", outputs)

@@ -9,6 +9,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.support import warm
+
 ROOT = Path(__file__).parents[2]
 BASES = ("huggyllama/llama-7b", "huggyllama/llama-65b")
 DELTA = "chitanda/llama-panda-zh-7b-delta"
@@ -73,8 +75,9 @@ def run(folder: Path, command: list[str], timeout_seconds: float = 900) -> subpr
     programs = {"python": [sys.executable], "panda": [sys.executable, "-m", "flows.cli.main"]}
     words = [*programs.get(command[0], [command[0]]), *command[1:]]
     words = [str(ROOT / "train.py") if word == "train.py" else word for word in words]
+    ours = warm.environment() if command[0] == "python" else {"PYTHONPATH": str(ROOT)}
     environment = {
-        **os.environ, "PYTHONPATH": str(ROOT), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120",
+        **os.environ, **ours, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120",
         "PREFECT_HOME": str(folder / ".prefect"),
     }  # fmt: skip
     return subprocess.run(

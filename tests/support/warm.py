@@ -4,6 +4,10 @@ In: what `python -m` would be given: a module, its arguments, an environment, a 
 `subprocess`. It has a pid, dies and is waited for like any other; only its parent is the nursery, which each process of
 the tests starts when it first needs one and which ends with it, and with it all it has forked. Cost: 0.3 s a process
 instead of 6. What is tested of starting itself (the launcher, torchrun, imports, signals before them) starts for real.
+
+Programs that tests start (`train.py`, a worker of Prefect) get their ranks so as well, where they are given
+`environment()`: the supervisor is forked here, and forks its ranks. Two things differ: marks in the environment of a
+rank are not seen in /proc, and the supervisor is no child of the program.
 """
 
 import contextlib
@@ -13,17 +17,22 @@ import os
 import runpy
 import select
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from functools import cache
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 ROOT = Path(__file__).parents[2]
+CLIENT = Path(__file__).parent / "warm_path"
 OF_RANKS = (
-    "training.trainer.run", "training.comparison.heldout", "training.engines.deepspeed", "training.engines.fsdp",
-    "training.engines.inference", "transformers.models.llama.modeling_llama", "peft", "bitsandbytes",
+    "training.trainer.run", "training.evaluate", "training.compare", "training.registry.loaded_back",
+    "training.engines.deepspeed", "training.engines.fsdp", "training.engines.inference", "training.launch.supervisor",
+    "transformers.models.llama.modeling_llama", "peft", "bitsandbytes",
 )  # fmt: skip
 
 
@@ -62,8 +71,9 @@ class Nursery:
 
     def __init__(self, *preloaded: str) -> None:
         self.ended: dict[int, int] = {}
+        self.socket = str(Path(tempfile.mkdtemp(prefix="nursery")) / "socket")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.warm", *preloaded],
+            [sys.executable, "-m", "tests.support.warm", self.socket, *preloaded],
             cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
@@ -100,6 +110,19 @@ def ranks() -> Nursery:
     return Nursery(*OF_RANKS)
 
 
+def environment() -> dict[str, str]:
+    """For a program of this project: its ranks are forked."""
+    return {"PANDA_NURSERY": ranks().socket, "PYTHONPATH": f"{CLIENT}:{ROOT}"}
+
+
+class Become(Exception):  # how a forked process leaves the stack of its parent
+    """This process is to be another: what to do, with which files."""
+
+    def __init__(self, job: dict[str, Any], files: list[int] | None = None) -> None:
+        super().__init__()
+        self.job, self.files = job, files
+
+
 def main() -> None:
     """The nursery: import, then fork whenever asked. Its stdout is for what it tells, not for its children."""
     from training.lean_imports import UNUSED, without
@@ -107,61 +130,131 @@ def main() -> None:
     told = os.dup(1)
     os.dup2(2, 1)
     with without(*UNUSED):
-        for name in sys.argv[1:]:
+        for name in sys.argv[2:]:
             importlib.import_module(name)
-    job = serve(told)
-    if job:
-        become(job, told)
+    try:
+        House(told, sys.argv[1]).serve()
+    except Become as new:
+        if new.files is None:
+            become(new.job)
+        else:
+            become_supervisor(new.job, new.files)
 
 
-def serve(told: int) -> dict[str, Any] | None:
-    """Returns in every child, with its job, and at last in the nursery."""
+class House:
+    """The side of the nursery."""
 
-    def tell(**what: Any) -> None:
-        os.write(told, json.dumps(what).encode() + b"\n")
+    def __init__(self, told: int, address: str) -> None:
+        self.told = told
+        self.door = socket.socket(socket.AF_UNIX)
+        self.door.bind(address)
+        self.door.listen()
+        self.woken, self.wake = os.pipe()
+        os.set_blocking(self.wake, False)
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        signal.set_wakeup_fd(self.wake)
+        self.living: dict[int, socket.socket | None] = {}
 
-    woken, wake = os.pipe()
-    os.set_blocking(wake, False)
-    signal.signal(signal.SIGCHLD, lambda *_: None)
-    signal.set_wakeup_fd(wake)
-    living: set[int] = set()
-    tell(ready=True)
-    while True:
-        ready, _, _ = select.select([0, woken], [], [])
-        if woken in ready:
-            os.read(woken, 4096)
-            for pid in list(living):
-                if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
-                    living.remove(pid)
-                    tell(pid=pid, code=os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
-        if 0 in ready:
-            line = sys.stdin.readline()
-            if not line:
-                break
-            pid = os.fork()
-            if not pid:
-                signal.set_wakeup_fd(-1)
-                signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-                os.close(woken)
-                os.close(wake)
-                return json.loads(line)
-            living.add(pid)
-            tell(started=pid)
-    for pid in living:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return None
+    def tell(self, **what: Any) -> None:
+        os.write(self.told, json.dumps(what).encode() + b"\n")
+
+    def serve(self) -> None:
+        """Until the tests have ended. :raises Become: in every child."""
+        self.tell(ready=True)
+        while True:
+            ready, _, _ = select.select([0, self.woken, self.door], [], [])
+            if self.woken in ready:
+                os.read(self.woken, 4096)
+                self.bury()
+            if self.door in ready:
+                self.fork_supervisor(self.door.accept()[0])
+            if 0 in ready:
+                line = sys.stdin.readline()
+                if not line:
+                    break
+                self.tell(started=self.fork(None, json.loads(line)))
+        for pid in self.living:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def bury(self) -> None:
+        """Tell of the children that have ended."""
+        for pid in list(self.living):
+            if os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT):
+                asker = self.living.pop(pid)
+                code = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+                if asker:
+                    asker.close()
+                else:
+                    self.tell(pid=pid, code=code)
+
+    def fork_supervisor(self, asker: socket.socket) -> None:
+        data, files, _, _ = socket.recv_fds(asker, 1 << 16, 16)
+        while not data.endswith(b"\n"):
+            data += asker.recv(1 << 16)
+        self.fork(asker, json.loads(data), files)
+        for file in files:
+            os.close(file)
+
+    def fork(self, asker: socket.socket | None, job: dict[str, Any], files: list[int] | None = None) -> int:
+        pid = os.fork()
+        if not pid:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for other in (self.door, asker, *self.living.values()):
+                if other:
+                    other.close()
+            for descriptor in (self.woken, self.wake, self.told):
+                os.close(descriptor)
+            raise Become(job, files)
+        self.living[pid] = asker
+        return pid
 
 
-def become(job: dict[str, Any], told: int) -> None:
+def become_supervisor(job: dict[str, Any], files: list[int]) -> None:
+    """What `python -m training.launch.supervisor` would be, but that its ranks are forked."""
+    from training.launch import supervisor
+
+    os.setsid()
+    os.chdir(job["cwd"])
+    os.environ.clear()
+    os.environ.update(job["env"])
+    for place, descriptor in enumerate(files[:3]):
+        os.dup2(descriptor, place)
+        os.close(descriptor)
+
+    def start(command: dict[str, Any]) -> Any:
+        Path(command["log"]).parent.mkdir(parents=True, exist_ok=True)
+        module, *arguments = command["argv"][2:]
+        pid = os.fork()
+        if not pid:
+            os.setsid()
+            supervisor.die_with_parent()
+            for held in files[3:]:
+                os.close(held)
+            for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+                signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+            env = {**os.environ, **command["env"]}
+            raise Become({"module": module, "arguments": arguments, "env": env, "log": command["log"]})
+        return SimpleNamespace(pid=pid)
+
+    supervisor.start = start
+    try:
+        supervisor.main()
+    except Become as rank:
+        become(rank.job)
+
+
+def become(job: dict[str, Any]) -> None:
     """What `python -m` would be."""
-    os.close(told)
     os.environ.clear()
     os.environ.update(job["env"])
     nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(job["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
     for descriptor, place in ((nothing, 0), (log, 1), (log, 2)):
         os.dup2(descriptor, place)
     sys.argv = [job["module"], *job["arguments"]]
+    sys.path[:0] = [os.getcwd(), *job["env"].get("PYTHONPATH", "").split(":")]
+    sys.modules.pop(job["module"], None)  # it is run, not imported
     runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
 
 
