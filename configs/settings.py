@@ -106,8 +106,7 @@ class UnattendedSettings(Settings):
     keep_days: float = Field(
         30,
         ge=0,
-        description="`panda gc` keeps what is younger: versions, runs, checkpoints, prepared data, runs in MLflow and "
-        "Prefect.",
+        description="`panda gc` keeps what is younger: versions, runs, checkpoints, prepared data, runs in MLflow.",
     )
 
 

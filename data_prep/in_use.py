@@ -54,10 +54,14 @@ def alone(cache_dir: Path) -> Iterator[bool]:
 def note_user(cache_dir: Path, output_dir: Path) -> None:
     """Runs below this directory need what is in the cache."""
     line = str(output_dir.absolute())
-    if line not in users(cache_dir):
+    if line in users(cache_dir):
+        return
+    try:
         cache_dir.mkdir(parents=True, exist_ok=True)
         with open(cache_dir / USERS, "a", encoding="utf-8") as file:
             file.write(line + "\n")
+    except OSError as error:  # a cache that can only be read is none of ours to sweep
+        logger.info("%s: %s", cache_dir / USERS, error)
 
 
 def users(cache_dir: Path) -> list[str]:

@@ -14,7 +14,7 @@ SLICE = {
     "bombs": (bombs, 8),
     "own-code": (own_code, 4),
     "settings": (partial(configurations, number=12), 1),
-    "fuzz": (partial(fuzz.feed, inputs=10), 1),
+    "fuzz": (partial(fuzz.feed, inputs=20), 1),
 }
 
 

@@ -20,12 +20,10 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import store
-from flows.retention import in_prefect
 from flows.retention.on_disk import FETCHED_DIR
 from flows.retention.policy import (
     CHECKPOINTS,
     FETCHED,
-    FLOW_RUN,
     MLFLOW_RUN,
     MODEL,
     RUN,
@@ -52,37 +50,28 @@ def free(decision: Decision, places: Places) -> list[Item]:
     in_cache = [places.cache_dir / name for name in (FETCHED_DIR, *store.STAGES)]
     for root in [places.output_dir, artifacts, artifacts / "models", *in_cache]:
         sweep_leftovers(root)
-    with contextlib.ExitStack() as stack:
-        sweep = Sweep(decision, places, stack)
-        return [item for item in decision.freed if sweep.remove(item)]
+    sweep = Sweep(decision, places)
+    return [item for item in decision.freed if sweep.remove(item)]
 
 
 class Sweep:
-    """How each kind goes; clients are made when the first one of their kind does."""
+    """How each kind goes."""
 
-    def __init__(self, decision: Decision, places: Places, stack: contextlib.ExitStack):
-        self.decision, self.places, self.stack = decision, places, stack
+    def __init__(self, decision: Decision, places: Places):
+        self.decision, self.places = decision, places
 
     def remove(self, item: Item) -> bool:
         """Whether it went."""
         kind, name = item.key
-        if kind == FLOW_RUN:
-            in_prefect.remove(self.prefect, name)
-        elif kind in (RUN, CHECKPOINTS):
+        if kind in (RUN, CHECKPOINTS):
             return remove_of_run(Path(name), Path(name) if kind == RUN else Path(name).parent)
-        elif kind in (VERSION, MODEL, MLFLOW_RUN):
+        if kind in (VERSION, MODEL, MLFLOW_RUN):
             return self.mlflow.remove(kind, name)
-        elif kind == FETCHED:
+        if kind == FETCHED:
             move_away(Path(name))
         else:
             store.discard(Path(name))
         return True
-
-    @cached_property
-    def prefect(self) -> Any:
-        from prefect.client.orchestration import get_client
-
-        return self.stack.enter_context(get_client(sync_client=True))
 
     @cached_property
     def mlflow(self) -> "Mlflow":

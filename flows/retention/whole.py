@@ -1,8 +1,8 @@
 """All that there is, put together for the policy.
 
 In: the places of the settings. Out: `Found`: items, what is kept because other output directories use the same cache,
-and what could not be looked at, which is then left alone: without the Prefect server no flow run goes and no unfinished
-run of a deployment; with a preparation at work, or a user of the cache whose registry does not answer, nothing of the
+and what could not be looked at, which is then left alone: without the Prefect server no unfinished run of a
+deployment; with a preparation at work, or a user of the cache whose registry does not answer, nothing of the
 cache. Cost: that of its parts.
 """
 
@@ -42,15 +42,14 @@ class Found:
 def look(places: Places, cache_is_free: bool) -> Found:
     """Everything; reads only."""
     found = Found()
-    flow_runs = in_prefect.flow_runs()
-    if flow_runs is None:
-        found.left.append("Prefect's runs, and unfinished runs of its deployments: no server answers (panda up)")
-    is_open: Callable[[str], bool] = (lambda run: run in flow_runs.open) if flow_runs else (lambda _: True)
+    going_on = in_prefect.going_on()
+    if going_on is None:
+        found.left.append("unfinished runs of Prefect's deployments: no server answers (panda up)")
+    is_open: Callable[[str], bool] = (lambda _: True) if going_on is None else (lambda run: run in going_on)
     mine = in_mlflow.held(places.registry) if places.registry else in_mlflow.Held([], {}, [], {})
     found.items += in_mlflow.items(mine, places.output_dir, places.cache_dir)
     for rank, run in enumerate(on_disk.runs(places.output_dir, is_open)):
         found.items += _run(run, rank, mine, places.cache_dir)
-    found.items += flow_runs.items if flow_runs else []
     found.items += _cache(places, found, cache_is_free)
     return found
 
