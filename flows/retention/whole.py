@@ -6,7 +6,7 @@ deployment; with a preparation at work, or a user of the cache whose registry do
 cache. Cost: that of its parts.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -45,7 +45,10 @@ def look(places: Places, cache_is_free: bool) -> Found:
     going_on = in_prefect.going_on()
     if going_on is None:
         found.left.append("unfinished runs of Prefect's deployments: no server answers (panda up)")
-    is_open: Callable[[str], bool] = (lambda _: True) if going_on is None else (lambda run: run in going_on)
+
+    def is_open(flow_run: str) -> bool:
+        return going_on is None or flow_run in going_on
+
     mine = in_mlflow.held(places.registry) if places.registry else in_mlflow.Held([], {}, [], {})
     found.items += in_mlflow.items(mine, places.output_dir, places.cache_dir)
     for rank, run in enumerate(on_disk.runs(places.output_dir, is_open)):
@@ -75,15 +78,15 @@ def _cache(places: Places, found: Found, is_free: bool) -> list[Item]:
 
 
 def _other_users(places: Places) -> Iterator[Item]:
-    """What runs and versions of other output directories need of this cache."""
-    for name in in_use.users(places.cache_dir):
-        other = Path(name)
-        if on_disk.resolved(other) == on_disk.resolved(places.output_dir) or not other.is_dir():
-            continue
-        uris = {_uri(None, other)}
+    """What runs of other output directories need of this cache, and versions in other registries than ours."""
+    mine = on_disk.resolved(places.output_dir)
+    others = [Path(name) for name in in_use.users(places.cache_dir) if on_disk.resolved(name) != mine]
+    for other in [places.output_dir, *others]:
+        uris = {_uri(None, other), f"sqlite:///{other / 'mlflow.db'}"}
         for run in on_disk.runs(other, lambda _: True):
             needs = on_disk.data_of(run.config) | in_mlflow.weights_of(run.config, places.cache_dir)
-            yield Item(Key(ELSEWHERE, run.key.name), needs=frozenset(needs), keep=ELSEWHERE)
+            if other in others:
+                yield Item(Key(ELSEWHERE, run.key.name), needs=frozenset(needs), keep=ELSEWHERE)
             uris.add(_uri(run.config.get("mlflow_tracking_uri"), other))
         for uri in uris - {places.registry.uri if places.registry else ""}:
             if not is_missing(uri):
