@@ -24,7 +24,7 @@ WHAT = {
     "step": "forward, backward, update",
     "evaluate": "held-out rows, weights in memory",
     "save": "a copy of the shards, written beside the training",
-    "export": "gathered and written tensor by tensor",
+    "export": "shards written by who holds them; an adapter is gathered",
 }
 
 

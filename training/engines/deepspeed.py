@@ -26,12 +26,13 @@ from torch import Tensor, nn
 
 from training.devices import any_device, compute_dtype, uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, Piece, Stored, saved, set_learning_rate, share, trainable
+from training.engines.engine import WEIGHT, Stored, saved, set_learning_rate, share, trainable
 from training.engines.optimizers import build_optimizer, restored_states
 from training.launch.heartbeat import Heartbeat
 from training.lean_imports import UNUSED, without
 from training.models.deferred import Values, check_filled, make_shardable
 from training.models.loss import CausalLMLoss
+from training.models.shards import Piece
 from training.settings import TrainSettings
 
 REDUCE_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own default
@@ -305,12 +306,22 @@ class DeepSpeedEngine:
                 parameter.partition()  # small ones are kept gathered, with the values of before
                 parameter.ds_tensor.data.copy_(mine)
 
-    def weights(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
+    def held(self) -> Iterator[tuple[str, Piece]]:
+        value: Any  # DeepSpeed gives parameters fields of its own
+        for name, value in saved(self.module):
+            if hasattr(value, "ds_id"):  # ZeRO 3
+                start, length = self._partition(value)
+                yield name, Piece(value.ds_tensor.detach()[:length], start, tuple(value.ds_shape))
+            else:
+                yield name, share(value, self.ranks)
+
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
         from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 
-        for name, value in saved(self.module, trained_only):
-            with GatheredParameters([value] if self.stage == 3 and hasattr(value, "ds_id") else []):
-                yield name, value.detach().cpu().clone()
+        for name, value in saved(self.module):
+            if value.requires_grad:
+                with GatheredParameters([value] if hasattr(value, "ds_id") else []):
+                    yield name, value.detach().cpu().clone()
 
 
 def _zeros(shard: Tensor, stored: Stored) -> Tensor:

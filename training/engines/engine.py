@@ -4,11 +4,11 @@ DeepSpeed (`deepspeed.py`) and FSDP2 (`fsdp.py`) implement it. Both average grad
 loop undoes that by multiplying the loss by `averaging`, so that gradients are sums, as if one rank had done it all.
 
 `read` and `write` speak of pieces of whole parameters, by name and place: a checkpoint of N ranks therefore resumes on
-M. No rank is asked for what another one has, and nothing is gathered. `weights` gathers, one tensor at a time.
+M. No rank is asked for what another one has, and nothing is gathered: nor by `held`, which gives what is deployed.
+`gathered` is for adapters, one tensor at a time.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -16,17 +16,9 @@ from torch import Tensor, nn
 
 from training.distributed import Ranks
 from training.models.loss import CausalLMLoss, causal_model
+from training.models.shards import Piece
 
 WEIGHT = "weight"  # key of the parameter itself, float32, beside its optimizer state
-
-
-@dataclass(frozen=True)
-class Piece:
-    """This rank's part of a weight or of an optimizer state: contiguous numbers of the flattened tensor, maybe none."""
-
-    value: Tensor  # ``(n,)``, where the engine keeps it: copy it before the next step
-    start: int  # the first of them in the whole tensor
-    shape: tuple[int, ...]  # of the whole tensor; () for a number, such as the steps made
 
 
 class Stored(Protocol):
@@ -70,8 +62,14 @@ class Engine(Protocol):
     def write(self, name: str, states: Mapping[str, Stored]) -> None:
         """Put back what `read` gave, on whichever ranks: takes the ranges of this rank's shard."""
 
-    def weights(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
-        """(name, whole weight on the CPU) of every tensor of the model, or of the trained ones. All ranks together."""
+    def held(self) -> Iterator[tuple[str, Piece]]:
+        """(name, this rank's part) of every tensor that is saved with the model, in the type in which it is used.
+
+        Together the ranks have each number once.
+        """
+
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
+        """(name, whole weight on the CPU) of every trained parameter. All ranks together."""
 
 
 def model_name(name: str) -> str:
@@ -91,10 +89,9 @@ def decoder_layers(module: CausalLMLoss) -> list[nn.Module]:
     return [part for part in module.modules() if type(part).__name__ in names]
 
 
-def saved(module: CausalLMLoss, trained_only: bool) -> list[tuple[str, Tensor]]:
-    """(name inside the model, its tensor as it is) of what is saved with a model, or of what of that is trained."""
-    tensors = module.model.state_dict(keep_vars=True).items()
-    return [(name, value) for name, value in tensors if value.requires_grad or not trained_only]
+def saved(module: CausalLMLoss) -> list[tuple[str, Tensor]]:
+    """(name inside the model, its tensor as it is) of what is saved with a model."""
+    return list(module.model.state_dict(keep_vars=True).items())
 
 
 def share(value: Tensor, ranks: Ranks) -> Piece:

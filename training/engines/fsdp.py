@@ -25,7 +25,6 @@ from training.devices import uses_bf16
 from training.distributed import Ranks
 from training.engines.engine import (
     WEIGHT,
-    Piece,
     Stored,
     decoder_layers,
     saved,
@@ -38,6 +37,7 @@ from training.launch.heartbeat import Heartbeat
 from training.models.attention import PLAIN
 from training.models.deferred import Value, Values, check_filled, make_shardable, replace
 from training.models.loss import CausalLMLoss, causal_model
+from training.models.shards import Piece
 from training.settings import TrainSettings
 
 PARTS = 64  # a unit on a CPU is at most such a part of the model
@@ -134,9 +134,15 @@ class FsdpEngine:
             run_check=False, shape=parameter.shape, stride=parameter.stride(),
         )  # fmt: skip
 
-    def weights(self, trained_only: bool) -> Iterator[tuple[str, Tensor]]:
-        for name, value in saved(self.module, trained_only):
-            yield name, whole(value.detach()).cpu().clone()
+    def held(self) -> Iterator[tuple[str, Piece]]:
+        for name, value in saved(self.module):
+            sharded = isinstance(value, DTensor)
+            yield name, self._piece(value.detach(), value) if sharded else share(value, self.ranks)
+
+    def gathered(self) -> Iterator[tuple[str, Tensor]]:
+        for name, value in saved(self.module):
+            if value.requires_grad:
+                yield name, whole(value.detach()).cpu().clone()
 
 
 def shard(module: CausalLMLoss, ranks: Ranks, values: Values, precision: MixedPrecisionPolicy) -> None:

@@ -3,14 +3,14 @@
 In: settings, directories, device. Out: a transformers model (wrapped by peft for LoRA) that computes on `device`
 after the engine has put its weights in place: until then they are in their files (`deferred.py`), or are still to be
 drawn (`drawn.py`). Saving writes what is deployed: safetensors (the adapter only for LoRA), the tokenizer's files and a
-generation config with eos. Cost: headers of files; a tensor at a time in CPU memory of rank 0 while saving.
+generation config with eos. Cost: headers of files.
 
 peft and bitsandbytes are imported only when asked for: they take up to 20 s on a cold disk.
 """
 
 import logging
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from training.models.drawn import drawn
 from training.models.hub import base_of
 from training.models.loss import causal_model
 from training.models.transformers4 import write_for_transformers4
-from training.models.weight_files import write_streamed
+from training.models.weight_files import write_whole
 from training.settings import TrainSettings
 
 silence_vain_warnings()
@@ -208,19 +208,21 @@ def _check_vocabulary(model: PreTrainedModel, tokenizer_dir: str) -> None:
         )
 
 
-def save_model(
-    model: Any, weights: Mapping[str, Tensor] | Iterable[tuple[str, Tensor]], tokenizer_dir: str, directory: Path
-) -> None:
-    """Write the model, or the adapter of peft's wrapper of one, for deployment; rank 0 only.
+def save_model(model: Any, weights: Mapping[str, Tensor], tokenizer_dir: str, directory: Path) -> None:
+    """Write the model, or the adapter of peft's wrapper of one, for deployment; one process.
 
-    :param weights: whole weights and their names, which the engine gathers; those of a model are written as they come
+    :param weights: whole weights and their names
     """
-    pairs = weights.items() if isinstance(weights, Mapping) else weights
     if causal_model(model) is not model:
         directory.mkdir(parents=True, exist_ok=True)
-        model.save_pretrained(directory, state_dict=dict(pairs))
+        model.save_pretrained(directory, state_dict=dict(weights))
     else:
-        write_streamed(model, pairs, directory)
+        write_whole(model, weights, directory)
+    save_companions(model, tokenizer_dir, directory)
+
+
+def save_companions(model: Any, tokenizer_dir: str, directory: Path) -> None:
+    """Everything that belongs to the weights in a directory, which are then looked at."""
     copy_tokenizer(tokenizer_dir, directory)
     generation = causal_model(model).generation_config or GenerationConfig()
     tokens: dict[str, Any] = {name: value for name, value in special_tokens(tokenizer_dir).items() if value is not None}

@@ -28,6 +28,15 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
+class Piece:
+    """A rank's part of a tensor: contiguous numbers of the flattened whole, maybe none."""
+
+    value: Tensor  # ``(n,)``, where the engine keeps it: copy it before the next step
+    start: int  # the first of them in the whole tensor
+    shape: tuple[int, ...]  # of the whole tensor; () for a number, such as the steps made
+
+
+@dataclass(frozen=True)
 class TensorInfo:
     """A tensor of a checkpoint and where it is."""
 

@@ -4,8 +4,8 @@ In: `ModelShape`, the training settings, what the ranks run on. Out: `Phase`s in
 settings. Pure arithmetic around the step of `memory.py`. What is taken for granted: each rank reads its own slices of
 the weights, tensor by tensor, or draws them so, but makes some models from scratch whole (`training.models.drawn`);
 evaluation after training uses the weights in memory; a checkpoint is a copy of a rank's part in CPU memory, written
-beside the training; the model is written tensor by tensor; the gate loads models one after the other, shared out over
-the ranks of one machine.
+beside the training; the model is written shard by shard; the gate loads models one after the other, shared out over the
+ranks of one machine.
 """
 
 import itertools

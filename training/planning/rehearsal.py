@@ -6,7 +6,7 @@ project as real ones would; a fake process group stands for the other ranks. Eve
 rank is rank 0, whose shards are the largest.
 
 What is taken for granted: each rank reads only its own slices of the weights; checkpoints are copies of a rank's own
-shards in CPU memory; the model is gathered one tensor at a time when it is written. On GPUs attention saves what the
+shards in CPU memory; ranks write their shards of a model, and gather an adapter. On GPUs attention saves what the
 kernel would (`model_shape.stand_in`), because fake tensors here are the CPU's; frozen 4-bit weights are a stand-in of
 the same bytes. Cost: 15 s of imports and some seconds for each ten layers.
 """
@@ -142,12 +142,15 @@ class _Play:
         return self._phase("save", "checkpoint", self.tally.held, host=_checkpoint_bytes(self.engine))
 
     def export(self) -> Phase:
-        """Every tensor of the adapter, or of the model, whole for a moment on the device and on the CPU."""
+        """Of an adapter every tensor whole for a moment, on the device and on the CPU; of a model a copy of a shard."""
         self.tally.restart()
-        held, module = self.tally.held, self.engine.module
-        deployed = self.engine.parameters.values() if self.settings.use_lora else module.parameters()
-        largest = max(whole(parameter.detach()).nbytes for parameter in deployed)
-        return self._phase("export", "run", held, host=largest)
+        held = self.tally.held
+        if self.settings.use_lora:
+            host = max(whole(parameter.detach()).nbytes for parameter in self.engine.parameters.values())
+        else:
+            shards = (_local(parameter) for parameter in self.engine.module.parameters())
+            host = max(shard.nbytes for shard in shards) if self.wanted.is_gpu else 0
+        return self._phase("export", "run", held, host=host)
 
 
 def _model(settings: TrainSettings, wanted: Rehearsal, ranks: Ranks) -> nn.Module:

@@ -12,8 +12,9 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
+from typing import TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 
 from data_prep.plan.reader import open_plan
 from data_prep.targets import load_target
@@ -23,14 +24,14 @@ from training import run_files
 from training.devices import compute_dtype, load_dtype
 from training.distributed import Ranks
 from training.engines.build import build_engine
-from training.errors import CheckpointError
+from training.errors import CheckpointError, ModelError
 from training.launch import ownership
 from training.launch.events import emit, training_done
 from training.launch.exits import DataError, TrainingStopped
 from training.launch.heartbeat import Heartbeat
 from training.launch.run_config import RunConfig
 from training.lean_imports import UNUSED, without
-from training.models import build
+from training.models import build, weight_files
 from training.models.loss import CausalLMLoss, causal_model
 from training.planning.memory import disk_bytes
 from training.trainer import checkpoint, loop, metrics, packing_check
@@ -38,13 +39,14 @@ from training.trainer.batches import batch_schedule
 from training.trainer.checkpoint import Progress
 from training.trainer.loop import Run, StopSignal
 from training.trainer.metrics import num_elements
-from training.trainer.saver import Saver
+from training.trainer.saver import Saver, wait_until_seen
 from training.trainer.schedule import schedule
 
 SCHEDULE = "schedule.json"
 """What a run that has no checkpoint yet keeps when it is resumed, whatever its ranks are then."""
 
 log = logging.getLogger(__name__)
+T = TypeVar("T")
 
 
 def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
@@ -156,27 +158,51 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
 
 
 def save_model(config: RunConfig, run: Run, progress: Progress) -> None:
-    """RUN/model, written beside and renamed. All ranks gather a tensor at a time, rank 0 writes it."""
+    """RUN/model, written beside and renamed when all of it is on the disk. All ranks together."""
     final, temporary = config.run_dir / run_files.MODEL, config.run_dir / ".model"
-    weights = _gathered(run, progress)
     if run.ranks.is_first:
         shutil.rmtree(temporary, ignore_errors=True)
-        build.save_model(run.engine.module.model, weights, config.tokenizer_dir, temporary)
+    (_write_adapter if run.settings.use_lora else _write_weights)(run, progress, temporary)
+    if run.ranks.is_first:
+        build.save_companions(run.engine.module.model, config.tokenizer_dir, temporary)
         save_chat_template(config, temporary)
         ownership.check(config.run_dir)
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
         emit({"event": "model", "path": str(final)})
-    for _ in weights:
-        pass
     run.ranks.barrier()
 
 
-def _gathered(run: Run, progress: Progress) -> Iterator[tuple[str, Tensor]]:
-    """What is deployed, tensor by tensor; a stop is obeyed between two of them. All ranks together."""
-    names = run.engine.trained() if run.settings.use_lora else run.engine.module.model.state_dict()
-    alive = Heartbeat("writing the model", len(names), "tensors")
-    for done, weight in enumerate(run.engine.weights(trained_only=run.settings.use_lora)):
+def _write_adapter(run: Run, progress: Progress, directory: Path) -> None:
+    """All ranks gather it, rank 0 writes it."""
+    gathered = _watched(run, progress, run.engine.gathered(), len(run.engine.trained()))
+    weights = {name: value for name, value in gathered if run.ranks.is_first}
+    if run.ranks.is_first:
+        run.engine.module.model.save_pretrained(directory, state_dict=weights)  # type: ignore[operator]  # peft's
+
+
+def _write_weights(run: Run, progress: Progress, directory: Path) -> None:
+    """Every rank writes what it holds.
+
+    :raises ModelError: fewer numbers were written than the files have room for.
+    """
+    model = run.engine.module.model
+    room = weight_files.begin(model, run.engine.held(), directory) if run.ranks.is_first else 0
+    run.ranks.barrier()
+    wait_until_seen(directory, run.ranks)
+    pieces = _watched(run, progress, run.engine.held(), len(model.state_dict()))
+    written = weight_files.write_pieces(directory, pieces)
+    missing = run.ranks.sum(float(room - written))[0]
+    if missing:
+        raise ModelError(f"{directory}: {missing:.0f} bytes of the weights were written by no rank")
+    if run.ranks.is_first:
+        weight_files.finish(model, directory)
+
+
+def _watched(run: Run, progress: Progress, weights: Iterator[tuple[str, T]], count: int) -> Iterator[tuple[str, T]]:
+    """The weights one by one; a stop is obeyed between two of them. All ranks together."""
+    alive = Heartbeat("writing the model", count, "tensors")
+    for done, weight in enumerate(weights):
         loop.obey(run, progress)
         alive(done)
         yield weight

@@ -152,14 +152,7 @@ class Saver:
         if self.ranks.is_first:
             (self.root / temporary_name(step, token)).mkdir(parents=True)
         directory = self.root / temporary_name(step, int(self.ranks.max(float(token))[0]))
-        until = time.monotonic() + VISIBLE_SECONDS
-        while not directory.is_dir():
-            if time.monotonic() > until:
-                raise CheckpointError(
-                    f"{directory}: rank {self.ranks.rank} does not see what rank 0 has made; output_dir has to lie on "
-                    "a file system that all machines share"
-                )
-            time.sleep(LOOK_SECONDS)
+        wait_until_seen(directory, self.ranks)
         return directory
 
     def _write(
@@ -187,6 +180,21 @@ class Saver:
             path.unlink()
         checkpoint.check_sizes(writing.directory, marker["files"])
         return True
+
+
+def wait_until_seen(directory: Path, ranks: Ranks) -> None:
+    """Until this rank sees what rank 0 has made.
+
+    :raises CheckpointError: it does not.
+    """
+    until = time.monotonic() + VISIBLE_SECONDS
+    while not directory.is_dir():
+        if time.monotonic() > until:
+            raise CheckpointError(
+                f"{directory}: rank {ranks.rank} does not see what rank 0 has made; output_dir has to lie on "
+                "a file system that all machines share"
+            )
+        time.sleep(LOOK_SECONDS)
 
 
 def temporary_name(step: int, token: int) -> str:

@@ -219,7 +219,7 @@ def test_exact_names_the_phases_that_do_not_fit(workplace, capsys):
     assert main([*flags, "--gpu_memory_gb", "80", "--json"]) == 0
     exact = json.loads(capsys.readouterr().out.splitlines()[-1])["exact"]
     assert [phase["name"] for phase in exact["phases"]] == ["load", "step", "evaluate", "save", "export"]
-    assert exact["fits"] and exact["phases"][1]["sent"] > exact["phases"][4]["sent"] > exact["phases"][3]["sent"] == 0
+    assert exact["fits"] and [phase["sent"] > 0 for phase in exact["phases"]] == [False, True, True, False, False]
     assert main([*flags, "--gpu_memory_gb", "1.1"]) == 0
     shown = capsys.readouterr().out
     assert "rank 0 of 4 GPUs, bfloat16, 1.1 GB each" in shown

@@ -52,6 +52,7 @@ def test_what_is_trained_decides_what_is_held_saved_and_sent():
     adapter = 2 * 4 * (4 * (256 + 256) + 3 * (256 + 512))
     assert lora["save"].host == pytest.approx(adapter * 12 / 4, rel=0.05)
     assert lora["export"].sent == pytest.approx(adapter * 4 * 3 / 4, rel=0.01)
+    assert full["export"].sent == 0, "every rank writes its own shards"
     four_bits = body / 2 / 4 + body * (1 / 64 + 4 / (64 * 256)) + (parameters - body + adapter) * 4 / 4
     assert quant["load"].held == pytest.approx(four_bits, rel=0.05)
     assert quant["step"].sent < lora["step"].sent < full["step"].sent
