@@ -97,6 +97,17 @@ class UnattendedSettings(Settings):
         description="How often a deployed run that crashed (process, worker, machine or server lost) is started again "
         "by itself, from its newest checkpoint, as long as `panda up` is up. 0 = never.",
     )
+    keep_versions: int = Field(
+        5,
+        ge=1,
+        description="`panda gc` keeps so many of the newest versions of each model, beside those with an alias and "
+        "what these were made of.",
+    )
+    keep_days: float = Field(
+        30,
+        ge=0,
+        description="`panda gc` keeps what is younger: versions, runs, checkpoints, prepared data, runs in MLflow.",
+    )
 
 
 class PandaSettings(

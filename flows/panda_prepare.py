@@ -4,11 +4,13 @@ In: the settings of the data as parameters. Out: the data report. What it makes 
 finds it. No `from __future__ import annotations` here: `flow.serve` fails on it.
 """
 
+from pathlib import Path
 from typing import Any
 
 from prefect.client.schemas.objects import State
 
 from configs.settings import RunSettings
+from data_prep import in_use
 from data_prep.errors import PandaError
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from flows.parts import flow_states
@@ -34,7 +36,9 @@ def panda_prepare(**parameters: Any) -> State[Any]:
     begin()
     watch = Stopwatch()
     try:
-        prepared = prepare_data(configure(parameters).settings, watch)
+        settings = configure(parameters).settings
+        with in_use.using(Path(settings.cache_dir)):
+            prepared = prepare_data(settings, watch)
     except EarlyExit as early:
         return flow_states.completed(early.summary)
     except PandaError as error:

@@ -5,6 +5,7 @@ also RUN/summary.json. The flow is order and meaning of failures; every stage is
 its work is there, and can be read in `tasks/`. No `from __future__ import annotations` here: `flow.serve` fails on it.
 """
 
+import contextlib
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled
 
 from configs.settings import PandaSettings
+from data_prep import in_use
 from data_prep.errors import PandaError, disk_errors
 from flows.parts import approval, flow_states, overview, policy, run_dir
 from flows.parts.champion import with_replay
@@ -71,6 +73,13 @@ def run_stages(settings: PandaSettings) -> Summary:
     done = run_dir.finished_by(of_deployment(), settings)
     if done:
         return done
+    with contextlib.ExitStack() as in_cache:  # until config.yaml says what of the cache this run needs
+        in_cache.enter_context(in_use.using(Path(settings.cache_dir)))
+        return _in_run_dir(settings, watch, in_cache)
+
+
+def _in_run_dir(settings: PandaSettings, watch: Stopwatch, in_cache: contextlib.ExitStack) -> Summary:
+    """The data, then a directory for the run, then the stages that need one."""
     if settings.from_stage in AFTER_DATA:
         run = run_dir.create(settings.model_copy(update={"resume": True}))
         prepared, resume, is_new = prepared_before(run), True, False
@@ -86,6 +95,7 @@ def run_stages(settings: PandaSettings) -> Summary:
     with ownership.owning(run.path, of_deployment()):
         if is_new:
             run_dir.write_config(run, settings, {"run_dir": run.path, **prepared.paths})
+        in_cache.close()
         return train_in(run, settings, prepared, resume, watch)
 
 

@@ -23,8 +23,8 @@ MAY_IMPORT = {
 CONFIGS_MAY_SEE = {"data_prep.settings", "data_prep.errors", "training.settings", "training.planning.compatibility"}
 FLOORS = {
     "data_prep": [
-        "errors", "settings store processes owner", "allowed intact", "targets", "tokenizer", "places", "records",
-        "tokens", "plan", "inspection pipeline sample",
+        "errors", "settings store processes owner in_use", "allowed intact", "targets", "tokenizer", "places",
+        "records", "tokens", "plan", "inspection pipeline sample",
     ],
     "training": [
         "errors settings lean_imports run_files", "rendezvous", "distributed devices", "launch models", "engines",
@@ -33,7 +33,7 @@ FLOORS = {
     ],
     "configs": ["errors settings", "field_types guide_names", "load", "cli", "docs"],
     "tasks": ["stage reporting cluster", "prepare train register gate"],
-    "flows": ["stack", "parts", "panda_train panda_prepare panda_evaluate watch", "cli"],
+    "flows": ["stack", "parts", "panda_train panda_prepare panda_evaluate watch", "cli", "retention"],
 }  # fmt: skip
 """The rooms of a package, ground floor first: a room imports only rooms of lower floors."""
 TRAINS = {"trainer", "engines", "models", "planning", "launch", "worker"}

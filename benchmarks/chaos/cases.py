@@ -10,7 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.chaos import fuzz
+from benchmarks.chaos.damage import damage_cache
 from benchmarks.chaos.findings import Round, Row
+from benchmarks.chaos.hostile import bombs, configurations, own_code
 from benchmarks.chaos.kill_preparation import kill_preparation
 from benchmarks.chaos.kill_ranks import kill_ranks
 from benchmarks.chaos.readers import READERS
@@ -29,6 +31,10 @@ def fuzz_case(seed: int, ground: Path) -> Round:
 CASES: dict[str, Case] = {
     "kill-ranks": kill_ranks,
     "kill-preparation": kill_preparation,
+    "damage": damage_cache,
+    "bombs": bombs,
+    "own-code": own_code,
+    "settings": configurations,
     "fuzz": fuzz_case,
 }
 """Name -> what is broken. In the order of the table."""

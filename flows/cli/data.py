@@ -14,6 +14,7 @@ from typing import Any
 
 from configs.cli import CONF_PATH, JSON, PRINT_CONFIG, VERBOSE, Switch, configure
 from configs.settings import PandaSettings
+from data_prep import in_use
 from data_prep.errors import PandaError
 from data_prep.pipeline import Preparation, run_stages
 from data_prep.plan.build import PlanResult
@@ -126,6 +127,7 @@ def _prepare(settings: PandaSettings) -> tuple[PlanResult, LoadedTokenizer]:
     if checkpoint is not None:
         directory = description(settings) or resolve_checkpoint(checkpoint)  # the latter says why there is none
     cache_dir = Path(settings.cache_dir)
+    in_use.use_until_exit(cache_dir)
     result = run_stages(Preparation.of(settings, directory, cache_dir, _Progress()))
     return result, load_tokenizer(Path(result.tokenizer_dir), cache_dir)
 

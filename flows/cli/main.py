@@ -46,6 +46,7 @@ VERBS: dict[str, tuple[str, str]] = {
     "benchmark": ("cli.use:benchmark", "ask a version tasks of lm-eval, scores to MLflow"),
     "reproduce": ("cli.reproduce:main", "train the first steps of a version again; the losses must agree"),
     "takedown": ("cli.registry:takedown", "take a record down, and tag the versions that saw it"),
+    "gc": ("retention.verb:main", "show or free what no version and no run needs any more"),
     "completion": ("cli.main:completion", 'print a shell completion script: eval "$(panda completion)"'),
     "verify": ("cli.data:verify", "read all prepared data again and compare hashes"),
 }

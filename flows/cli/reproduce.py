@@ -13,6 +13,7 @@ from typing import Any
 
 from configs.cli import Switch
 from configs.settings import PandaSettings
+from data_prep import in_use
 from data_prep.errors import PandaError
 from data_prep.pipeline import Preparation, run_stages
 from flows.cli.console import stdout_console
@@ -37,6 +38,7 @@ def main(argv: list[str]) -> int:
     """Train the first steps again and compare."""
     text = "Rebuild data and configuration of a version from the registry; check that its first losses agree."
     verb = parse_verb("panda reproduce VERSION", text, argv, (STEPS,))
+    in_use.use_until_exit(verb.cache_dir)
     version = verb.registry.resolve(verb.words[0])
     config = config_of(verb.registry, version)
     if not config:

@@ -22,6 +22,7 @@ import yaml
 from configs.errors import ConfigError
 from configs.load import Loaded, load
 from configs.settings import PandaSettings, UnattendedSettings
+from data_prep import in_use
 from training import run_files
 from training.launch import ownership
 from training.launch.exits import ExitReason
@@ -223,6 +224,7 @@ def _existing(output: Path, name: str | None) -> RunDir:
 def write_config(run: RunDir, settings: PandaSettings, paths: dict[str, Path | None]) -> None:
     """Write ``config.yaml``: the flat configuration and ``paths``, all that a rank of the training needs to know."""
     content = settings.model_dump(mode="json")
+    in_use.note_user(Path(settings.cache_dir), run.path.parent)
     content["paths"] = {name: str(path.absolute()) if path else None for name, path in paths.items()}
     run_files.write_atomically(run.config, yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
     logger.info("all settings of this run: %s (--conf_path takes such a file)", run.config)

@@ -29,6 +29,7 @@ from training.tracking.tags import (
     REASONS_TAG,
     REPLACED_TAG,
     ROLLED_BACK_TAG,
+    WEIGHTS_FREED_TAG,
 )
 
 PASSED, FAILED = "passed", "failed"
@@ -87,6 +88,7 @@ def make_champion(registry: Registry, version: Version) -> Version | None:
 def promote(registry: Registry, reference: str, despite_gate: bool) -> tuple[Version, Version | None]:
     """Make a version the champion by hand; one that failed the gate, never saw it, or was refused, only on demand."""
     version = registry.resolve(reference)
+    _check_has_weights(version)
     obstacle = _obstacle(version)
     if obstacle and not despite_gate:
         raise RegistryError(f"{version.uri} {obstacle}. To promote it nevertheless: --despite_gate")
@@ -105,6 +107,12 @@ def _obstacle(version: Version) -> str | None:
     return f"has not passed the gate: {version.tags.get(REASONS_TAG, 'it was never compared')}"
 
 
+def _check_has_weights(version: Version) -> None:
+    freed = version.tags.get(WEIGHTS_FREED_TAG)
+    if freed:
+        raise RegistryError(f"{version.uri}: its weights were freed by panda gc ({freed}); only its lineage is left")
+
+
 def rollback(registry: Registry, name: str) -> tuple[Version, Version]:
     """Give the alias back to the version that was champion before; returns (champion now, champion until now)."""
     current = registry.resolve(f"{name}@{CHAMPION}")
@@ -112,6 +120,7 @@ def rollback(registry: Registry, name: str) -> tuple[Version, Version]:
     if replaced is None:
         raise RegistryError(f"{current.uri} replaced no other champion, so there is nothing to go back to")
     before = registry.resolve(f"{name}/{replaced}")
+    _check_has_weights(before)
     registry.set_alias(before, CHAMPION)
     registry.tag(current, {ROLLED_BACK_TAG: time.strftime("%Y-%m-%dT%H:%M:%S")})
     return before, current

@@ -77,7 +77,7 @@ class Registry:
 
     def names(self) -> list[str]:
         """Registered models."""
-        return sorted(model.name for model in _pages(self.client.search_registered_models))
+        return sorted(model.name for model in pages(self.client.search_registered_models))
 
     def versions(self, name: str | None = None) -> list[Version]:
         """All versions (of a model), by name and number."""
@@ -86,7 +86,7 @@ class Registry:
 
     def _versions(self, name: str) -> list[Version]:
         aliases = self._aliases(name)
-        found = _pages(self.client.search_model_versions, filter_string=f"name = '{name}'")
+        found = pages(self.client.search_model_versions, filter_string=f"name = '{name}'")
         return [_version(entity, aliases) for entity in found]
 
     def _aliases(self, name: str) -> dict[str, int]:
@@ -121,7 +121,7 @@ class Registry:
 
     def of_run(self, run_id: str) -> Version | None:
         """The version that a run registered."""
-        found = _pages(self.client.search_model_versions, filter_string=f"run_id = '{run_id}'")
+        found = pages(self.client.search_model_versions, filter_string=f"run_id = '{run_id}'")
         return _version(found[0], self._aliases(found[0].name)) if found else None
 
     def tag(self, version: Version, tags: dict[str, str]) -> None:
@@ -206,7 +206,7 @@ def _version(entity: Any, aliases: dict[str, int]) -> Version:
     )
 
 
-def _pages(search: Any, **options: Any) -> list[Any]:
+def pages(search: Any, **options: Any) -> list[Any]:
     """All results of a search of MLflow."""
     found, token = [], None
     while True:

@@ -27,6 +27,7 @@ COMMENT_TAG = "panda.approval.comment"
 REPLACED_TAG = "panda.replaced_champion"  # the version that was champion before this one
 PROMOTED_BY_HAND_TAG = "panda.promoted_by_hand"  # when
 ROLLED_BACK_TAG = "panda.rolled_back"  # when
+WEIGHTS_FREED_TAG = "panda.weights_freed"  # when; such a version is there for its lineage alone
 TAKEDOWN_TAG = "panda.takedown."  # + content hash
 BENCHMARK_TAG = "panda.benchmark."  # + task of lm-eval
 
