@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 NEW_WORDS = 0.04
+SHORT_RECORDS_PER_FILE = 260
 
 
 def main() -> None:
@@ -53,6 +54,34 @@ def write_corpus(real: Path, out: Path, megabytes: int, seed: int = 0, name: str
             text = json.dumps({"text": make.text(3000)}, ensure_ascii=False)
             stream.write(text + "\n")
             size += len(text.encode())
+
+
+def write_short_corpus(real: Path, out: Path, num_records: int, seed: int = 0) -> None:
+    """Short Chinese texts, about 227 bytes a record: half documents in many small arrays, half answers in one file."""
+    rng = np.random.default_rng(seed)
+    _, chinese = real_texts(real)
+    (out / "instruction").mkdir(parents=True, exist_ok=True)
+    (out / "pretraining").mkdir(parents=True, exist_ok=True)
+    num_documents = num_records // 2
+    for first in range(0, num_documents, SHORT_RECORDS_PER_FILE):
+        count = min(SHORT_RECORDS_PER_FILE, num_documents - first)
+        titles, contents = (short_texts(chinese, count, length, rng) for length in (8, 60))
+        records = ({"title": title, "content": content} for title, content in zip(titles, contents, strict=True))
+        text = ",\n".join(json.dumps(record, ensure_ascii=False) for record in records)
+        (out / "pretraining" / f"made-{first:07}.json").write_text(f"[\n{text}\n]\n", encoding="utf-8")
+    count = num_records - num_documents
+    asked, answered = (short_texts(chinese, count, length, rng) for length in (18, 50))
+    with (out / "instruction" / "made.jsonl").open("w", encoding="utf-8") as stream:
+        for question, answer in zip(asked, answered, strict=True):
+            stream.write(json.dumps({"instruction": question, "output": answer}, ensure_ascii=False) + "\n")
+
+
+def short_texts(chinese: str, count: int, length: int, rng: np.random.Generator) -> list[str]:
+    """So many texts of about ``length`` characters, each of two cuts of the real text."""
+    sizes = 1 + rng.poisson(length / 2, (count, 2))
+    starts = rng.integers(0, len(chinese) - sizes.max(), (count, 2))
+    cuts = np.stack([starts, starts + sizes], axis=2).reshape(count, 4).tolist()
+    return [chinese[a:b] + chinese[c:d] for a, b, c, d in cuts]
 
 
 def real_texts(real: Path) -> tuple[str, str]:

@@ -75,7 +75,7 @@ def made_units(work: Path, number: int) -> TokensResult:
     sums = {"examples": len(units) * UNIT_RECORDS, "tokens": sum(unit.tokens for unit in units)}
     result = RecordsResult(
         units=records, fingerprint="made", files=len(units), bytes=0, records=sums["examples"], valid=sums["examples"],
-        rejected={}, reused=0, built=len(units), seconds=0, peak_rss_bytes=0,
+        rejected={}, unread_fields={}, reused=0, built=len(units), seconds=0, peak_rss_bytes=0,
     )  # fmt: skip
     return TokensResult(
         units=units, records=result, tokenizer_dir="", tokenizer_fingerprint="", template_fingerprint="", eos_id=0,
@@ -90,7 +90,8 @@ def _made_unit(cache: Path, number: int) -> TokensUnit:
     tokens = store.build(
         cache / "tokens", f"made-{number}", lambda directory: _write_tokens(directory, runs, built.path.name)
     )
-    facts = {"records": UNIT_RECORDS, "valid": UNIT_RECORDS, "rejected": {}, "text_bytes": 0, "reused": True}
+    counts = {"records": UNIT_RECORDS, "valid": UNIT_RECORDS, "rejected": {}, "unread_fields": {}}
+    facts = {**counts, "text_bytes": 0, "reused": True}
     unit = RecordsUnit(
         path=str(built.path), fingerprint=built.path.name, kind="instruction", source="instruction",
         files=[UnitFile(path=f"made/{number}.jsonl", offset=0, line=1)], **facts,
@@ -98,7 +99,8 @@ def _made_unit(cache: Path, number: int) -> TokensUnit:
     proof = dict.fromkeys(("targets", "targets_ending_in_stop", "targets_decoded_equal", "examples_without_target"), 0)
     return TokensUnit(
         path=str(tokens.path), fingerprint=tokens.path.name, records=unit, examples=UNIT_RECORDS,
-        tokens=int(runs.sum()), target_tokens=int(runs[:, 1].sum()), engine="made", proof=proof, reused=True,
+        tokens=int(runs.sum()), target_tokens=int(runs[:, 1].sum()), engine="made", proof=proof, refused=[],
+        why_refused="", reused=True,
     )  # fmt: skip
 
 

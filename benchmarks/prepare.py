@@ -4,6 +4,7 @@ In: a real corpus to make a large one of (`benchmarks.corpus`), a tokenizer dire
 what is compared, wall and CPU seconds, the ratios of both and the goal.
 
     python -m benchmarks.prepare --real CORPORA --tokenizer DIR --megabytes 100 --peers
+    python -m benchmarks.prepare ... --short 400000     speed on so many short Chinese records, nothing else
     python -m benchmarks.prepare ... --only_growth      full, the same again, 1 % more; at 1x and 8x, by both engines
     python -m benchmarks.prepare ... --only_memory      peak memory at 1x and 8x
 """
@@ -23,7 +24,7 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.corpus import write_corpus
+from benchmarks.corpus import write_corpus, write_short_corpus
 from data_prep.pipeline import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenizer import load_tokenizer
@@ -73,6 +74,7 @@ def main() -> None:
     options.add_argument("--megabytes", type=int, default=100)
     options.add_argument("--work", type=Path, default=Path("/tmp/panda-benchmark"))
     options.add_argument("--peers", action="store_true", help="also datasets + TRL and datatrove (minutes)")
+    options.add_argument("--short", type=int, default=0, help="so many short Chinese records instead, for speed")
     options.add_argument("--only_growth", action="store_true", help="1 %% more data, at 1x and 8x, nothing else")
     options.add_argument("--only_memory", action="store_true", help="peak memory at 1x and 8x, nothing else")
     given = options.parse_args()
@@ -86,7 +88,7 @@ def main() -> None:
 
 def speed(given: argparse.Namespace) -> None:
     """Seconds, and their ratios to those of the tokenizer alone."""
-    data = corpus_of(given, given.megabytes)
+    data = short_corpus_of(given) if given.short else corpus_of(given, given.megabytes)
     base = encode_alone(data, given.tokenizer)
     full, report = prepared(data, given, "auto", "cache")
     say(f"prepare, fast engine ({report['engines']})", full, base, "goal <= 0.25")
@@ -114,6 +116,16 @@ def corpus_of(given: argparse.Namespace, megabytes: int) -> Path:
     return directory
 
 
+def short_corpus_of(given: argparse.Namespace) -> Path:
+    """The corpus of short records, made once."""
+    directory = given.work / f"short-{given.short}"
+    if not (directory / "done").exists():
+        shutil.rmtree(directory, ignore_errors=True)
+        write_short_corpus(given.real, directory, given.short)
+        (directory / "done").touch()
+    return directory
+
+
 def settings_of(data: Path) -> CorpusSettings:
     """Where the corpus is."""
     return CorpusSettings(
@@ -127,6 +139,13 @@ def texts_of(data: Path) -> Iterator[str]:
         for record in json.loads(path.read_text(encoding="utf-8")):
             yield record["instruction"] + ("\n" + record["input"] if record["input"] else "")
             yield record["output"]
+    for path in sorted((data / "instruction").glob("*.jsonl")):
+        with path.open(encoding="utf-8") as lines:
+            for line in lines:
+                yield from json.loads(line).values()
+    for path in sorted((data / "pretraining").glob("*.json")):
+        for record in json.loads(path.read_text(encoding="utf-8")):
+            yield record["title"] + "\n" + record["content"]
     for path in sorted((data / "pretraining").glob("*.jsonl")):
         with path.open(encoding="utf-8") as lines:
             yield from (json.loads(line)["text"] for line in lines)

@@ -24,6 +24,7 @@ from data_prep.records.csv_rows import DELIMITERS, read_csv
 from data_prep.records.files import UnitSpec
 from data_prep.records.json_stream import MAX_RECORD_BYTES, read_blocks
 from data_prep.records.normalise import Decoder, Row, content_hash, normalise
+from data_prep.records.plain import CHUNK, read_plain
 from data_prep.records.reasons import Reason
 from data_prep.records.source import WHOLE, Block, Piece, Source
 from data_prep.records.tables import read_table
@@ -180,8 +181,7 @@ def _write_series(root: Path, spec: UnitSpec) -> list[store.Built]:
     with ExitStack() as temporary:
         series = [_Directory(temporary.enter_context(store.building(root, spec.fingerprint)))]
         for pieces, block in _gathered(_blocks(spec, facts)):
-            parse = decoder.from_mapping if block.is_parsed else decoder.decode
-            validated = _validate(block, parse, spec.kind, spec.strict_fields)
+            validated = _validate(block, decoder, spec.kind, spec.strict_fields)
             edges = [edges[0] if edges else validated.is_rejected(0), validated.is_rejected(-1)]
             if series[-1].text_bytes >= MAX_TEXT_BYTES:
                 series[-1].close()
@@ -262,15 +262,33 @@ def _check_unchanged(source: Source, expected: str) -> None:
         raise CorpusError(f"{piece.path} changed while it was read; run again when nobody writes to it")
 
 
-def _validate(block: Block, parse: Callable[[Any], Row | list], kind: str, strict_fields: bool) -> _Validated:
+def _validate(block: Block, decoder: Decoder, kind: str, strict_fields: bool) -> _Validated:
     result = _Validated(np.full(len(block.records), -1, np.int8))
     for index, fault in block.faults.items():
         result.reasons[index] = REASONS.index(fault)
+    may_be_plain = not (block.is_parsed or decoder.renames)
+    for first in range(0, len(block.records), CHUNK):
+        chunk = range(first, min(first + CHUNK, len(block.records)))
+        is_sound = block.faults.keys().isdisjoint(chunk)
+        if may_be_plain and is_sound and (plain := read_plain(block.records[first : chunk.stop], kind)):
+            result.roles += plain.roles
+            result.texts += plain.texts
+            result.hashes += plain.hashes
+        else:
+            _validate_each(block, chunk, decoder, kind, strict_fields, result)
+    return result
+
+
+def _validate_each(  # noqa: PLR0913, PLR0917  # what all records share
+    block: Block, chunk: range, decoder: Decoder, kind: str, strict_fields: bool, result: _Validated
+) -> None:
+    """Some of the records of a block, one by one."""
+    parse: Callable[[Any], Row | list] = decoder.from_mapping if block.is_parsed else decoder.decode
     unread: list[str] = []
-    for index, record in enumerate(block.records):
+    for index in chunk:
         if index not in block.faults:
             try:
-                roles, texts = normalise(parse(record), kind, unread)
+                roles, texts = normalise(parse(block.records[index]), kind, unread)
                 if sum(map(len, texts)) > MAX_RECORD_BYTES:  # only a user's reader gives as much
                     raise Rejected(Reason.OVERSIZED_RECORD, Reason.OVERSIZED_RECORD.explanation)
                 if unread:
@@ -284,7 +302,6 @@ def _validate(block: Block, parse: Callable[[Any], Row | list], kind: str, stric
             result.roles.append(roles)
             result.texts += texts
             result.hashes.append(content)
-    return result
 
 
 def _note_unread(unread: list[str], counts: Counter[str], strict_fields: bool) -> None:
