@@ -43,6 +43,7 @@ class Run:
     path: Path
     config: dict[str, Any]
     run_id: str | None
+    tracked_in: str  # the MLflow it has told of itself, without a password
     live: str
     finished: bool
 
@@ -73,7 +74,8 @@ def _run(path: Path, is_open: Callable[[str], bool]) -> Run:
     finished = (path / run_files.SUMMARY).exists()
     if not live and owner and not finished and is_open(owner):
         live = "its Prefect run has not ended"
-    return Run(path, read_config(path), record.run_id if record else None, live, finished)
+    run_id, tracked_in = (record.run_id, record.uri) if record else (None, "")
+    return Run(path, read_config(path), run_id, tracked_in, live, finished)
 
 
 def read_config(run_dir: Path) -> dict[str, Any]:
@@ -85,18 +87,19 @@ def read_config(run_dir: Path) -> dict[str, Any]:
     return content if isinstance(content, dict) and isinstance(content.get("paths"), dict) else {}
 
 
-def items_of_run(run: Run, rank: int, needs: set[Key], ranked: set[Key]) -> Iterator[Item]:
+def items_of_run(run: Run, rank: int, needs: set[Key], ranked: set[Key], keep: str) -> Iterator[Item]:
     """The directory, and its checkpoints, which go before it does.
 
     :param needs: what the run needs beside its data.
     :param ranked: the checkpoints as MLflow ranks them; they go with the checkpoints.
+    :param keep: why the directory stays whatever the run itself says; empty: no such reason.
     """
     made = _last_change(run.path)
     unread = "" if run.config else "its config.yaml cannot be read"
     checkpoints = run.path / run_files.CHECKPOINTS
     in_checkpoints = size_of(checkpoints)
     size = size_of(run.path) - in_checkpoints
-    yield Item(run.key, size, made, frozenset(needs) | data_of(run.config), run.live or unread, rank)
+    yield Item(run.key, size, made, frozenset(needs) | data_of(run.config), run.live or unread or keep, rank)
     if checkpoints.is_dir():
         keep = run.live or unread or ("the newest run" if rank == 0 else "")
         yield Item(Key(CHECKPOINTS, resolved(checkpoints)), in_checkpoints, made, frozenset({run.key, *ranked}), keep)

@@ -52,17 +52,25 @@ def look(places: Places, cache_is_free: bool) -> Found:
     mine = in_mlflow.held(places.registry) if places.registry else in_mlflow.Held([], {}, [], {})
     found.items += in_mlflow.items(mine, places.output_dir, places.cache_dir)
     for rank, run in enumerate(on_disk.runs(places.output_dir, is_open)):
-        found.items += _run(run, rank, mine, places.cache_dir)
+        found.items += _run(run, rank, mine, places)
     found.items += _cache(places, found, cache_is_free)
     return found
 
 
-def _run(run: on_disk.Run, rank: int, mine: in_mlflow.Held, cache_dir: Path) -> Iterator[Item]:
+def _run(run: on_disk.Run, rank: int, mine: in_mlflow.Held, places: Places) -> Iterator[Item]:
     """A run needs its MLflow run and the weights it started from; an unfinished one also what it has registered."""
-    needs = in_mlflow.weights_of(run.config, cache_dir)
+    needs = in_mlflow.weights_of(run.config, places.cache_dir)
     if run.run_id:
         needs |= {Key(MLFLOW_RUN, run.run_id)} if run.finished else mine.of_run(run.run_id)
-    return on_disk.items_of_run(run, rank, needs, mine.checkpoints_of(run.key.name))
+    keep = _registered_elsewhere(run, mine, places)
+    return on_disk.items_of_run(run, rank, needs, mine.checkpoints_of(run.key.name), keep)
+
+
+def _registered_elsewhere(run: on_disk.Run, mine: in_mlflow.Held, places: Places) -> str:
+    """Versions of it may be in another MLflow than the one that the settings name now: there nobody has looked."""
+    here = places.registry.shown_uri if places.registry else ""
+    unknown = run.run_id and run.run_id not in mine.runs and run.tracked_in != here
+    return f"known to another MLflow ({run.tracked_in})" if unknown else ""
 
 
 def _cache(places: Places, found: Found, is_free: bool) -> list[Item]:

@@ -155,3 +155,13 @@ def test_what_another_output_directory_needs_of_the_cache_stays(project, capsys,
     (other / "run-1" / "config.yaml").write_text(json.dumps(config))
     in_use.note_user(project.cache_dir, other)
     assert names(gc(project, capsys, "--yes"), "plan") and (project.cache_dir / "plans" / first).is_dir()
+
+
+def test_a_run_that_another_mlflow_knows_stays(project, capsys):
+    """Its versions are there, and nobody has looked: MLFLOW_TRACKING_URI may be set for the worker alone."""
+    path = project.output_dir / "run-001" / "tracking.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"run_id": "0" * 32, "uri": "http://mlflow:5000"}))
+    freed = gc(project, capsys, "--yes")
+    assert names(freed, "run") == {"run-002", "run-003"}
+    why = [one["why"] for one in freed["kept"] if one["name"] == str(project.output_dir / "run-001")]
+    assert why == ["known to another MLflow (http://mlflow:5000)"]
