@@ -123,11 +123,12 @@ def test_same_bytes_and_few_tasks(corpus, tmp_path):
 
 
 def tasks_of_newest_run() -> dict[str, bool]:
-    """Name of each task -> whether it is completed."""
+    """Name of each task -> whether it is completed; runs that other tests have scheduled have not started."""
     there = (PREFECT_API_URL, PREFECT_API_AUTH_STRING)
     api = temporary_settings({setting: os.environ[setting.name] for setting in there})
     with api, get_client(sync_client=True) as client:
-        run = client.read_flow_runs(sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)[0]
+        started = FlowRunFilter(start_time={"is_null_": False})
+        run = client.read_flow_runs(flow_run_filter=started, sort=FlowRunSort.EXPECTED_START_TIME_DESC, limit=1)[0]
         tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run.id]}))
     return {task.name: task.state.is_completed() for task in tasks}
 
