@@ -25,12 +25,15 @@ EVALUATION = "evaluation.json"  # held-out losses of what lies in RUN/model
 GATE_JOB = "gate-job.json"  # what the gate is to compare
 GATE = "gate.json"  # what it has found, and what was decided
 APPROVAL = "approval.json"  # what a person was asked, and the answer
+CORPUS_APPROVAL = "corpus-approval.json"  # the same, of the corpus
 OUTCOME = "outcome.json"  # why the run failed
 SUMMARY = "summary.json"  # the last file: without it the run is not done
 
 REPORT = "report"  # a folder, all of which is sent to MLflow
 DATA_REPORT = f"{REPORT}/data.json"  # the report of the plan
 CORPUS_REPORT = f"{REPORT}/corpus.json"  # the files of the corpus, with their hashes
+CORPUS_PROFILE = f"{REPORT}/corpus_profile.arrow"  # what the corpus looks like, for the next one to be compared with
+CORPUS_ALARM, CORPUS_PLOT = f"{REPORT}/corpus_alarm.json", f"{REPORT}/corpus_alarm.png"  # what has moved in it
 ENVIRONMENT_REPORT = f"{REPORT}/environment.json"  # Python and the packages
 GATE_RECORDS = f"{REPORT}/gate_records.jsonl"  # the loss of every held-out record under every model
 LOSS_PLOT, SPEED_PLOT = f"{REPORT}/loss.png", f"{REPORT}/speed.png"
@@ -52,6 +55,27 @@ class Trained(TypedDict):
     first_loss: float | None  # None: there was nothing left to do
     last_loss: float | None
     eval_before: Losses
+
+
+class Moved(TypedDict):
+    """A change between two corpora; the fields of `data_prep.inspection.drift.Finding`, with lines as FILE:LINE."""
+
+    measure: str
+    slice: str
+    says: str
+    before: float
+    now: float
+    effect: float
+    chance: float
+    lines: list[str]
+
+
+class CorpusAlarm(TypedDict):
+    """corpus_alarm.json: what has moved since the corpus of that version; a note where nothing was compared."""
+
+    compared_with: str | None
+    note: str
+    findings: list[Moved]
 
 
 class Registered(TypedDict):

@@ -11,6 +11,7 @@ from typing import Any
 from prefect.artifacts import create_markdown_artifact
 
 from flows.parts.run_dir import Summary
+from tasks.reporting import alarm_markdown
 from training.comparison.job import GateResult
 from training.comparison.report import comparison_markdown
 from training.registry.versions import Registry
@@ -50,6 +51,8 @@ def story(summary: Summary, links: dict[str, str] | None = None) -> str:
     sections = [_outcome(summary)]
     if "data" in summary:
         sections.append(f"## Data\n\n{_table(('what', 'number'), _data(summary['data']))}")
+    if summary.get("corpus_alarm", {}).get("findings"):
+        sections.append(f"## Corpus alarm\n\n{alarm_markdown(summary['corpus_alarm'])}")
     if "training" in summary:
         sections.append(f"## Training\n\n{_table(('what', 'number'), _training(summary['training']))}")
     if "losses" in summary:

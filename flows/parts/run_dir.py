@@ -25,7 +25,7 @@ from configs.settings import PandaSettings, UnattendedSettings
 from training import run_files
 from training.launch import ownership
 from training.launch.exits import ExitReason
-from training.run_files import Losses, Registered, Trained
+from training.run_files import CorpusAlarm, Losses, Registered, Trained
 from training.tracking import run_record
 
 if TYPE_CHECKING:
@@ -55,6 +55,7 @@ class Summary(TypedDict, total=False):
     tokens: int
     target_tokens: int
     data: dict[str, Any]  # the report of the plan
+    corpus_alarm: CorpusAlarm
     mlflow_run_id: str | None
     training: Trained
     seconds: dict[str, float]
