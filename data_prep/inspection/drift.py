@@ -72,7 +72,7 @@ class _Slice:
 
 @dataclass(frozen=True)
 class _Tested:
-    """A finding if it is large and certain enough; `tests` is how many it stands for."""
+    """A finding if it is large and certain enough; so many ``tests`` could have been made where this one was."""
 
     finding: Finding
     least: float
@@ -87,10 +87,9 @@ def compare(before: Profile, now: Profile, new: Sample) -> list[Finding]:
     tested = [*_counts(before, now)]
     for pair in _slices(before, now, new):
         tested += [*_numbers(pair), *_shares(pair), *_exchanged(pair), *_wording(pair)]
-    num = sum(one.tests for one in tested)
     found: dict[str, Finding] = {}
     for one in tested:
-        finding = replace(one.finding, chance=min(1.0, one.finding.chance * num))
+        finding = replace(one.finding, chance=min(1.0, one.finding.chance * one.tests * len(tested)))
         largest = found.get(finding.measure)
         large = finding.effect >= one.least and finding.chance <= CHANCE
         if large and (largest is None or finding.effect > largest.effect):

@@ -13,9 +13,7 @@ from data_prep.inspection import drift, profile
 from data_prep.pipeline import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 
-WORDS = (
-    "river stone bread garden winter letter morning paper window music forest table horse candle summer road".split()
-)
+WORDS = ["river", "stone", "bread", "garden", "winter", "letter", "morning", "paper", "window", "music", "forest"]
 SIGNS = "山水天地风云日月春夏秋冬花草树木鸟鱼虫人家门路桥城"
 
 
