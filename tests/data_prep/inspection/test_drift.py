@@ -30,7 +30,7 @@ def chinese(draw: random.Random) -> dict[str, str]:
 DRAW = random.Random(0)
 OLD = {"en": [english(DRAW) for _ in range(500)], "zh": [chinese(DRAW) for _ in range(200)]}
 DOCUMENTS = [{"text": f"{' '.join(DRAW.choices(WORDS, k=30))}."} for _ in range(100)]
-NEW = [english(DRAW) for _ in range(80)]
+NEW = [english(DRAW) if number % 7 < 5 else chinese(DRAW) for number in range(84)]
 
 
 @pytest.fixture(scope="module")
