@@ -31,7 +31,7 @@ ROOT = Path(__file__).parents[2]
 CLIENT = Path(__file__).parent / "warm_path"
 OF_RANKS = (
     "training.trainer.run", "training.evaluate", "training.compare", "training.registry.loaded_back",
-    "training.engines.deepspeed", "training.engines.fsdp", "training.engines.inference", "training.launch.supervisor",
+    "training.engines.deepspeed", "training.engines.fsdp", "training.engines.inference",
     "transformers.models.llama.modeling_llama", "peft", "bitsandbytes",
 )  # fmt: skip
 
