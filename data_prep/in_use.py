@@ -13,6 +13,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from data_prep import store
+
 LOCK, USERS = ".in_use", "used_by.txt"
 
 logger = logging.getLogger(__name__)
@@ -45,7 +47,7 @@ def alone(cache_dir: Path) -> Iterator[bool]:
     """Whether nobody uses it; then nobody begins to until this ends."""
     descriptor = _open(cache_dir)
     try:
-        yield descriptor is not None and _try_lock(descriptor)
+        yield descriptor is not None and store.try_lock(descriptor)
     finally:
         if descriptor is not None:
             os.close(descriptor)
@@ -80,11 +82,3 @@ def _open(cache_dir: Path) -> int | None:
     except OSError as error:
         logger.debug("%s: %s", cache_dir / LOCK, error)
         return None
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True

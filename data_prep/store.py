@@ -105,7 +105,7 @@ def building(root: Path, fp: str) -> Iterator[Path]:
         path.mkdir()
         with _open_directory(path) as descriptor:
             # Between mkdir and flock another process may have taken it for stale: then it is gone, and we try again.
-            if descriptor is None or not _try_lock(descriptor) or not path.exists():
+            if descriptor is None or not try_lock(descriptor) or not path.exists():
                 continue
             try:
                 yield path
@@ -200,7 +200,7 @@ def remove_stale(root: Path) -> None:
     """Remove the temporary directories whose builder died: nobody holds their lock any more."""
     for path in filter(_may_be_stale, root.glob(f"{BUILDING}*")):
         with _open_directory(path) as descriptor:
-            if descriptor is not None and _try_lock(descriptor):
+            if descriptor is not None and try_lock(descriptor):
                 shutil.rmtree(path, ignore_errors=True)
 
 
@@ -231,7 +231,8 @@ def _open_directory(path: Path) -> Iterator[int | None]:
         os.close(descriptor)
 
 
-def _try_lock(descriptor: int) -> bool:
+def try_lock(descriptor: int) -> bool:
+    """Take an exclusive flock unless somebody holds one; whether it was taken."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -23,7 +23,7 @@ MAY_IMPORT = {
 CONFIGS_MAY_SEE = {"data_prep.settings", "data_prep.errors", "training.settings", "training.planning.compatibility"}
 FLOORS = {
     "data_prep": [
-        "errors", "settings store processes owner in_use", "allowed intact", "targets", "tokenizer", "places",
+        "errors", "settings store processes owner", "allowed intact in_use", "targets", "tokenizer", "places",
         "records", "tokens", "plan", "inspection pipeline sample",
     ],
     "training": [

@@ -8,7 +8,6 @@ Cost: a rename and the file system's time for a directory, some requests for the
 """
 
 import contextlib
-import fcntl
 import logging
 import os
 import secrets
@@ -86,12 +85,11 @@ def remove_of_run(path: Path, run_dir: Path) -> bool:
     except FileNotFoundError:
         return True
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not store.try_lock(descriptor):
+            logger.info("%s is in use again: kept", run_dir)
+            return False
         move_away(path, beside=run_dir)
         return True
-    except BlockingIOError:
-        logger.info("%s is in use again: kept", run_dir)
-        return False
     finally:
         os.close(descriptor)
 

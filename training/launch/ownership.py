@@ -8,7 +8,6 @@ there. In: a run directory. Out: nothing, or `NotOwner`. Cost: one small file; a
 """
 
 import contextlib
-import fcntl
 import json
 import logging
 import os
@@ -20,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from data_prep.errors import PandaError
-from data_prep.store import write_atomically
+from data_prep.store import try_lock, write_atomically
 from training.launch.processes import is_alive
 
 OWNER, LOCK = "owner.json", ".lock"
@@ -91,7 +90,7 @@ def is_free(run_dir: Path) -> bool:
     except FileNotFoundError:
         return True
     try:
-        return _try_lock(descriptor)
+        return try_lock(descriptor)
     finally:
         os.close(descriptor)
 
@@ -99,7 +98,7 @@ def is_free(run_dir: Path) -> bool:
 def _lock(descriptor: int, run_dir: Path) -> None:
     """Take the lock; what a killed flow has left gets the time to end, a living one is no reason to wait."""
     until, said = time.monotonic() + PATIENCE_SECONDS, False
-    while not _try_lock(descriptor):
+    while not try_lock(descriptor):
         owner = owner_of(run_dir)
         here = owner.get("host") == socket.gethostname()
         if not here or is_alive(int(owner.get("pid", 0))) or time.monotonic() > until:
@@ -108,14 +107,6 @@ def _lock(descriptor: int, run_dir: Path) -> None:
             logger.info("%s: waiting for the end of what a killed run has left there", run_dir.name)
             said = True
         time.sleep(LOOK_SECONDS)
-
-
-def _try_lock(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
 
 
 def _who(owner: dict[str, Any]) -> str:
