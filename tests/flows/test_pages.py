@@ -87,10 +87,11 @@ class TestRun:
             begin()
             return count(-1)
 
-        with pytest.raises(CorpusError), caplog.at_level(logging.INFO):
-            failing()
-        run = client.read_flow_runs(flow_run_filter=FlowRunFilter(state={"type": {"any_": ["FAILED"]}}))[0]
-        said = "\n".join(logs_of(client, run.id))
+        with caplog.at_level(logging.INFO):
+            state = failing(return_state=True)
+        with pytest.raises(CorpusError):
+            state.result()
+        said = "\n".join(logs_of(client, state.state_details.flow_run_id))
         assert "corpus.json, line 3: no target" in said
         assert "Traceback" not in said and "Traceback" not in caplog.text and "NoneType" not in said
 

@@ -86,10 +86,13 @@ class TestTold:
     def test_of_schedules_that_train_nothing(self, stack, first):
         with stack.webhook() as (block, received):
             conf = stack.config("short", max_steps=6, notify=block, notify_after_skips=2)
-            with stack.default_parameters(conf_path=conf), stack.schedule("--interval", "20"):
-                wait_for(lambda: received, 300, "the message")
-        assert received[0]["subject"] == "panda-train: 2 scheduled runs in a row were skipped"
-        assert f"the corpus is the one that models:/{MODEL}/1 was made of" in received[0]["body"]
+            with stack.default_parameters(conf_path=conf), stack.schedule("--interval", "60"):
+                wait_for(lambda: received, 400, "the message")
+        assert subjects(received) == ["panda-train: 2 scheduled runs in a row were skipped"]
+        skipped = {str(run.id): run.state for run in stack.scheduled_runs()}
+        last = received[0]["body"].rsplit("/", 1)[-1]
+        assert skipped[last].message in received[0]["body"]  # on a slow machine: that the one before was still at work
+        assert f"the corpus is the one that models:/{MODEL}/1 was made of" in {s.message for s in skipped.values()}
 
 
 class TestReceiverThatDoesNotAnswer:

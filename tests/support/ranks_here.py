@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
+import pytest
+
 from training.distributed import Ranks, join, leave, this_rank
 from training.launch import launcher
 from training.launch.exits import ExitReason
@@ -33,7 +35,7 @@ def running_here(*modules: str) -> Callable[..., ExitReport]:
         handlers = {number: signal.getsignal(number) for number in changeable_signals()}
         rank = {name: value for name, value in commands[0].env.items() if name in RANK}
         try:
-            with mock.patch.dict(os.environ, rank), mock.patch.object(sys, "argv", [module, *arguments]):
+            with environment(**rank), mock.patch.object(sys, "argv", [module, *arguments]):
                 importlib.import_module(module).main()
         finally:
             for number, handler in handlers.items():
@@ -50,9 +52,18 @@ def changeable_signals() -> tuple[signal.Signals, ...]:
 
 
 @contextmanager
+def environment(**variables: str) -> Iterator[None]:
+    """Set these and put back these: `mock.patch.dict` would put back all, also what another thread had set for a moment."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in variables.items():
+            patch.setenv(name, value)
+        yield
+
+
+@contextmanager
 def alone() -> Iterator[Ranks]:
     """This process as rank 0 of 1."""
-    with mock.patch.dict(os.environ, {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_PORT": "0"}):
+    with environment(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_PORT="0"):
         ranks = this_rank()
         join(ranks)
         try:

@@ -69,7 +69,7 @@ class RunRecord:
         """The run goes on (resumed) in this process."""
         self.status, self.ended_ms, self.owner = RUNNING, None, this_process()
         self.tags.update(tags)
-        self.sent_facts = False
+        self.sent_facts, self.sent_status = False, RUNNING  # its next end is news, even if MLflow never hears it runs
 
     @property
     def known_id(self) -> str:

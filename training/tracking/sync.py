@@ -124,9 +124,11 @@ def point_mlflow_at(uri: str) -> None:
     It also writes them into the environment, for children. There a password would be seen by every rank, and the next
     run of this process would take it for what a person has set: the environment is left as it was.
     """
-    from mlflow.tracking import set_registry_uri, set_tracking_uri
+    from mlflow.tracking import get_registry_uri, get_tracking_uri, set_registry_uri, set_tracking_uri
 
     with _pointing:
+        if (get_tracking_uri(), get_registry_uri()) == (uri, uri):  # not for a moment in the environment, where it is
+            return
         before = {name: os.environ.pop(name, None) for name in URI_VARIABLES}
         set_tracking_uri(uri)
         set_registry_uri(uri)

@@ -222,7 +222,9 @@ class TestSchedule:
         assert "models:/panda-panda-tiny/1" in run.state.message
 
     def ended(self, stack):
-        return [run for run in stack.scheduled_runs() if run.state.is_final()]
+        """One is due every minute: a run that was due while another was at work says nothing here."""
+        ended = [run for run in stack.scheduled_runs() if run.state.is_final()]
+        return [run for run in ended if run.state.name != "SkippedStillRunning"]
 
 
 class TestEnds:

@@ -138,6 +138,15 @@ def test_kept_checkpoints_are_ranked_by_their_held_out_loss(run_dir):
     assert client.list_logged_model_artifacts(models[0].model_id)[0].path == "complete.json"
 
 
+def test_a_resumed_run_that_ends_before_anything_is_sent_ends_in_mlflow_too(run_dir, monkeypatch):
+    with open_run(SETTINGS, run_dir, HELD_OUT_FACTS) as tracked:
+        run_id = tracked.wait_for_run_id()
+    monkeypatch.setattr(tracking, "_follow", lambda *_: None)  # as when it is done at once, or the server is away
+    with open_run(SETTINGS, run_dir, HELD_OUT_FACTS) as tracked:
+        keep(run_dir, 9)
+    assert ranked(connect(tracked.uri), run_id) == [("9", 3.5)]
+
+
 def test_a_resumed_run_takes_back_checkpoints_it_no_longer_keeps(run_dir):
     with open_run(SETTINGS, run_dir, HELD_OUT_FACTS) as tracked:
         run_id = tracked.wait_for_run_id()
