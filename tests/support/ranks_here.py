@@ -5,7 +5,6 @@ tests of what surrounds it need none, tests of the child start a real one.
 """
 
 import importlib
-import os
 import signal
 import sys
 import threading
@@ -53,7 +52,7 @@ def changeable_signals() -> tuple[signal.Signals, ...]:
 
 @contextmanager
 def environment(**variables: str) -> Iterator[None]:
-    """Set these and put back these: `mock.patch.dict` would put back all, also what another thread had set for a moment."""
+    """Set these and put back these: `mock.patch.dict` puts back all, also what another thread had set for a moment."""
     with pytest.MonkeyPatch.context() as patch:
         for name, value in variables.items():
             patch.setenv(name, value)
