@@ -43,6 +43,9 @@ def main() -> None:
 
         with connected() as wait_until_up:
             wait_until_up()
+            from flows.stack import prefect_home
+
+            prefect_home.remember(os.environ[prefect_home.URL])
             _play(Path(folder), arguments.runs, arguments.every)
 
 
@@ -93,7 +96,9 @@ def _gc(folder: Path) -> None:
     import io
 
     from flows.cli.main import main as panda
+    from flows.stack.prefect_home import URL
 
+    os.environ.pop(URL, None)  # so that the server is this project's, whose runs may go
     with contextlib.redirect_stdout(io.StringIO()):
         assert panda(["gc", "--keep_versions", str(KEEP_VERSIONS), "--keep_days", "0", "--yes", "--json"]) == 0
     logging.getLogger().handlers.clear()  # each call of the command line adds one

@@ -129,17 +129,20 @@ def measured(what: str, command: list[str], kill_after: Path | None = None) -> l
     """Run a command to its end, or SIGKILL it when a checkpoint is there; print and return the peaks."""
     peaks: dict[str, float] = {}
     began = time.monotonic()
-    with tempfile.TemporaryFile("w+") as log, watched(peaks):
-        process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, env=os.environ | {"OMP_NUM_THREADS": "1"})
-        while process.poll() is None:
-            if kill_after and list(kill_after.glob("step-*/complete.json")):
-                for one in [*psutil.Process(process.pid).children(recursive=True), process]:
-                    one.kill()  # ranks and supervisor as well
-            time.sleep(EVERY_SECONDS)
-        log.seek(0)
-        assert process.returncode == (-signal.SIGKILL if kill_after else 0), log.read()[-5000:]
-    shown = ", ".join(f"{name} {peak / 1e9:.2f}" for name, peak in sorted(peaks.items()))
-    print(f"  {what}, {time.monotonic() - began:.0f} s: {shown}", flush=True)
+    try:
+        with tempfile.TemporaryFile("w+") as log, watched(peaks):
+            wanted = {"stdout": log, "stderr": log, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+            process = subprocess.Popen(command, cwd=ROOT, **wanted)
+            while process.poll() is None:
+                if kill_after and list(kill_after.glob("step-*/complete.json")):
+                    for one in [*psutil.Process(process.pid).children(recursive=True), process]:
+                        one.kill()  # ranks and supervisor as well
+                time.sleep(EVERY_SECONDS)
+            log.seek(0)
+            assert process.returncode == (-signal.SIGKILL if kill_after else 0), log.read()[-5000:]
+    finally:  # what was seen of a run that ended badly says why
+        shown = ", ".join(f"{name} {peak / 1e9:.2f}" for name, peak in sorted(peaks.items()))
+        print(f"  {what}, {time.monotonic() - began:.0f} s: {shown}", flush=True)
     return list(peaks.values())
 
 

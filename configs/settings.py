@@ -69,6 +69,12 @@ class UnattendedSettings(Settings):
     init_from: Literal["base", "champion"] = Field(
         "base", description="Start from the base model, or from the registered version with the alias `champion`."
     )
+    corpus_alarm: Literal["off", "warn", "stop", "approve"] = Field(
+        "warn",
+        description="When the corpus differs from the champion's in a way that a person would look into (lengths, "
+        "scripts, wording, duplicates, sources, ...): tell (warn), end the run (stop), or wait for a person's answer "
+        "before training (approve).",
+    )
     require_approval: bool = Field(
         False,
         description="A version that has passed the gate waits until a person approves in the Prefect UI; only then it "
@@ -81,8 +87,9 @@ class UnattendedSettings(Settings):
         None,
         pattern=r"^[\w-]+/[\w-]+$",
         examples=["slack-webhook/team"],
-        description="Prefect notification block, type/name, that is told of new versions, of runs that failed, "
-        "crashed, were cancelled or wait for approval, and of schedules that train nothing.",
+        description="Prefect notification block, type/name, that is told of new versions, of a corpus that "
+        "has changed, of runs that failed, crashed, were cancelled or wait for approval, and of schedules that train "
+        "nothing.",
     )
     notify_after_skips: int = Field(
         3, ge=1, description="Tell `notify` when so many scheduled runs in a row were skipped, and so many later again."

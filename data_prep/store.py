@@ -30,7 +30,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import xxhash
 
@@ -44,6 +44,13 @@ BUILDING = ".building-"
 STAGES = ("records", "tokens", "plans", "tokenizers", "near_duplicates")  # the stores of a cache directory
 HASH_CHUNK_BYTES = 1 << 20  # stays in a processor's cache while it is hashed
 STALE_SECONDS = 24 * 3600  # another host's temporary directory that nobody has written to for so long
+
+
+class FileEntry(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: int
+    xxh3: str
 
 
 @dataclass(frozen=True)
@@ -241,7 +248,7 @@ def try_lock(descriptor: int) -> bool:
 
 
 def _write_manifest(directory: Path, body: dict[str, Any]) -> None:
-    files = {}
+    files: dict[str, FileEntry] = {}
     for path in sorted(directory.iterdir()):
         files[path.name] = {"bytes": path.stat().st_size, "xxh3": hash_file(path)}
         fsync(path)
@@ -295,7 +302,7 @@ def _damaged_files(path: Path) -> list[str]:
         return [MANIFEST]
 
 
-def _intact(path: Path, entry: dict[str, Any]) -> bool:
+def _intact(path: Path, entry: FileEntry) -> bool:
     return path.is_file() and path.stat().st_size == entry["bytes"] and hash_file(path) == entry["xxh3"]
 
 

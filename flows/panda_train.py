@@ -6,6 +6,7 @@ its work is there, and can be read in `tasks/`. No `from __future__ import annot
 """
 
 import contextlib
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -15,29 +16,34 @@ from prefect.states import Cancelled
 
 from configs.settings import PandaSettings
 from data_prep import in_use
-from data_prep.errors import PandaError, disk_errors
+from data_prep.errors import CorpusError, PandaError, disk_errors
 from flows.parts import approval, flow_states, overview, policy, run_dir
-from flows.parts.champion import with_replay
+from flows.parts.champion import champion_of, registry_of, with_replay
 from flows.parts.flow_states import EarlyExit, Stopwatch
 from flows.parts.form import add_result, configure, flow_of_settings, run_title
 from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end, on_early_end, tell, tell_of_lost
 from flows.parts.run_dir import AFTER_DATA, RunDir, Summary
 from flows.parts.stages import Prepared, prepare_data, prepared_before, run_metadata, until, version_tags
+from tasks.alarm import look_at_corpus
 from tasks.gate import gate, promote
 from tasks.register import model_name, register_model, sample_prompt
-from tasks.reporting import show_links
+from tasks.reporting import alarm_in_words, alarm_markdown, show_links
 from tasks.train import evaluate, evaluated_before, train, trained_before
-from training.comparison.approval import NO_ANSWER, REFUSED
+from training import run_files
+from training.comparison.approval import APPROVED, NO_ANSWER, REFUSED, in_words
+from training.errors import MlflowAway
 from training.launch import ownership
 from training.registry.lineage import parent_of
 from training.registry.register import with_retries
 from training.registry.versions import Registry
-from training.run_files import Registered
+from training.run_files import CorpusAlarm, Registered
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking import run as tracking
 from training.tracking.run import TrackedRun
 from training.tracking.tags import PARENT_TAG
+
+logger = logging.getLogger(__name__)
 
 
 def panda_train(**parameters: Any) -> State[Any]:
@@ -102,7 +108,8 @@ def _in_run_dir(settings: PandaSettings, watch: Stopwatch, in_cache: contextlib.
 def train_in(run: RunDir, settings: PandaSettings, prepared: Prepared, resume: bool, watch: Stopwatch) -> Summary:
     """The stages that need a run directory, which says in the end what became of them."""
     try:
-        summary = flow_states.with_outcome(train_and_register(settings, run, prepared, resume, watch))
+        alarm = watch_corpus(settings, run, prepared)
+        summary = flow_states.with_outcome(train_and_register(settings, run, prepared, resume, watch, alarm))
     except EarlyExit as early:
         if early.name == "NotApproved":  # decided: no other run is to go on with it
             run_dir.write_summary(run, early.summary)
@@ -112,6 +119,39 @@ def train_in(run: RunDir, settings: PandaSettings, prepared: Prepared, resume: b
         raise
     run_dir.write_summary(run, summary)
     return summary
+
+
+def watch_corpus(settings: PandaSettings, run: RunDir, prepared: Prepared) -> CorpusAlarm | None:
+    """Compare the corpus with the champion's, and do as `corpus_alarm` says; a version that is there needs no alarm.
+
+    :raises CorpusError: `corpus_alarm=stop`, and it has changed.
+    """
+    if settings.corpus_alarm == "off" or not starts_by(settings, "train"):
+        return None
+    try:
+        champion = champion_of(settings)
+    except MlflowAway as error:
+        if settings.corpus_alarm != "warn":
+            raise
+        logger.warning("the corpus is compared with no other: %s", error)
+        return None
+    alarm = look_at_corpus(run.path, Path(prepared.plan.path), registry_of(settings), champion)
+    if not alarm["findings"]:
+        return alarm
+    subject = f"{run.name}: the corpus has changed since {alarm['compared_with']}"
+    found = f"{subject}: {alarm_in_words(alarm)}"
+    logger.warning("%s; lines to look at: %s", found, run.path / run_files.CORPUS_ALARM)
+    if settings.corpus_alarm == "stop":
+        again = f"--resume --run_name {run.name} --corpus_alarm warn"
+        raise CorpusError(f"corpus_alarm=stop: {found}; to train on it nevertheless: {again}")
+    if settings.corpus_alarm == "approve":
+        answer = approval.ask_about_corpus(settings, run.path, alarm)
+        if answer["answer"] != APPROVED:
+            summary: Summary = {"run_dir": str(run.path), "data": prepared.plan.report, "corpus_alarm": alarm}
+            raise EarlyExit("NotApproved", f"{found}; {in_words(answer)}", summary)
+    elif settings.notify:
+        tell(settings.notify, subject, f"{alarm_markdown(alarm)}\n{flow_run.ui_url}")
+    return alarm
 
 
 def interrupted_run(settings: PandaSettings, prepared: Prepared) -> RunDir | None:
@@ -128,12 +168,18 @@ def of_deployment() -> str:
     return str(flow_run.id) if deployment.id else ""
 
 
-def train_and_register(
-    settings: PandaSettings, run: RunDir, prepared: Prepared, resume: bool, watch: Stopwatch
+def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it have left
+    settings: PandaSettings,
+    run: RunDir,
+    prepared: Prepared,
+    resume: bool,
+    watch: Stopwatch,
+    alarm: CorpusAlarm | None,
 ) -> Summary:
     """The stages that need a run directory, in one MLflow run."""
     summary: Summary = {"run_dir": str(run.path), "prefect_flow_run_id": str(flow_run.id)}
     summary |= {"data": prepared.plan.report}
+    summary |= {"corpus_alarm": alarm} if alarm else {}
     known = run_metadata(settings, prepared.corpus, prepared.plan)
     with tracking.open_run(TrackingSettings.of(settings), run.path, known) as tracked:
         with watch("train"):

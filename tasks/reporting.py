@@ -25,10 +25,11 @@ from prefect.artifacts import (
 from prefect.runtime import flow_run
 
 from data_prep.inspection.render import as_code
+from data_prep.plan.report import DataReport
 from training.comparison.job import GateResult
 from training.comparison.report import verdict_markdown
 from training.registry.register import with_retries
-from training.run_files import Losses, Registered
+from training.run_files import CorpusAlarm, Losses, Registered
 from training.tracking.looks import only_a_look
 from training.tracking.plots import write_plots
 from training.tracking.redact import public_link, redact_text
@@ -40,12 +41,12 @@ MLFLOW_UI, MLFLOW_DATABASE = "PANDA_MLFLOW_UI", "PANDA_MLFLOW_DATABASE"
 
 
 @only_a_look("the data report")
-def show_report(report: dict[str, Any]) -> None:
+def show_report(report: DataReport) -> None:
     """The data report as a table: one line per number, rejected and dropped ones by reason."""
     create_table_artifact(table=report_rows(report), key="data-report", description="What became of the corpus")
 
 
-def report_rows(report: dict[str, Any]) -> list[dict[str, str]]:
+def report_rows(report: DataReport) -> list[dict[str, str]]:
     """The data report flattened to what / number, for tables in the UI and in the terminal."""
     rows = [("records in", report["records_in"]), ("accepted", report["accepted"])]
     rows += [(f"rejected: {reason}", count) for reason, count in report["rejected"].items()]
@@ -70,6 +71,33 @@ def show_pictures(run_dir: Path) -> None:
     for path in write_plots(run_dir):
         picture = base64.b64encode(path.read_bytes()).decode()
         create_image_artifact(f"data:image/png;base64,{picture}", key=f"curve-{path.stem}", description=path.stem)
+
+
+@only_a_look("the artifact of the corpus alarm")
+def show_corpus_alarm(alarm: CorpusAlarm, picture: Path | None) -> None:
+    """What has moved, with lines to look at, and a picture of it."""
+    create_markdown_artifact(alarm_markdown(alarm), key="corpus-alarm", description="This corpus beside the champion's")
+    if picture:
+        image = base64.b64encode(picture.read_bytes()).decode()
+        create_image_artifact(f"data:image/png;base64,{image}", key="corpus-alarm-picture", description="What moved")
+
+
+def alarm_markdown(alarm: CorpusAlarm) -> str:
+    """A section a finding."""
+    if not alarm["findings"]:
+        return alarm["note"] or f"Nothing to look into, beside the corpus of {alarm['compared_with']}.\n"
+    parts = [f"Beside the corpus of {alarm['compared_with']}:\n"]
+    for one in alarm["findings"]:
+        lines = "".join(f"- `{line}`\n" for line in one["lines"])
+        parts.append(f"### {one['measure']}: {one['slice']}\n\n{one['says']}\n\n{lines}")
+    return "\n".join(parts)
+
+
+def alarm_in_words(alarm: CorpusAlarm) -> str:
+    """One line: what has moved, the first few changes."""
+    found = [f"{one['measure']} ({one['slice']}): {one['says']}" for one in alarm["findings"]]
+    more = f"; and {len(found) - MAX_TOLD} more" if len(found) > MAX_TOLD else ""
+    return "; ".join(found[:MAX_TOLD]) + more or alarm["note"] or "nothing to look into"
 
 
 @only_a_look("the links")
@@ -135,6 +163,7 @@ def show_gate(result: GateResult) -> None:
     create_markdown_artifact(markdown=verdict_markdown(result), key="gate", description="Candidate, champion and base")
 
 
+MAX_TOLD = 3  # changes of a corpus, in one line
 LOG_SECONDS = 5.0
 UI_SECONDS = 2.0
 

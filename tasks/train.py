@@ -23,7 +23,7 @@ from training.launch.events import Event
 from training.launch.exits import ExitReason
 from training.launch.launcher import ExitReport
 from training.launch.run_config import read_config
-from training.run_files import Losses, Trained
+from training.run_files import HeldOut, Losses, Trained
 from training.settings import TrainSettings
 
 logger = logging.getLogger(__name__)
@@ -139,5 +139,5 @@ def _require_completed(what: str, report: ExitReport, run_dir: Path) -> None:
         raise TrainingFailed(what, report, run_dir)
 
 
-def _losses(by_source: Losses) -> dict[str, float]:
+def _losses(by_source: HeldOut) -> dict[str, float]:
     return {source: numbers["loss"] for source, numbers in by_source.items()}

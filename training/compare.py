@@ -14,7 +14,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,8 +24,8 @@ from training import run_files
 from training.comparison import heldout, metrics, statistics
 from training.comparison.heldout import HeldOut
 from training.comparison.intervals import CONFIDENCE
-from training.comparison.job import GateResult, Job, ModelUnderTest, OverlapRow, read_job
-from training.comparison.scores import Asking, Generation, score
+from training.comparison.job import Answer, GateResult, Job, ModelUnderTest, OverlapRow, read_job
+from training.comparison.scores import Asking, score
 from training.comparison.statistics import Scores
 from training.devices import compute_dtype
 from training.distributed import Ranks, join, leave, this_rank
@@ -127,7 +126,7 @@ def measured(  # noqa: PLR0913, PLR0917
     job: Job,
     settings: GateSettings,
     held_out: HeldOut,
-    answers: dict[str, list[dict[str, Any]]],
+    answers: dict[str, list[Answer]],
     overlaps: list[OverlapRow],
 ) -> dict[str, dict[str, np.ndarray]]:
     """Role -> the values of the user's metrics on its answers, and of benchmarks on their questions.
@@ -161,17 +160,16 @@ class Weights:
 
 def score_all(
     config: RunConfig, job: Job, held_out: HeldOut, asking: Asking, problems: dict[str, str]
-) -> tuple[dict[str, Scores], dict[str, list[dict[str, Any]]]]:
+) -> tuple[dict[str, Scores], dict[str, list[Answer]]]:
     """Scores and generations by role; `problems` gets why a champion or base could not be asked."""
     scores: dict[str, Scores] = {}
-    answers: dict[str, list[dict[str, Any]]] = {}
+    answers: dict[str, list[Answer]] = {}
     for role, model in models_of(config, job, len(held_out), asking.ranks, problems):
         one = job.models[role]
         with asked_about(role, one, problems):
             log.info("scoring %s (%s)", one.name, one.files)
-            nothing: tuple[Scores, list[Generation]] = (statistics.nothing_asked(), [])
-            scores[role], said = score(model, one, held_out, asking) if model else nothing
-            answers[role] = [asdict(generation) for generation in said]
+            nothing: tuple[Scores, list[Answer]] = (statistics.nothing_asked(), [])
+            scores[role], answers[role] = score(model, one, held_out, asking) if model else nothing
         del model  # the next weights need its room
     order = [role for role in job.models if role in scores]
     return {role: scores[role] for role in order}, {role: answers[role] for role in order}

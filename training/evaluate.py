@@ -11,8 +11,8 @@ weights (of each rank its share), and a few forward passes.
 import argparse
 import math
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 
 from data_prep.plan.reader import Plan, open_plan
@@ -23,13 +23,14 @@ from training.engines.inference import load_for_inference
 from training.errors import ModelError
 from training.launch.exits import run_rank
 from training.launch.run_config import RunConfig, read_config
+from training.run_files import HeldOut
 from training.trainer.evaluation import ALL, held_out_losses, sample_rows
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 3e-2}
 """Relative difference of the loss of a sample: other kernels add in another order, weights are rounded once more."""
 
 
-def evaluate_run(config: RunConfig, ranks: Ranks, everything: bool) -> dict[str, Any]:
+def evaluate_run(config: RunConfig, ranks: Ranks, everything: bool) -> HeldOut:
     """Held-out loss and perplexity per source of RUN/model; {} when nothing is held out. All ranks together.
 
     :raises ModelError: what is on disk is not what was trained.
@@ -45,13 +46,13 @@ def evaluate_run(config: RunConfig, ranks: Ranks, everything: bool) -> dict[str,
     return trained["eval_after"]
 
 
-def _losses(config: RunConfig, ranks: Ranks, plan: Plan, rows: Any) -> dict[str, Any]:
+def _losses(config: RunConfig, ranks: Ranks, plan: Plan, rows: np.ndarray | None) -> HeldOut:
     model = load_for_inference(config.run_dir / run_files.MODEL, config.settings, ranks)
     batch_size = config.settings.per_gpu_eval_batch_size
     return held_out_losses(lambda batch: model(batch, "each"), plan, batch_size, ranks, rows)
 
 
-def check_same(trained: dict[str, Any], deployed: dict[str, Any], tolerance: float) -> None:
+def check_same(trained: HeldOut, deployed: HeldOut, tolerance: float) -> None:
     """The same weights have the same losses.
 
     :raises ModelError: these have not.

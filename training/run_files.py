@@ -7,7 +7,7 @@ handle a small file. Old runs have these names, so they never change. Cost: none
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypedDict, TypeVar
+from typing import Any, NotRequired, TypedDict, TypeVar
 
 from data_prep.errors import PandaError
 from data_prep.store import write_atomically
@@ -25,18 +25,62 @@ EVALUATION = "evaluation.json"  # held-out losses of what lies in RUN/model
 GATE_JOB = "gate-job.json"  # what the gate is to compare
 GATE = "gate.json"  # what it has found, and what was decided
 APPROVAL = "approval.json"  # what a person was asked, and the answer
+CORPUS_APPROVAL = "corpus-approval.json"  # the same, of the corpus
 OUTCOME = "outcome.json"  # why the run failed
 SUMMARY = "summary.json"  # the last file: without it the run is not done
 
 REPORT = "report"  # a folder, all of which is sent to MLflow
 DATA_REPORT = f"{REPORT}/data.json"  # the report of the plan
 CORPUS_REPORT = f"{REPORT}/corpus.json"  # the files of the corpus, with their hashes
+CORPUS_PROFILE = f"{REPORT}/corpus_profile.arrow"  # what the corpus looks like, for the next one to be compared with
+CORPUS_ALARM, CORPUS_PLOT = f"{REPORT}/corpus_alarm.json", f"{REPORT}/corpus_alarm.png"  # what has moved in it
 ENVIRONMENT_REPORT = f"{REPORT}/environment.json"  # Python and the packages
 GATE_RECORDS = f"{REPORT}/gate_records.jsonl"  # the loss of every held-out record under every model
 LOSS_PLOT, SPEED_PLOT = f"{REPORT}/loss.png", f"{REPORT}/speed.png"
 
 
 Made = TypeVar("Made")
+
+
+class SourceLoss(TypedDict):
+    """Of the held-out target tokens of a source, or of all of them."""
+
+    loss: float  # mean over target tokens, in nats
+    perplexity: float
+    target_tokens: int
+
+
+HeldOut = dict[str, SourceLoss]
+"""By source, and of `all` of them together; {} when nothing is held out."""
+
+
+class Spans(TypedDict):
+    """Where the seconds of a step went."""
+
+    seconds_data: float  # waiting for rows
+    seconds_forward: float
+    seconds_backward: float
+    seconds_step: float  # the update
+
+
+class StepRecord(Spans):
+    """A line of metrics.jsonl."""
+
+    step: int  # optimizer steps done, with this one
+    epoch: float
+    loss: float  # mean over the target tokens of the step, in nats
+    learning_rate: float
+    grad_norm: float  # before clipping
+    rows: int
+    tokens: int
+    target_tokens: int
+    padding: float  # share of the computed tokens
+    seconds: float
+    tokens_per_second: float
+    target_tokens_per_second: float
+    mfu: NotRequired[float]  # model FLOPs utilisation, where the peak of the device is known
+    memory_peak_bytes: int
+
 
 Losses = dict[str, dict[str, float]]
 """Held-out loss by moment (before, after) and source; `all` of them together."""
@@ -51,7 +95,30 @@ class Trained(TypedDict):
     seconds: float
     first_loss: float | None  # None: there was nothing left to do
     last_loss: float | None
-    eval_before: Losses
+    eval_before: HeldOut
+    rows_per_step: NotRequired[int]
+    best_step: NotRequired[int | None]
+
+
+class Moved(TypedDict):
+    """A change between two corpora; the fields of `data_prep.inspection.drift.Finding`, with lines as FILE:LINE."""
+
+    measure: str
+    slice: str
+    says: str
+    before: float
+    now: float
+    effect: float
+    chance: float
+    lines: list[str]
+
+
+class CorpusAlarm(TypedDict):
+    """corpus_alarm.json: what has moved since the corpus of that version; a note where nothing was compared."""
+
+    compared_with: str | None
+    note: str
+    findings: list[Moved]
 
 
 class Registered(TypedDict):

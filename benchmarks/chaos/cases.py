@@ -13,6 +13,7 @@ from benchmarks.chaos import fuzz
 from benchmarks.chaos.damage import damage_cache
 from benchmarks.chaos.findings import Round, Row
 from benchmarks.chaos.hostile import bombs, configurations, own_code
+from benchmarks.chaos.kill_gc import kill_gc
 from benchmarks.chaos.kill_preparation import kill_preparation
 from benchmarks.chaos.kill_ranks import kill_ranks
 from benchmarks.chaos.readers import READERS
@@ -31,6 +32,7 @@ def fuzz_case(seed: int, ground: Path) -> Round:
 CASES: dict[str, Case] = {
     "kill-ranks": kill_ranks,
     "kill-preparation": kill_preparation,
+    "kill-gc": kill_gc,
     "damage": damage_cache,
     "bombs": bombs,
     "own-code": own_code,

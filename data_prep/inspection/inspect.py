@@ -7,7 +7,6 @@ Cost: reading the ledger and the plan, a second for a million records.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -18,6 +17,7 @@ from rich.table import Table
 from data_prep.inspection.render import Shown, as_html, as_markdown, as_terminal, show_example
 from data_prep.plan.ledger import Ledger, open_ledger
 from data_prep.plan.plan_file import open_rows, rows_file
+from data_prep.plan.report import DataReport
 from data_prep.tokenizer import LoadedTokenizer
 
 BAR = 40
@@ -40,7 +40,7 @@ class Packing:
 class Inspection:
     """What `inspect_plan` finds. ``lengths`` is (up to so many tokens, examples)."""
 
-    report: dict[str, Any]
+    report: DataReport
     examples: list[Shown]
     lengths: list[tuple[int, int]]
     packing: list[Packing]

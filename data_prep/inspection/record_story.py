@@ -16,7 +16,7 @@ from rich.text import Text
 from data_prep import store
 from data_prep.errors import PandaError
 from data_prep.inspection.render import Shown, as_terminal, show_example
-from data_prep.plan.ledger import MAX_FOUND, Ledger, open_ledger, records_with
+from data_prep.plan.ledger import MAX_FOUND, Ledger, LedgerEntry, open_ledger, records_with
 from data_prep.plan.order import position_of
 from data_prep.plan.plan_file import Rows, open_rows, rows_file
 from data_prep.records.build_unit import UNIT_LEDGER_FILE
@@ -54,7 +54,7 @@ class Story:
     """All that is known of one record. ``entry`` is its line of the ledger."""
 
     place: str
-    entry: dict[str, Any]
+    entry: dict[str, Any]  # `LedgerEntry`, with the hash as text
     explanation: str
     texts: list[tuple[str, str]]  # (role, text) of the normal form
     raw: str | None  # of a rejected record
@@ -111,7 +111,7 @@ def _story(ledger: Ledger, index: int, tokenizer: LoadedTokenizer, order: StepOr
     )
 
 
-def _texts(ledger: Ledger, entry: dict[str, Any]) -> list[tuple[str, str]]:
+def _texts(ledger: Ledger, entry: LedgerEntry) -> list[tuple[str, str]]:
     roles, texts = ledger.read_texts([entry])
     return [(Role(role).word, text) for role, text in zip(roles[0].as_py(), texts[0].as_py(), strict=True)]
 
@@ -141,12 +141,14 @@ def _quarantined(directory: Path, number: int) -> str:
     return data.decode("utf-8", "backslashreplace")
 
 
-def _kept(ledger: Ledger, entry: dict[str, Any]) -> str:
+def _kept(ledger: Ledger, entry: LedgerEntry) -> str:
+    assert entry["hash"] is not None, "a duplicate is a record that could be read"
     first = ledger.with_hash(entry["hash"]).slice(0, 1).to_pylist()[0]
     return f"{first['file']}:{first['line']}"
 
 
-def _placements(ledger: Ledger, entry: dict[str, Any], order: StepOrder | None) -> list[Placement]:
+def _placements(ledger: Ledger, entry: LedgerEntry, order: StepOrder | None) -> list[Placement]:
+    assert entry["split"] is not None, "an accepted record is in a split"
     rows = open_rows(ledger.plan_dir / rows_file(entry["split"]))
     segments, row_of = rows.segments_of(entry["shard"], entry["example"])
     steps = _steps(rows, row_of, order) if order and entry["split"] == "train" else np.zeros((0, len(segments)), int)

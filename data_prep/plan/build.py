@@ -21,7 +21,6 @@ duplicates, replay, split and mixture. Cost: planning 1,000,000 examples takes u
 
 import os
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -31,7 +30,6 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from data_prep import intact, store
-from data_prep.errors import CorpusError, StoreError
 from data_prep.plan.duplicates import near_duplicates, sketch
 from data_prep.plan.examples import Examples, load_examples
 from data_prep.plan.ledger import write_ledger
@@ -39,10 +37,11 @@ from data_prep.plan.order import blocks, index_type, mix64, stable_argsort
 from data_prep.plan.pack import MIN_SPACE, best_fit_decreasing, fill
 from data_prep.plan.plan_file import Rows, rows_file, write_rows
 from data_prep.plan.reader import Plan, prove_rows
-from data_prep.plan.verdicts import ACCEPTED, REASONS, SPLITS, TRAIN, VALIDATION, Pieces, Verdicts, judge, taken_down
+from data_prep.plan.report import DataReport, check_conservation, make_report
+from data_prep.plan.verdicts import ACCEPTED, REASONS, SPLITS, Pieces, Verdicts, judge, taken_down
 from data_prep.processes import on_processes, peak_rss_bytes
 from data_prep.records.build_unit import RECORDS_FILE
-from data_prep.records.reasons import REJECTED, Reason
+from data_prep.records.reasons import REJECTED
 from data_prep.records.shard import RecordsUnit, ledger_table, read_arrow
 from data_prep.settings import CorpusSettings, PackSettings
 from data_prep.tokens.token_shard import TokenShard
@@ -62,7 +61,7 @@ class PlanResult(BaseModel):
     reused: bool
     seconds: float
     tokenizer_dir: str
-    report: dict[str, Any]
+    report: DataReport
 
 
 def plan_rows(tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings, cache_dir: Path) -> PlanResult:
@@ -78,8 +77,9 @@ def plan_rows(tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings, 
     built = store.build(root, fp, lambda directory: _write_plan(directory, root / fp, tokens, corpus, pack))
     seconds = time.perf_counter() - started
     stages = {"records": tokens.records.seconds, "tokenize": tokens.seconds, "plan": seconds}
-    report = {
-        **built.manifest["report"],
+    planned: DataReport = built.manifest["report"]
+    report: DataReport = {
+        **planned,
         "seconds": {name: round(value, 3) for name, value in stages.items()},
         "reused": {"records": not tokens.records.built, "tokenize": not tokens.built, "plan": built.reused},
         "engines": tokens.engines,
@@ -262,95 +262,6 @@ def _whole(column: pa.ChunkedArray) -> pa.DictionaryArray:
 
 def _words(indices: np.ndarray, words: list[str], absent: np.ndarray | None = None) -> pa.DictionaryArray:
     return pa.DictionaryArray.from_arrays(pa.array(np.maximum(indices, 0), mask=absent), pa.array(words))
-
-
-def make_report(
-    tokens: TokensResult, examples: Examples, verdicts: Verdicts, rows: dict[str, Rows], pack: PackSettings
-) -> dict[str, Any]:
-    """The numbers of the plan; what depends on the machine and the moment is added by `plan_rows`."""
-    train, validation = rows[SPLITS[TRAIN]], rows[SPLITS[VALIDATION]]
-    counts = {REASONS[i]: int(n) for i, n in enumerate(np.bincount(verdicts.reason[verdicts.reason >= 0])) if n}
-    rejected = Counter(tokens.records.rejected) + Counter({r.value: n for r, n in counts.items() if r in REJECTED})
-    accepted = verdicts.reason == ACCEPTED
-    not_replayed = verdicts.reason == REASONS.index(Reason.NOT_REPLAYED)
-    return {
-        "records_in": tokens.records.records,
-        "accepted": int(accepted.sum()),
-        "rejected": dict(sorted(rejected.items())),
-        "dropped": {reason.value: n for reason, n in sorted(counts.items()) if reason not in REJECTED},
-        "unread_fields": tokens.records.unread_fields,
-        "cut_tokens": int(verdicts.cut.sum()),
-        "tokens": int(train.tokens.sum(dtype=np.int64)),
-        "target_tokens": int(train.target_tokens.sum(dtype=np.int64)),
-        "not_replayed_target_tokens": int(examples.targets[not_replayed].sum(dtype=np.int64)),
-        "rows": train.num_rows,
-        "utilisation": _utilisation(train, pack.max_seq_length),
-        "max_seq_length": pack.max_seq_length,
-        "validation_records": int((accepted & (verdicts.split == VALIDATION)).sum()),
-        "validation_tokens": int(validation.tokens.sum(dtype=np.int64)),
-        "validation_target_tokens": int(validation.target_tokens.sum(dtype=np.int64)),
-        "validation_rows": validation.num_rows,
-        "sources": _shares(examples, verdicts, train),
-        "proof": _proof(tokens),
-    }
-
-
-def _utilisation(rows: Rows, max_seq_length: int) -> float:
-    space = rows.num_rows * max_seq_length
-    return round(float(rows.tokens.sum(dtype=np.int64)) / space, 6) if space else 0.0
-
-
-def _shares(examples: Examples, verdicts: Verdicts, train: Rows) -> dict[str, dict[str, float]]:
-    """Per source: records and tokens in the training rows, its share of all, and the effective epochs over it."""
-    in_train = (verdicts.reason == ACCEPTED) & (verdicts.split == TRAIN)
-    sampled_out = verdicts.reason == REASONS.index(Reason.NOT_SAMPLED)
-    candidates = in_train | (sampled_out & (verdicts.split == TRAIN))
-    tokens = np.bincount(train.source, weights=train.length, minlength=len(examples.sources))
-    total = max(tokens.sum(), 1)
-    shares = {}
-    for number, source in enumerate(examples.sources):
-        mine = examples.source == number
-        copies = int(verdicts.copies[mine & in_train].sum())
-        shares[source] = {
-            "records": int((mine & in_train).sum()),
-            "epochs": round(copies / max(int((mine & candidates).sum()), 1), 4),
-            "tokens": int(tokens[number]),
-            "share": round(float(tokens[number] / total), 6),
-        }
-    return shares
-
-
-def _proof(tokens: TokensResult) -> dict[str, int]:
-    names = ("targets", "targets_ending_in_stop", "targets_decoded_equal", "examples_without_target")
-    return {name: sum(unit.proof[name] for unit in tokens.units) for name in names}
-
-
-def check_conservation(report: dict[str, Any], examples: Examples, verdicts: Verdicts, rows: dict[str, Rows]) -> None:
-    """Every record has one verdict, every token of an accepted example is in the plan or counted as cut.
-
-    :raises StoreError: otherwise; nothing is written then.
-    """
-    judged = report["accepted"] + sum(report["rejected"].values()) + sum(report["dropped"].values())
-    if judged != report["records_in"]:
-        raise StoreError(f"{report['records_in']} records in, but {judged} accepted, rejected or dropped")
-    kept = verdicts.copies.astype(np.int64) * (examples.lengths - verdicts.cut)
-    for number, split in enumerate(SPLITS):
-        expected = int(kept[verdicts.split == number].sum())
-        planned = int(rows[split].length.sum(dtype=np.int64))
-        if expected != planned:
-            raise StoreError(f"{split}: accepted examples have {expected} tokens, the plan has {planned}")
-        if rows[split].num_rows and rows[split].target_tokens.min() < 1:
-            raise StoreError(f"{split}: row {int(rows[split].target_tokens.argmin())} has no target token")
-    if report["rows"] == 0:
-        ways = ["hold out less (validation_fraction)"] if report["validation_records"] else []
-        ways += (
-            ["let in longer records (max_seq_length, overflow)"] if Reason.TOO_LONG.value in report["dropped"] else []
-        )
-        raise CorpusError(
-            f"nothing to train on: of {report['records_in']} records none is in the training rows "
-            f"(rejected {report['rejected']}, dropped {report['dropped']}, held out {report['validation_records']})"
-            + "".join(f"; {way}" for way in ways)
-        )
 
 
 def _near_duplicates(tokens: TokensResult, corpus: CorpusSettings, root: Path) -> np.ndarray:

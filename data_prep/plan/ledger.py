@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import numpy as np
 import pyarrow as pa
@@ -25,6 +25,26 @@ MAX_FOUND = 20
 """Records that one FILE:LINE may mean: an array of short ones on one line."""
 
 
+class LedgerEntry(TypedDict):
+    """A row of the ledger; `data_prep.plan.build` says what the columns mean."""
+
+    file: str
+    line: int
+    offset: int
+    length: int
+    hash: bytes | None
+    source: str
+    split: str | None
+    verdict: str
+    reason: str | None
+    tokens: int
+    target_tokens: int
+    copies: int
+    cut_tokens: int
+    shard: int
+    example: int
+
+
 @dataclass(frozen=True)
 class Ledger:
     """The ledger of one plan."""
@@ -33,7 +53,7 @@ class Ledger:
     manifest: dict[str, Any]
     table: pa.Table
 
-    def entry(self, index: int) -> dict[str, Any]:
+    def entry(self, index: int) -> LedgerEntry:
         """One row as plain values."""
         return self.table.slice(index, 1).to_pylist()[0]
 
@@ -89,7 +109,7 @@ class Ledger:
         tokens = self.tokens_dir(shard)
         return tokens.parent.parent / "records" / store.open_manifest(tokens)["records"]
 
-    def read_texts(self, entries: Iterable[dict[str, Any]]) -> tuple[pa.ListArray, pa.ListArray]:
+    def read_texts(self, entries: Iterable[LedgerEntry]) -> tuple[pa.ListArray, pa.ListArray]:
         """Roles and texts of valid records, given as rows with `shard` and `example`, in their order."""
         tables: dict[int, pa.Table] = {}
         roles, texts = [], []

@@ -18,6 +18,7 @@ from data_prep import in_use
 from data_prep.errors import PandaError
 from data_prep.pipeline import Preparation, run_stages
 from data_prep.plan.build import PlanResult
+from data_prep.plan.report import DataReport
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.store import verify_cache, write_atomically
 from data_prep.tokenizer import LoadedTokenizer, load_tokenizer
@@ -149,7 +150,7 @@ class _Progress:
             logger.info("%s: %s of %s %s (%.0f %%)%s", stage, f"{done:,}", f"{total:,}", unit, 100 * done / total, left)
 
 
-def _print_report(report: dict[str, Any]) -> None:
+def _print_report(report: DataReport) -> None:
     console = stdout_console()
     table = plain_table(2)
     for name, value in report.items():

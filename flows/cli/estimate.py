@@ -21,6 +21,7 @@ from data_prep.pipeline import ORDER, run_stages
 from data_prep.places.address import absolute
 from data_prep.plan.build import PlanResult, plan_fingerprint, plan_rows
 from data_prep.plan.ledger import LEDGER_FILE
+from data_prep.plan.report import DataReport
 from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.files import UnitSpec, find_files, plan_units
 from data_prep.records.shard import RecordsResult, RecordsUnit, read_arrow, shard_records
@@ -76,7 +77,7 @@ class DataEstimate:
     rows: int = 0
     utilisation: float = USUAL_UTILISATION
     plan_dir: Path | None = None
-    report: dict[str, Any] = field(default_factory=dict)
+    report: DataReport | None = None
 
 
 def estimate_data(settings: PandaSettings, tokenizer_dir: Path | None, last: dict[str, Any]) -> DataEstimate:

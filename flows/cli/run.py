@@ -74,9 +74,12 @@ def chosen(loaded: Loaded) -> set[str]:
 
 def require_somebody_to_ask(loaded: Loaded) -> None:
     """A temporary server has no UI, so a run would train and then wait in vain."""
-    if loaded.settings.require_approval and (reason := unusable(address())):
+    asks = {"require_approval=true": loaded.settings.require_approval}
+    asks["corpus_alarm=approve"] = loaded.settings.corpus_alarm == "approve"
+    wanted = [setting for setting, is_on in asks.items() if is_on]
+    if wanted and (reason := unusable(address())):
         raise ConfigError([
-            f"require_approval=true: {reason}, in whose UI somebody could answer; start one first: panda up"
+            f"{setting}: {reason}, in whose UI somebody could answer; start one first: panda up" for setting in wanted
         ])  # fmt: skip
 
 

@@ -77,9 +77,16 @@ def last_runs(output_dir: Path) -> list[RunDir]:
 def _run(run: RunDir) -> str:
     """Its name, and what became of it."""
     try:
-        return f"{run.name}  {_became(run)}"
+        return f"{run.name}  {_became(run)}{_alarm(run)}"
     except (PandaError, OSError, ValueError, KeyError, TypeError) as error:  # a file that is half there, or changed
         return f"{run.name}  cannot be read ({type(error).__name__}: {error})"
+
+
+def _alarm(run: RunDir) -> str:
+    """What the corpus alarm has found, by name."""
+    path = run.path / run_files.CORPUS_ALARM
+    findings = run_files.read_json(path)["findings"] if path.exists() else []
+    return f"; the corpus has changed: {', '.join(one['measure'] for one in findings)}" if findings else ""
 
 
 def _became(run: RunDir) -> str:
@@ -120,8 +127,8 @@ def _servers(state_dir: Path) -> list[str]:
     from flows.stack import process_manager
     from flows.stack.up import condition
 
-    state = process_manager.read_state(state_dir) or {"services": []}
-    return [f"{one['name']}  {condition(one)}  {one['address']}".rstrip() for one in state["services"]]
+    services = process_manager.services_of(state_dir)
+    return [f"{one['name']}  {condition(one)}  {one['address']}".rstrip() for one in services]
 
 
 def _next_run() -> list[str]:

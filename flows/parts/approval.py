@@ -1,12 +1,14 @@
-"""A person decides whether a version that has passed the gate becomes the champion: the run waits in the Prefect UI.
+"""A person decides: whether a version that has passed the gate becomes the champion, whether a corpus is trained on.
 
-In: settings, the tracked run, the verdict. Out: the answer for `promote`, None where nobody is asked. The run stays
+In: settings, and what there is to decide about. Out: the answer, None where nobody is asked. The run waits in the
+Prefect UI. The run stays
 alive while it waits (state Paused): a sleeping process, no GPU, for training is over. Killed, it is gone on with: an
 answer that was given holds, in whatever flow run; else it is asked again, in the new one. Cost: a request each 5 s.
 """
 
 import logging
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Annotated, Any
 from uuid import UUID, uuid4
 
@@ -23,11 +25,12 @@ from pydantic import Field, WithJsonSchema
 
 from configs.settings import PandaSettings
 from flows.parts.notify import tell
-from tasks.reporting import addresses
+from tasks.reporting import addresses, alarm_markdown
+from training import run_files
 from training.comparison import approval
 from training.comparison.approval import APPROVED, NO_ANSWER, REFUSED, WAITING, Approval
 from training.comparison.job import Answered, GateResult
-from training.run_files import Losses
+from training.run_files import CorpusAlarm, Losses
 from training.tracking.run import TrackedRun
 
 POLL_SECONDS = 5
@@ -46,44 +49,80 @@ class Decision(RunInput):
     comment: str = Field("", description="Kept with the version, whatever the answer is.")
 
 
+class CorpusDecision(RunInput):
+    """The same about a corpus that has changed."""
+
+    approve: Annotated[bool, WithJsonSchema({"enum": [True, False]})] = Field(
+        description="true: the run trains on this corpus. false: it ends."
+    )
+    comment: str = Field("", description="Kept with the run, whatever the answer is.")
+
+
 def ask(settings: PandaSettings, tracked: TrackedRun, verdict: GateResult, losses: Losses) -> Answered | None:
     """Wait for the answer, if the gate says that there is something to decide."""
     waits = not verdict.get("settled") and "approval" in verdict and verdict["approval"]["answer"] == WAITING
     if not (settings.require_approval and waits):
         return None
-    asked = approval.read(tracked.run_dir, verdict)
+    version, champion = verdict["candidate"], verdict.get("champion")
+    where = {"Prefect run": _address(), **addresses(tracked, version)}
+    question = _Question(version, approval.question(verdict, losses, where), Decision)
+    return _decided(settings, question, tracked.run_dir / run_files.APPROVAL, champion)
+
+
+def ask_about_corpus(settings: PandaSettings, run_dir: Path, alarm: CorpusAlarm) -> Answered:
+    """Wait for the answer whether this corpus is trained on."""
+    text = f"Train {run_dir.name} on this corpus?\n\n{alarm_markdown(alarm)}\nPrefect run: {_address()}"
+    question = _Question(f"the corpus of {run_dir.name}", text, CorpusDecision)
+    return _decided(settings, question, run_dir / run_files.CORPUS_APPROVAL, alarm["compared_with"])
+
+
+@dataclass(frozen=True)
+class _Question:
+    about: str
+    text: str
+    form: type[RunInput]
+
+
+def _decided(settings: PandaSettings, question: _Question, path: Path, champion: str | None) -> Answered:
+    """The answer that was given before, also to a run that was killed; else a person is asked."""
+    asked = approval.read(path, question.about, champion)
     answered = asked and _answer_to(asked)
     if answered:
-        logger.info("%s was decided before: %s", verdict["candidate"], approval.in_words(answered.as_verdict))
+        logger.info("%s was decided before: %s", question.about, approval.in_words(answered.as_verdict))
     else:
-        answered = _ask(settings, tracked, verdict, losses)
-    approval.write(tracked.run_dir, answered)
+        answered = _ask(settings, question, path, champion)
+    approval.write(path, answered)
     return answered.as_verdict
 
 
-def _ask(settings: PandaSettings, tracked: TrackedRun, verdict: GateResult, losses: Losses) -> Approval:
-    version = verdict["candidate"]
-    where = {"Prefect run": str(flow_run.ui_url or flow_run.id), **addresses(tracked, version)}
-    text = approval.question(verdict, losses, where)
-    asked = Approval(version, verdict.get("champion"), str(flow_run.id), uuid4().hex)
-    approval.write(tracked.run_dir, asked)
+def _address() -> str:
+    return str(flow_run.ui_url or flow_run.id)
+
+
+def _ask(settings: PandaSettings, question: _Question, path: Path, champion: str | None) -> Approval:
+    asked = Approval(question.about, champion, str(flow_run.id), uuid4().hex)
+    approval.write(path, asked)
     hours = f"{settings.approval_timeout_hours:g} h"
-    logger.info("%s waits for approval, for %s: %s", version, hours, where["Prefect run"])
+    logger.info("%s waits for approval, for %s: %s", question.about, hours, _address())
     if settings.notify:
-        tell(settings.notify, f"{version} waits for approval", f"{text}\n\nWithout an answer in {hours}: no.")
-    answered = _wait(asked, text, settings.approval_timeout_hours * 3600)
+        tell(
+            settings.notify,
+            f"{question.about} waits for approval",
+            f"{question.text}\n\nWithout an answer in {hours}: no.",
+        )
+    answered = _wait(asked, question, settings.approval_timeout_hours * 3600)
     if answered.answer == NO_ANSWER:
         answered = replace(answered, comment=f"in {hours}")
-    logger.info("%s: %s", version, approval.in_words(answered.as_verdict))
+    logger.info("%s: %s", question.about, approval.in_words(answered.as_verdict))
     return answered
 
 
-def _wait(asked: Approval, text: str, seconds: float) -> Approval:
+def _wait(asked: Approval, question: _Question, seconds: float) -> Approval:
     """The answer, or that there was none in time."""
-    form = Decision.with_initial_data(description=text)
+    form = question.form.with_initial_data(description=question.text)
     try:
         with timeout(seconds):
-            given = pause_flow_run(
+            given: Any = pause_flow_run(
                 wait_for_input=form, timeout=round(seconds) + MARGIN_SECONDS, poll_interval=POLL_SECONDS, key=asked.key
             )
     except TimeoutError:

@@ -9,7 +9,7 @@ from tasks.register import model_name
 from training.errors import CheckpointError
 from training.registry.lineage import config_of, plan_of
 from training.registry.register import with_retries
-from training.registry.versions import Registry
+from training.registry.versions import Registry, Version
 from training.settings import TrackingSettings
 from training.tracking.run import tracking_uri
 
@@ -21,6 +21,12 @@ def registry_of(settings: PandaSettings) -> Registry:
     return Registry(tracking_uri(TrackingSettings.of(settings), Path(settings.output_dir).absolute()))
 
 
+def champion_of(settings: PandaSettings) -> Version | None:
+    """The champion of the model that this run adds to; None as long as there is none."""
+    name = model_name(settings.registered_model_name, settings.model)
+    return with_retries(lambda: registry_of(settings).champion(name))
+
+
 def with_replay(settings: PandaSettings) -> PandaSettings:
     """The settings, with the champion's plan as `replay_of` where only a share of its records is wanted again.
 
@@ -28,12 +34,10 @@ def with_replay(settings: PandaSettings) -> PandaSettings:
     """
     if settings.replay_share == 1 or settings.replay_of:
         return settings
-    registry = registry_of(settings)
-    name = model_name(settings.registered_model_name, settings.model)
-    champion = with_retries(lambda: registry.champion(name))
+    champion = champion_of(settings)
     if champion is None:
         return settings
-    plan = plan_of(champion, config_of(registry, champion), Path(settings.cache_dir))
+    plan = plan_of(champion, config_of(registry_of(settings), champion), Path(settings.cache_dir))
     if plan is None:
         raise PandaError(
             f"replay_share={settings.replay_share}: the plan of {champion.uri} is not here, so what it was trained on "
@@ -47,12 +51,12 @@ def champion_directory(settings: PandaSettings) -> Path | None:
     """Weights and tokenizer of the champion; None when the base is wanted, or nobody is champion yet."""
     if settings.init_from != "champion":
         return None
-    registry, name = registry_of(settings), model_name(settings.registered_model_name, settings.model)
-    champion = with_retries(lambda: registry.champion(name))
+    champion = champion_of(settings)
     if champion is None:
+        name = model_name(settings.registered_model_name, settings.model)
         logger.info("%s has no champion yet: starting from the base model", name)
         return None
-    folder = with_retries(lambda: registry.files(champion, Path(settings.cache_dir)))
+    folder = with_retries(lambda: registry_of(settings).files(champion, Path(settings.cache_dir)))
     if (folder / "adapter_config.json").exists():
         raise CheckpointError(
             f"init_from=champion: {champion.uri} is an adapter, and training starts from whole weights; "

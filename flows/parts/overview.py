@@ -6,11 +6,12 @@ run and of the version in MLflow. A run that ends early tells as much as it has 
 
 import logging
 from collections.abc import Sequence
-from typing import Any
 
 from prefect.artifacts import create_markdown_artifact
 
+from data_prep.plan.report import DataReport
 from flows.parts.run_dir import Summary
+from tasks.reporting import alarm_markdown
 from training.comparison.job import GateResult
 from training.comparison.report import comparison_markdown
 from training.registry.versions import Registry
@@ -50,6 +51,8 @@ def story(summary: Summary, links: dict[str, str] | None = None) -> str:
     sections = [_outcome(summary)]
     if "data" in summary:
         sections.append(f"## Data\n\n{_table(('what', 'number'), _data(summary['data']))}")
+    if summary.get("corpus_alarm", {}).get("findings"):
+        sections.append(f"## Corpus alarm\n\n{alarm_markdown(summary['corpus_alarm'])}")
     if "training" in summary:
         sections.append(f"## Training\n\n{_table(('what', 'number'), _training(summary['training']))}")
     if "losses" in summary:
@@ -77,7 +80,7 @@ def verdict_of(summary: Summary) -> str:
     return "champion" if summary["gate"]["promoted"] else "challenger"
 
 
-def _data(report: dict[str, Any]) -> list[tuple[str, str]]:
+def _data(report: DataReport) -> list[tuple[str, str]]:
     """Records in = accepted + rejected + dropped; tokens of the training rows."""
     rows = [
         ("records in", f"{report['records_in']:,}"),

@@ -23,10 +23,11 @@ from configs.errors import ConfigError
 from configs.load import Loaded, load
 from configs.settings import PandaSettings, UnattendedSettings
 from data_prep import in_use
+from data_prep.plan.report import DataReport
 from training import run_files
 from training.launch import ownership
 from training.launch.exits import ExitReason
-from training.run_files import Losses, Registered, Trained
+from training.run_files import CorpusAlarm, Losses, Registered, Trained
 from training.tracking import run_record
 
 if TYPE_CHECKING:
@@ -55,7 +56,8 @@ class Summary(TypedDict, total=False):
     records: dict[str, Any]
     tokens: int
     target_tokens: int
-    data: dict[str, Any]  # the report of the plan
+    data: DataReport
+    corpus_alarm: CorpusAlarm
     mlflow_run_id: str | None
     training: Trained
     seconds: dict[str, float]

@@ -7,7 +7,6 @@ What MLflow is told about a run before it trains. In: settings and results of th
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import yaml
 from prefect.runtime import deployment, flow_run
@@ -17,6 +16,7 @@ from data_prep import intact, store
 from data_prep.pipeline import run_stages
 from data_prep.places.address import is_address
 from data_prep.plan.build import PlanResult
+from data_prep.plan.report import DataReport
 from data_prep.records.shard import RecordsResult
 from data_prep.store import fingerprint
 from data_prep.tokens.tokenize import TokensResult
@@ -142,7 +142,11 @@ def run_metadata(settings: PandaSettings, corpus: str, plan: PlanResult) -> RunM
         if folder and (is_address(folder) or Path(folder).is_dir())
     ]
     if plan.report["validation_records"]:
-        held_out = {name: plan.report[f"validation_{name}"] for name in ("records", "tokens", "target_tokens")}
+        held_out = {
+            "records": plan.report["validation_records"],
+            "tokens": plan.report["validation_tokens"],
+            "target_tokens": plan.report["validation_target_tokens"],
+        }
         datasets.append(Dataset(HELD_OUT, plan.fingerprint, plan.path, HELD_OUT_CONTEXT, held_out))
     tags = {
         SOURCE_TYPE_TAG: "LOCAL",
@@ -158,7 +162,7 @@ def run_metadata(settings: PandaSettings, corpus: str, plan: PlanResult) -> RunM
     return RunMetadata(settings.model_dump(mode="json"), datasets, reports, tags)
 
 
-def target_tokens_of_corpus(report: dict[str, Any]) -> int:
+def target_tokens_of_corpus(report: DataReport) -> int:
     """With those of the old records that replay left out, so that it grows with the corpus."""
     return report["target_tokens"] + report.get("not_replayed_target_tokens", 0)
 

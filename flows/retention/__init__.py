@@ -1,1 +1,1 @@
-"""`panda gc`: what may go of caches, runs and MLflow, and taking it away so that what remains is whole."""
+"""`panda gc`: what may go of caches, runs, MLflow and Prefect, and taking it away so that what remains is whole."""

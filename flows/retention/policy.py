@@ -16,9 +16,11 @@ ANCESTRY = "needed by"
 
 VERSION, CHECKPOINTS, RUN, MODEL, MLFLOW_RUN = "version", "checkpoints", "run", "model", "mlflow run"
 PLAN, TOKENS, RECORDS, TOKENIZER = "plan", "tokens", "records", "tokenizer"
-NEAR_DUPLICATES, FETCHED = "near duplicates", "fetched model"
-KINDS = (VERSION, CHECKPOINTS, RUN, MODEL, MLFLOW_RUN, PLAN, TOKENS, RECORDS, TOKENIZER, NEAR_DUPLICATES, FETCHED)
+NEAR_DUPLICATES, FETCHED, FLOW_RUN = "near duplicates", "fetched model", "prefect run"
+KINDS = (VERSION, CHECKPOINTS, RUN, MODEL, MLFLOW_RUN, PLAN, TOKENS, RECORDS, TOKENIZER, NEAR_DUPLICATES, FETCHED,
+         FLOW_RUN)  # fmt: skip
 """In the order in which they go."""
+NEWEST_FLOW_RUNS = 10  # of each deployment and end: `flows.watch` tells by them how long one takes, and what is missing
 
 
 class Key(NamedTuple):
@@ -34,7 +36,7 @@ class Item:
 
     key: Key
     size: int = 0
-    made: float = 0.0  # seconds since the epoch; of a run its end
+    made: float = 0.0  # seconds since the epoch; of a run or flow run its end
     needs: frozenset[Key] = frozenset()
     keep: str = ""
     rank: int = 0
@@ -96,6 +98,8 @@ def _why(item: Item, rules: Rules) -> str:
         return f"one of the {rules.versions} newest"
     if item.key.kind == RUN and item.rank == 0:
         return "the newest run"
+    if item.key.kind == FLOW_RUN and item.rank < NEWEST_FLOW_RUNS:
+        return "one of the newest"
     if item.key.kind != MODEL and item.made > rules.now - rules.days * DAY:
         return "young"
     return ""

@@ -19,10 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from data_prep import store
+from flows.retention import in_prefect
 from flows.retention.on_disk import FETCHED_DIR
 from flows.retention.policy import (
     CHECKPOINTS,
     FETCHED,
+    FLOW_RUN,
     MLFLOW_RUN,
     MODEL,
     RUN,
@@ -49,15 +51,16 @@ def free(decision: Decision, places: Places) -> list[Item]:
     in_cache = [places.cache_dir / name for name in (FETCHED_DIR, *store.STAGES)]
     for root in [places.output_dir, artifacts, artifacts / "models", *in_cache]:
         sweep_leftovers(root)
-    sweep = Sweep(decision, places)
-    return [item for item in decision.freed if sweep.remove(item)]
+    with contextlib.ExitStack() as stack:
+        sweep = Sweep(decision, places, stack)
+        return [item for item in decision.freed if sweep.remove(item)]
 
 
 class Sweep:
-    """How each kind goes."""
+    """How each kind goes; clients are made when the first one of their kind does."""
 
-    def __init__(self, decision: Decision, places: Places):
-        self.decision, self.places = decision, places
+    def __init__(self, decision: Decision, places: Places, stack: contextlib.ExitStack):
+        self.decision, self.places, self.stack = decision, places, stack
 
     def remove(self, item: Item) -> bool:
         """Whether it went."""
@@ -66,11 +69,19 @@ class Sweep:
             return remove_of_run(Path(name), Path(name) if kind == RUN else Path(name).parent)
         if kind in (VERSION, MODEL, MLFLOW_RUN):
             return self.mlflow.remove(kind, name)
-        if kind == FETCHED:
+        if kind == FLOW_RUN:
+            in_prefect.remove(self.prefect, name)
+        elif kind == FETCHED:
             move_away(Path(name))
         else:
             store.discard(Path(name))
         return True
+
+    @cached_property
+    def prefect(self) -> Any:
+        from prefect.client.orchestration import get_client
+
+        return self.stack.enter_context(get_client(sync_client=True))
 
     @cached_property
     def mlflow(self) -> "Mlflow":

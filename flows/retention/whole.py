@@ -1,8 +1,8 @@
 """All that there is, put together for the policy.
 
 In: the places of the settings. Out: `Found`: items, what is kept because other output directories use the same cache,
-and what could not be looked at, which is then left alone: without the Prefect server no unfinished run of a
-deployment; with a preparation at work, or a user of the cache whose registry does not answer, nothing of the
+and what could not be looked at, which is then left alone: without the Prefect server no flow run and no unfinished run
+of a deployment; with a preparation at work, or a user of the cache whose registry does not answer, nothing of the
 cache. Cost: that of its parts.
 """
 
@@ -42,12 +42,16 @@ class Found:
 def look(places: Places, cache_is_free: bool) -> Found:
     """Everything; reads only."""
     found = Found()
-    going_on = in_prefect.going_on()
-    if going_on is None:
-        found.left.append("unfinished runs of Prefect's deployments: no server answers (panda up)")
+    flow_runs = in_prefect.flow_runs()
+    if flow_runs is None:
+        found.left.append("Prefect's runs, and unfinished runs of its deployments: no server answers (panda up)")
+    elif flow_runs.is_own_server:
+        found.items += flow_runs.items
+    else:
+        found.left.append("Prefect's runs: its server is not this project's own (PREFECT_API_URL)")
 
     def is_open(flow_run: str) -> bool:
-        return going_on is None or flow_run in going_on
+        return flow_runs is None or flow_run in flow_runs.open
 
     mine = in_mlflow.held(places.registry) if places.registry else in_mlflow.Held([], {}, [], {})
     found.items += in_mlflow.items(mine, places.output_dir, places.cache_dir)

@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TypedDict
 
 from data_prep.store import write_atomically
 from flows.stack.prefect_server import answers
@@ -30,7 +30,27 @@ RUN_GRACE_SECONDS = 28.0  # cancelled ranks have stop_deadline_seconds (25) to w
 SERVICE_GRACE_SECONDS = 10.0
 LONGEST_BACKOFF_SECONDS = 60.0
 WORKER = "worker"
-MANAGER, LOG = "keeper", "keeper.log"  # its pid in state.json, its log: an earlier version may have started it
+LOG = "keeper.log"  # its name before: an earlier version may have started it
+
+
+class ServiceState(TypedDict):
+    """A service in state.json."""
+
+    name: str
+    address: str
+    base: str | None  # what answers over HTTP
+    pid: int | None
+    started: float
+    num_exits: int
+    last_exit_code: int | None
+    log: str
+
+
+class StackState(TypedDict):
+    """state.json; an earlier version may have started what is there."""
+
+    keeper: int  # the pid of the process manager
+    services: list[ServiceState]
 
 
 @dataclass
@@ -45,13 +65,18 @@ class Managed:
     last_exit_code: int | None = None
     next_start: float = 0.0
 
-    def as_dict(self) -> dict[str, Any]:
+    def as_dict(self) -> ServiceState:
         """What `panda status` shows."""
-        pid = self.process.pid if self.process else None
-        facts = {"started": self.started, "num_exits": self.num_exits, "last_exit_code": self.last_exit_code}
-        return {"name": self.spec.name, "address": self.spec.address, "base": self.spec.base, "pid": pid} | (
-            facts | {"log": str(self.log)}
-        )
+        return {
+            "name": self.spec.name,
+            "address": self.spec.address,
+            "base": self.spec.base,
+            "pid": self.process.pid if self.process else None,
+            "started": self.started,
+            "num_exits": self.num_exits,
+            "last_exit_code": self.last_exit_code,
+            "log": str(self.log),
+        }
 
 
 @dataclass
@@ -104,7 +129,7 @@ class ProcessManager:
 
     def write_state(self) -> None:
         """Rewrite state.json when it would change."""
-        state = {MANAGER: os.getpid(), "services": [service.as_dict() for service in self.services]}
+        state: StackState = {"keeper": os.getpid(), "services": [service.as_dict() for service in self.services]}
         text = json.dumps(state, indent=2)
         if text != self.written:
             write_atomically(self.state_dir / "state.json", text, 0o600)
@@ -135,12 +160,18 @@ def is_up(state_dir: Path) -> bool:
     return True
 
 
-def read_state(state_dir: Path) -> dict[str, Any] | None:
+def read_state(state_dir: Path) -> StackState | None:
     """What the living process manager has written; None while there is none."""
     with contextlib.suppress(FileNotFoundError):
         if is_up(state_dir):
             return json.loads((state_dir / "state.json").read_text(encoding="utf-8"))
     return None
+
+
+def services_of(state_dir: Path) -> list[ServiceState]:
+    """The services of a living process manager; none while there is none."""
+    state = read_state(state_dir)
+    return state["services"] if state else []
 
 
 @contextlib.contextmanager

@@ -34,6 +34,7 @@ from flows.stack.prefect_home import (
     remember,
 )
 from flows.stack.prefect_server import answers, http_status, unusable
+from flows.stack.process_manager import ServiceState, StackState
 from training.launch.processes import free_port
 from training.tracking.sync import TRAINING_VIEW
 
@@ -91,7 +92,7 @@ def down(argv: list[str]) -> int:
     if state is None:
         print("nothing is running")
         return 0
-    manager = state[process_manager.MANAGER]
+    manager = state["keeper"]
     os.kill(manager, signal.SIGTERM)
     deadline = time.monotonic() + STOP_SECONDS
     while process_manager.is_up(state_dir):
@@ -182,7 +183,7 @@ def _mlflow_port(state_dir: Path) -> int:
 
 
 def _wait_for_servers(state_dir: Path, url: str) -> None:
-    def ready(state: dict[str, Any]) -> bool:
+    def ready(state: StackState) -> bool:
         return answers(url) and all(answers(service["base"]) for service in state["services"] if service["base"])
 
     _wait(state_dir, ready)
@@ -203,13 +204,13 @@ def _wait(state_dir: Path, ready: Any) -> None:
         state = process_manager.read_state(state_dir)
         if state and ready(state):
             return
-        ended = [service for service in (state or {}).get("services", []) if service["num_exits"] > 1]
+        ended = [service for service in (state["services"] if state else []) if service["num_exits"] > 1]
         if ended or time.monotonic() > deadline:
             raise StackError(_why_not_up(ended[0] if ended else None, state_dir))
         time.sleep(0.3)
 
 
-def _why_not_up(service: dict[str, Any] | None, state_dir: Path) -> str:
+def _why_not_up(service: ServiceState | None, state_dir: Path) -> str:
     if service is None:
         return f"not all is up after {START_SECONDS:.0f} s; panda status shows what is missing, logs are in {state_dir}"
     log = Path(service["log"]).read_text(encoding="utf-8", errors="replace").splitlines()[-LOG_LINES:]
@@ -217,14 +218,14 @@ def _why_not_up(service: dict[str, Any] | None, state_dir: Path) -> str:
     return "\n".join([last, *(f"  {line}" for line in log), "It is started again now and then; panda down ends that."])
 
 
-def condition(service: dict[str, Any]) -> str:
+def condition(service: ServiceState) -> str:
     """Whether a service of the state runs, and answers."""
     if not service["pid"]:
         return "not running"
     return "up" if not service["base"] or answers(service["base"]) else "does not answer"
 
 
-def _vitals(service: dict[str, Any]) -> str:
+def _vitals(service: ServiceState) -> str:
     """Pid, memory and age of a service."""
     try:
         process = psutil.Process(service["pid"])
@@ -248,8 +249,7 @@ def _without_environment() -> str:
 
 def _welcome(state_dir: Path, there: Address, usual: str) -> str:
     """Addresses, how to log in, and what to type next, such that it can be pasted as it is."""
-    state = process_manager.read_state(state_dir) or {"services": []}
-    ours = {service["name"]: service["address"] for service in state["services"]}
+    ours = {service["name"]: service["address"] for service in process_manager.services_of(state_dir)}
     beside = Path(sys.executable).with_name("prefect")
     prefect = "prefect" if shutil.which("prefect") or not beside.exists() else os.path.relpath(beside)
     elsewhere = f"PREFECT_API_URL={there.url} " if usual != there.url else ""

@@ -202,6 +202,27 @@ def test_a_champion_whose_files_are_gone_costs_the_promotion_only(folder):
     assert here.champion("gone").version == 1
 
 
+def test_a_corpus_that_has_changed_stops_the_run_until_a_person_says_otherwise(folder, tmp_path):
+    name = {"registered_model_name": "watched"}
+    first = run(folder, "instructions only", True, run_name="watched-1", **name)
+    assert first["corpus_alarm"]["note"] == "no champion yet, so there is no corpus to compare with"
+    promote(Registry(f"sqlite:///{folder}/outputs/mlflow.db"), first["model"]["uri"], despite_gate=True)
+    again = run(folder, "instructions only", True, run_name="watched-2", seed=2, **name)
+    assert again["corpus_alarm"] == {"compared_with": first["model"]["uri"], "note": "", "findings": []}
+
+    (tmp_path / "records.json").write_text(json.dumps([one | {"output": "No idea."} for one in INSTRUCTIONS]))
+    broken_feed = {"instruction_tuning_data_dir": str(tmp_path), "run_name": "watched-3", **name}
+    with pytest.raises(
+        CorpusError, match=r"the corpus has changed .*--resume --run_name watched-3 --corpus_alarm warn"
+    ):
+        run(folder, "instructions only", True, corpus_alarm="stop", **broken_feed)
+    assert not (folder / "outputs" / "watched-3" / "metrics.jsonl").exists()
+    where = {"resume": True, "run_name": "watched-3", "output_dir": str(folder / "outputs")}
+    resumed = call_flow({**where, "corpus_alarm": "warn"})
+    assert "one answer to many prompts" in {one["measure"] for one in resumed["corpus_alarm"]["findings"]}
+    assert resumed["model"]["version"] == 3 and resumed["training"]["steps"] == 1
+
+
 def broken(*_, **__):
     raise RuntimeError("broken")
 

@@ -12,17 +12,15 @@ import shutil
 import sqlite3
 import subprocess
 import sys
-import tarfile
 from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.support import warm
+from tests.support.kept import MADE_IN, unpack
 
 ROOT = Path(__file__).parents[2]
-KEPT = Path(__file__).parents[1] / "assets" / "run-of-version-0.1.tar.xz"
-MADE_IN = "/tmp/kept"
 VERSION = "models:/panda-panda-tiny/1"
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("use_prefect_server")]
@@ -31,8 +29,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("older")
-    with tarfile.open(KEPT) as archive:
-        archive.extractall(path, filter="data")
+    unpack(path)
     for file in path.rglob("*"):
         if file.name == "MLmodel" or file.suffix in (".json", ".yaml"):
             file.write_text(file.read_text().replace(MADE_IN, str(path)))

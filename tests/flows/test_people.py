@@ -1,13 +1,15 @@
 """People are told and asked, for real: `notify` in a YAML file, a receiver on loopback, answers as of the form."""
 
 import contextlib
+import json
+import shutil
 import signal
 import socket
 
 import pytest
 
 from tests.support import warm
-from tests.support.stack import LONG, Stack, running_stack, wait_for
+from tests.support.stack import LONG, Stack, num_steps, running_stack, wait_for
 from training.launch.processes import free_port
 from training.registry.versions import Registry
 from training.tracking.sync import TRAINING_VIEW
@@ -203,3 +205,55 @@ class TestApproval:
         with stack.client() as client:
             states = client.read_flow_run_states(run)
         return sum(state.name == "Paused" for state in states)
+
+
+class TestCorpusAlarm:
+    """This week's feed gives one answer to everything; the champion has learnt from the one of last week."""
+
+    @pytest.fixture(scope="class")
+    def broken(self, stack, first):
+        corpus = stack.folder / "broken-feed"
+        shutil.copytree(stack.folder / "dataset" / "instruction_tuning", corpus)
+        english = corpus / "english.json"
+        records = json.loads(english.read_text())
+        english.write_text(json.dumps([record | {"target": "I cannot help you with that."} for record in records]))
+
+        def config(name: str, **settings) -> str:
+            uri = f"sqlite:///{stack.outputs('short')}/mlflow.db"
+            return stack.config(
+                name, instruction_tuning_data_dir=str(corpus), mlflow_tracking_uri=uri, max_steps=6, **settings
+            )
+
+        return config
+
+    def test_is_told(self, stack, broken):
+        with stack.webhook() as (block, received):
+            run = stack.start(broken("told", notify=block), until_stage="train")
+            assert stack.end_of(run).type.value == "COMPLETED"
+        (message,) = received
+        assert f"the corpus has changed since models:/{MODEL}/1" in message["subject"]
+        assert "### one answer to many prompts: " in message["body"] and "english.json:" in message["body"]
+        artifacts = stack.artifacts(run)
+        assert artifacts["corpus-alarm"] in message["body"] and artifacts["corpus-alarm-picture"]
+        assert "the corpus has changed: " in stack.panda("--output_dir", str(stack.outputs("told"))).stdout
+
+    def test_refused_it_is_not_trained_on(self, stack, broken):
+        run = stack.start(broken("doubted", corpus_alarm="approve"))
+        stack.wait_for_state(run, "Paused")
+        wait_for(lambda: stack.question(run), 30, "the form")
+        text = stack.question(run)
+        assert text.startswith(f"Train {stack.newest_run('doubted').name} on this corpus?") and "english.json:" in text
+        stack.answer(run, False, "the feed is broken")
+        state = stack.end_of(run)
+        assert (state.type.value, state.name) == ("COMPLETED", "NotApproved")
+        assert "refused: the feed is broken" in state.message
+        assert num_steps(stack.newest_run("doubted")) == 0
+
+    def test_approved_it_is(self, stack, broken):
+        run = stack.start(broken("trusted", corpus_alarm="approve"), until_stage="train")
+        stack.wait_for_state(run, "Paused")
+        wait_for(lambda: stack.question(run), 30, "the form")
+        stack.answer(run, True, "meant so")
+        assert stack.end_of(run).type.value == "COMPLETED"
+        assert num_steps(stack.newest_run("trusted")) == 6
+        stack.wait_for_log(run, "approved: meant so")

@@ -1,8 +1,9 @@
-"""What a person is asked about a version that has passed the gate, and RUN/approval.json: where, and the answer.
+"""What a person is asked about a version that has passed the gate, or a corpus that has changed, and the answer.
 
-In: the result of the gate, losses, addresses. Out: Markdown that mail and chats can show as it is; `Approval`. The
-file is written before the question is asked and again with the answer, so that a run that was killed in between finds
-the answer it was given, and nobody who has answered is asked again about the same comparison. Cost: none.
+In: the result of the gate, losses, addresses. Out: Markdown that mail and chats can show as it is; `Approval`, as
+RUN/approval.json or RUN/corpus-approval.json. The file is written before the question is asked and again with the
+answer, so that a run that was killed in between finds the answer it was given, and nobody who has answered is asked
+again about the same comparison. Cost: none.
 """
 
 from dataclasses import asdict, dataclass
@@ -19,7 +20,7 @@ WAITING, APPROVED, REFUSED, NO_ANSWER = "waiting", "approved", "refused", "no an
 
 @dataclass(frozen=True)
 class Approval:
-    """A question and its answer; it holds for this version as compared with this champion."""
+    """A question and its answer; it holds for this version (or corpus) as compared with this champion."""
 
     version: str
     champion: str | None
@@ -34,18 +35,17 @@ class Approval:
         return {"answer": self.answer, "comment": self.comment}
 
 
-def read(run_dir: Path, result: GateResult) -> Approval | None:
+def read(path: Path, version: str, champion: str | None) -> Approval | None:
     """The question that this comparison has led to, if it was asked."""
-    path = run_dir / run_files.APPROVAL
     if not path.exists():
         return None
     asked = run_files.read_as(path, Approval)
-    return asked if (asked.version, asked.champion) == (result["candidate"], result.get("champion")) else None
+    return asked if (asked.version, asked.champion) == (version, champion) else None
 
 
-def write(run_dir: Path, approval: Approval) -> None:
-    """Write RUN/approval.json."""
-    run_files.write_json(run_dir / run_files.APPROVAL, asdict(approval))
+def write(path: Path, approval: Approval) -> None:
+    """Write RUN/approval.json, or that of the corpus."""
+    run_files.write_json(path, asdict(approval))
 
 
 def in_words(answer: Answered) -> str:

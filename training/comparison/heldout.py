@@ -129,7 +129,7 @@ def choose(plan_dir: Path, max_per_source: int, excluded: Collection[str] = froz
     held_out = ledger.accepted("validation").select(["hash", "source", "file", "line", "shard", "example"])
     rows = held_out.append_column("hex", pa.array(hex_hashes(held_out["hash"]), pa.string())).to_pylist()
     fresh = [row for row in rows if row["hex"] not in excluded]
-    chosen: dict[str, list[dict[str, Any]]] = {}
+    chosen: dict[str, list[Any]] = {}  # rows of the ledger
     for row in sorted(fresh, key=lambda row: (row["source"], row["hex"])):
         of_source = chosen.setdefault(row["source"], [])
         if len(of_source) < max_per_source:

@@ -71,6 +71,16 @@ class OverlapRow(TypedDict):
     share: float
 
 
+class Answer(TypedDict):
+    """A text that was generated, and what is to be said of it; `exact` is None for long targets."""
+
+    text: str
+    ends: bool
+    not_empty: bool
+    no_repetition: bool
+    exact: bool | None
+
+
 class GateResult(TypedDict):
     """RUN/gate.json: the verdict and its tables; what was not compared has only those, and its reason."""
 
@@ -91,7 +101,7 @@ class GateResult(TypedDict):
     settings: NotRequired[dict[str, Any]]
     overlaps: NotRequired[list[OverlapRow]]
     problems: NotRequired[dict[str, str]]  # role -> why it could not be scored
-    answers: NotRequired[dict[str, list[dict[str, Any]]]]  # role -> generations
+    answers: NotRequired[dict[str, list[Answer]]]  # by role
     approval: NotRequired[Answered]
     settled: NotRequired[bool]  # in memory only: by an earlier execution of the run
 

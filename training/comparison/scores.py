@@ -26,7 +26,7 @@ from data_prep.tokens.examples import tokenize_columns
 from data_prep.tokens.token_shard import TokenShard
 from data_prep.tokens.tokenize import Recipe, load_tools
 from training.comparison.heldout import HeldOut
-from training.comparison.job import ModelUnderTest
+from training.comparison.job import Answer, ModelUnderTest
 from training.comparison.statistics import Scores
 from training.distributed import Ranks
 from training.engines.inference import UsedModel
@@ -40,17 +40,6 @@ MIN_REPEATED = 24  # tokens of a repetition; and three periods of it
 
 
 LONGEST_ROW = 2048  # tokens; longer records are asked in parts
-
-
-@dataclass(frozen=True)
-class Generation:
-    """A text that was generated, and what is to be said of it; `exact` is None for long targets."""
-
-    text: str
-    ends: bool
-    not_empty: bool
-    no_repetition: bool
-    exact: bool | None
 
 
 @dataclass(frozen=True)
@@ -74,7 +63,7 @@ class Asking:
     num_prompts: int = 16
 
 
-def score(model: UsedModel, one: ModelUnderTest, held_out: HeldOut, asking: Asking) -> tuple[Scores, list[Generation]]:
+def score(model: UsedModel, one: ModelUnderTest, held_out: HeldOut, asking: Asking) -> tuple[Scores, list[Answer]]:
     """Scores of a model, and its generations.
 
     :param one: where its tokenizer is, and the template it was trained with
@@ -157,7 +146,7 @@ def generate(  # noqa: PLR0913, PLR0917
     targets: list[list[int]],
     num_new: int,
     ranks: Ranks,
-) -> list[Generation]:
+) -> list[Answer]:
     """Greedy generations after prompts (ids), of `num_new` tokens at most; `targets` are the ids of the right answers.
 
     A model cannot go on from nothing: an empty prompt is eos, after which a new text begins.
@@ -203,13 +192,13 @@ def left_padded(prompts: list[list[int]], pad_id: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def checked(tokenizer: LoadedTokenizer, new: list[int], target: list[int]) -> Generation:
+def checked(tokenizer: LoadedTokenizer, new: list[int], target: list[int]) -> Answer:
     """One generation with its checks, from its ids."""
     end = next((i for i, token in enumerate(new) if token in tokenizer.stop_ids), None)
     said = new if end is None else new[:end]
     text = tokenizer.core.decode(said, skip_special_tokens=True)
     wanted = tokenizer.core.decode([i for i in target if i not in tokenizer.stop_ids], skip_special_tokens=True)
-    return Generation(
+    return Answer(
         text=text,
         ends=end is not None,
         not_empty=bool(text.strip()),
@@ -228,10 +217,15 @@ def is_runaway(ids: list[int]) -> bool:
     return False
 
 
-def check_columns(generations: list[Generation]) -> dict[str, np.ndarray]:
+def check_columns(generations: list[Answer]) -> dict[str, np.ndarray]:
     """Check -> ``(num_prompts,) float64``: 1 good, 0 bad, nan where it does not apply."""
-    names = ("ends", "not_empty", "no_repetition", "exact")
-    return {name: np.array([_number(getattr(one, name)) for one in generations], dtype=np.float64) for name in names}
+    columns: dict[str, list[bool | None]] = {
+        "ends": [one["ends"] for one in generations],
+        "not_empty": [one["not_empty"] for one in generations],
+        "no_repetition": [one["no_repetition"] for one in generations],
+        "exact": [one["exact"] for one in generations],
+    }
+    return {name: np.array([_number(value) for value in values], np.float64) for name, values in columns.items()}
 
 
 def _number(value: bool | None) -> float:

@@ -8,7 +8,10 @@ this code does not know (a worker of another's, a test) passes through as it is.
 import json
 import re
 import sys
+from collections.abc import Mapping
 from typing import Any, Literal, TypedDict, cast
+
+from training.run_files import HeldOut, StepRecord
 
 PREFIX = "PANDA "
 LINE = re.compile(rf"^(?:\S+: )?{PREFIX}(\{{.*\}})$")
@@ -49,7 +52,7 @@ class Evaluation(TypedDict):
     event: Literal["evaluation"]
     after_step: int
     eval_loss: float
-    sources: dict[str, Any]
+    sources: HeldOut
 
 
 class Checkpoint(TypedDict):
@@ -120,12 +123,12 @@ class Exited(TypedDict):
     ended_by_us: bool
 
 
-def step_done(steps: int, eta_seconds: float, record: dict[str, Any]) -> Step:
+def step_done(steps: int, eta_seconds: float, record: StepRecord) -> Step:
     """The event of a step; `record` is its line in metrics.jsonl."""
     return cast(Step, {"event": "step", "steps": steps, "eta_seconds": eta_seconds, **record})
 
 
-def training_done(summary: dict[str, Any]) -> Done:
+def training_done(summary: Mapping[str, Any]) -> Done:
     """The event of the end; `summary` is the content of train.json."""
     return cast(Done, {"event": "done", **summary})
 

@@ -16,7 +16,7 @@ import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TypedDict, cast
 
 from data_prep.errors import PandaError
 from data_prep.store import try_lock, write_atomically
@@ -35,6 +35,16 @@ class NotOwner(PandaError):
     """The run directory belongs to somebody else."""
 
 
+class Owner(TypedDict, total=False):
+    """owner.json; a run of an earlier version has none."""
+
+    token: str
+    flow_run: str  # Prefect's id
+    host: str
+    pid: int
+    since: float
+
+
 @contextlib.contextmanager
 def owning(run_dir: Path, flow_run: str = "") -> Iterator[None]:
     """Be the one that writes in a run directory.
@@ -47,8 +57,10 @@ def owning(run_dir: Path, flow_run: str = "") -> Iterator[None]:
     try:
         _lock(descriptor, run_dir)
         os.environ[TOKEN] = secrets.token_hex(8)
-        owner = {"token": os.environ[TOKEN], "flow_run": flow_run, "host": socket.gethostname(), "pid": os.getpid()}
-        write_atomically(run_dir / OWNER, json.dumps(owner | {"since": time.time()}, indent=1), 0o600)
+        owner = Owner(
+            token=os.environ[TOKEN], flow_run=flow_run, host=socket.gethostname(), pid=os.getpid(), since=time.time()
+        )
+        write_atomically(run_dir / OWNER, json.dumps(owner, indent=1), 0o600)
         _held.append(descriptor)
         yield
     finally:
@@ -74,13 +86,13 @@ def check(run_dir: Path) -> None:
         )
 
 
-def owner_of(run_dir: Path) -> dict[str, Any]:
+def owner_of(run_dir: Path) -> Owner:
     """What owner.json says; empty for a run of an earlier version, or a damaged file."""
     try:
         content = json.loads((run_dir / OWNER).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return content if isinstance(content, dict) else {}
+    return cast(Owner, content) if isinstance(content, dict) else {}
 
 
 def is_free(run_dir: Path) -> bool:
@@ -109,6 +121,6 @@ def _lock(descriptor: int, run_dir: Path) -> None:
         time.sleep(LOOK_SECONDS)
 
 
-def _who(owner: dict[str, Any]) -> str:
+def _who(owner: Owner) -> str:
     flow_run = f" (flow run {owner['flow_run']})" if owner.get("flow_run") else ""
     return f"process {owner['pid']} on {owner['host']}{flow_run}" if "pid" in owner else "another process"

@@ -84,16 +84,28 @@ def too_large(shape: ModelShape, settings: TrainSettings, hardware: Hardware) ->
     return [phase for phase in phases(shape, settings, hardware) if not phase.fits(hardware)]
 
 
+Values = dict[str, bool | int | str]
+"""Settings by name, as they are to be."""
+
+
 @dataclass(frozen=True)
 class Change:
     """A way to need less memory. `cost`: what is given up, from nothing (1) to another kind of training (32)."""
 
     name: str
     cost: int
-    values: Callable[[TrainSettings], dict[str, Any]]
+    values: Callable[[TrainSettings], Values]
 
 
-def _one_row_at_a_time(settings: TrainSettings) -> dict[str, Any]:
+@dataclass(frozen=True)
+class Fitting:
+    """Changed settings with which every phase fits, and what a step needs with them."""
+
+    settings: Values
+    memory: Memory
+
+
+def _one_row_at_a_time(settings: TrainSettings) -> Values:
     """The same rows in a step, one at a time: the same loss."""
     rows = settings.per_gpu_train_batch_size
     return {"per_gpu_train_batch_size": 1, "gradient_accumulation_steps": settings.gradient_accumulation_steps * rows}
@@ -117,7 +129,7 @@ def fitting_change(  # all that decides what fits
     hardware: Hardware,
     model_config: dict[str, Any] | None,
     packing: bool,
-) -> tuple[dict[str, Any], Memory] | None:
+) -> Fitting | None:
     """The cheapest set of changed settings with which every phase fits; None when there is none."""
     for values in _candidates(settings):
         changed = settings.model_copy(update=values)
@@ -126,15 +138,15 @@ def fitting_change(  # all that decides what fits
         shape = shapes(changed)
         if not too_large(shape, changed, hardware):
             different = {name: value for name, value in values.items() if value != getattr(settings, name)}
-            return different, estimate(shape, changed, hardware)
+            return Fitting(different, estimate(shape, changed, hardware))
     return None
 
 
-def _candidates(settings: TrainSettings) -> Iterator[dict[str, Any]]:
+def _candidates(settings: TrainSettings) -> Iterator[Values]:
     """Combinations of changes, the cheapest first."""
     sets = [chosen for size in range(1, 5) for chosen in itertools.combinations(CHANGES, size)]
     for chosen in sorted(sets, key=lambda chosen: sum(change.cost for change in chosen)):
-        values: dict[str, Any] = {}
+        values: Values = {}
         for change in chosen:
             values |= change.values(settings)
         yield values

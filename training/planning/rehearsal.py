@@ -1,6 +1,6 @@
 """A training step of N ranks on one machine without weights: memory of a rank and what it sends, phase by phase.
 
-``python -m training.planning.rehearsal`` reads a `Rehearsal` as JSON on stdin and writes a list of `Phase` on stdout.
+``python -m training.planning.rehearsal`` reads a `Rehearsal` as JSON on stdin and writes `PlayedPhase`s on stdout.
 torch's fake tensors (shapes and no memory) go through the model, FSDP2, the optimizer and the output layer of this
 project as real ones would; a fake process group stands for the other ranks. Every operation is seen by `Tally`. The
 rank is rank 0, whose shards are the largest.
@@ -38,34 +38,11 @@ from training.models.build import add_adapter
 from training.models.loss import CausalLMLoss, MicroBatch, causal_model
 from training.planning.memory import NF4_BYTES
 from training.planning.model_shape import STAND_IN, config_from, kernel_of, stand_in
+from training.planning.rehearsal_job import PlayedPhase, Rehearsal
 from training.planning.tally import Tally
 from training.settings import TrainSettings
 
 A_NUMBER = 1.0  # what a fake tensor answers that is asked for one
-
-
-@dataclass(frozen=True)
-class Rehearsal:
-    """What is rehearsed. `settings`: those of training as JSON; the model is a checkpoint's or `architecture`."""
-
-    settings: dict[str, Any]
-    model_dir: str | None
-    ranks: int
-    is_gpu: bool
-    num_tokens: int  # of a row
-    num_segments: int = 1  # in a row
-
-
-@dataclass(frozen=True)
-class Phase:
-    """What a rank needs in one part of a run. Bytes, on the device and beside it in CPU memory, sent once in `per`."""
-
-    name: str
-    held: int  # before it, and mostly after it
-    peak: int
-    host: int
-    sent: int
-    per: str
 
 
 class _OneRank(Ranks):
@@ -75,7 +52,7 @@ class _OneRank(Ranks):
         return list(values)
 
 
-def rehearse(wanted: Rehearsal) -> list[Phase]:
+def rehearse(wanted: Rehearsal) -> list[PlayedPhase]:
     """Load, train a step, evaluate, save a checkpoint, write the model."""
     settings = TrainSettings.model_validate(wanted.settings).model_copy(update={"strategy": "fsdp"})
     ranks = _OneRank(0, 0, wanted.ranks, torch.device("cpu"))
@@ -97,20 +74,20 @@ class _Play:
     wanted: Rehearsal
     tally: Tally
 
-    def phases(self) -> list[Phase]:
+    def phases(self) -> list[PlayedPhase]:
         return [self.load(), self.step(), self.evaluate(), self.save(), self.export()]
 
-    def _phase(self, name: str, per: str, held: int, host: int = 0, sent: float | None = None) -> Phase:
+    def _phase(self, name: str, per: str, held: int, host: int = 0, sent: float | None = None) -> PlayedPhase:
         """What the tally has seen since it was restarted; what a CPU rank needs beside the device, it needs on it."""
         beside = 0 if self.wanted.is_gpu else host
         sent = self.tally.sent if sent is None else sent
-        return Phase(name, held, self.tally.peak + beside, host - beside, round(sent), per)
+        return PlayedPhase(name, held, self.tally.peak + beside, host - beside, round(sent), per)
 
-    def load(self) -> Phase:
+    def load(self) -> PlayedPhase:
         self.tally.restart()
         return self._phase("load", "run", self.tally.held, host=_largest_slice(self.engine))
 
-    def step(self) -> Phase:
+    def step(self) -> PlayedPhase:
         """Two micro-batches and the update of a step that is not the first one; sent is what all of them send."""
         _make_states(self.engine)
         self.tally.restart()
@@ -128,7 +105,7 @@ class _Play:
         self.engine.backward(loss * self.engine.averaging, last=last)
         return self.tally.sent - before
 
-    def evaluate(self) -> Phase:
+    def evaluate(self) -> PlayedPhase:
         self.tally.restart()
         held = self.tally.held
         self.engine.module.eval()
@@ -137,11 +114,11 @@ class _Play:
         self.engine.module.train()
         return self._phase("evaluate", "micro-batch", held)
 
-    def save(self) -> Phase:
+    def save(self) -> PlayedPhase:
         self.tally.restart()
         return self._phase("save", "checkpoint", self.tally.held, host=_checkpoint_bytes(self.engine))
 
-    def export(self) -> Phase:
+    def export(self) -> PlayedPhase:
         """Of an adapter every tensor whole for a moment, on the device and on the CPU; of a model a copy of a shard."""
         self.tally.restart()
         held = self.tally.held

@@ -9,7 +9,7 @@ over the ledger of each plan.
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import pyarrow.compute as pc
@@ -18,7 +18,7 @@ import yaml
 from data_prep import store
 from data_prep.errors import CorpusError, PandaError
 from data_prep.places.address import absolute, is_address, look
-from data_prep.plan.ledger import Ledger, open_ledger, records_with
+from data_prep.plan.ledger import Ledger, LedgerEntry, open_ledger, records_with
 from data_prep.plan.order import position_of, steps_per_epoch
 from data_prep.plan.plan_file import open_rows, rows_file
 from data_prep.records.build_unit import RECORDS_FILE
@@ -111,7 +111,16 @@ def ancestry(version: Version, versions: list[Version]) -> Iterator[Version]:
         version = parent
 
 
-def corpus_files(plan_dir: Path) -> list[dict[str, Any]]:
+class CorpusFile(TypedDict):
+    """A file of the corpus; an object of a store has a version, a file a hash of its bytes (xxh3_128)."""
+
+    file: str
+    bytes: int | None
+    version: NotRequired[str | None]
+    xxh3: NotRequired[str]
+
+
+def corpus_files(plan_dir: Path) -> list[CorpusFile]:
     """The files of the corpus behind a plan as they are now: path, bytes, xxh3_128 of the bytes (6 GB/s).
 
     Of a remote file the address and, for the hash, the version: it is not fetched for this.
@@ -119,7 +128,7 @@ def corpus_files(plan_dir: Path) -> list[dict[str, Any]]:
     return [_facts(absolute(file)) for file in open_ledger(plan_dir).files()]
 
 
-def _facts(file: str) -> dict[str, Any]:
+def _facts(file: str) -> CorpusFile:
     if is_address(file):
         found = look(file)
         return {"file": file, "bytes": found.size, "version": found.version}
@@ -150,7 +159,7 @@ def describe(registry: Registry, version: Version, cache_dir: Path) -> dict[str,
     }  # fmt: skip
 
 
-def _state(file: dict[str, Any]) -> dict[str, Any]:
+def _state(file: CorpusFile) -> dict[str, Any]:
     """A corpus file as it was, and what became of it."""
     try:
         now = "unchanged" if _facts(file["file"]) == file else "changed"
@@ -186,10 +195,12 @@ def known_plans(registry: Registry, cache_dir: Path) -> list[Path]:
     return list(dict.fromkeys([*(path.resolve() for path in found), *(plan.resolve() for plan in plans if plan)]))
 
 
-def _found(ledger: Ledger, entry: dict[str, Any]) -> Found:
-    same = ledger.with_hash(entry["hash"]).select(["file", "line"]).to_pylist()
+def _found(ledger: Ledger, entry: LedgerEntry) -> Found:
+    content = entry["hash"]
+    assert content is not None, "records without a hash were rejected before"
+    same = ledger.with_hash(content).select(["file", "line"]).to_pylist()
     text = "\n".join(ledger.read_texts([entry])[1][0].as_py()) if entry["shard"] >= 0 else ""
-    return Found(entry["hash"].hex(), [f"{one['file']}:{one['line']}" for one in same], text)
+    return Found(content.hex(), [f"{one['file']}:{one['line']}" for one in same], text)
 
 
 def find_text(text: str, cache_dir: Path) -> list[Found]:
@@ -253,7 +264,7 @@ def rows_of_record(plan_dir: Path, content: str) -> np.ndarray:
     return np.concatenate([np.zeros(0, dtype=np.int64), *found])
 
 
-def steps_of_rows(plan_dir: Path, rows: np.ndarray, config: dict[str, Any], trained: dict[str, Any]) -> list[int]:
+def steps_of_rows(plan_dir: Path, rows: np.ndarray, config: dict[str, Any], trained: run_files.Trained) -> list[int]:
     """Optimizer steps, from 1, that trained any of the rows, up to the step whose weights were deployed."""
     if not len(rows):
         return []

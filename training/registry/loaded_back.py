@@ -106,7 +106,7 @@ def sharded(config: RunConfig, job: Job, stored: Path) -> Found:
         model = load_for_inference(stored, config.settings, ranks)
         tokenizer = load_tokenizer(stored)
         (written,) = write(model, tokenizer, [tokenizer.core.encode(job.prompt).ids], [[]], SHARED_TOKENS, ranks)
-        return Found(written.text)
+        return Found(written["text"])
     except (PandaError, OSError, ValueError, KeyError) as error:
         raise ModelError(f"it cannot be loaded back from MLflow: {type(error).__name__}: {error}") from error
     finally:

@@ -127,7 +127,7 @@ def train_first(
     return losses
 
 
-def num_ranks(config: dict[str, Any], trained: dict[str, Any]) -> int:
+def num_ranks(config: dict[str, Any], trained: run_files.Trained) -> int:
     """The ranks the version was trained with: the rows of a step must be the same.
 
     :raises ReproduceError: they were on several machines.

@@ -172,14 +172,18 @@ class Registry:
                 shutil.move(fetched / WEIGHTS, final)
         return final
 
-    def artifact(self, version: Version, name: str) -> str | None:
-        """The text of an artifact of the run behind a version; None if it has none of that name."""
+    def file(self, version: Version, name: str) -> bytes | None:
+        """An artifact of the run behind a version; None if it has none of that name."""
         with tempfile.TemporaryDirectory(prefix="panda-artifact-") as directory:
             try:
-                path = self.client.download_artifacts(version.run_id, name, directory)
-                return Path(path).read_text(encoding="utf-8")
+                return Path(self.client.download_artifacts(version.run_id, name, directory)).read_bytes()
             except (_mlflow_error(), OSError):
                 return None
+
+    def artifact(self, version: Version, name: str) -> str | None:
+        """The same as text."""
+        content = self.file(version, name)
+        return None if content is None else content.decode()
 
     def json_artifact(self, version: Version, name: str) -> Any:
         """An artifact that is JSON, {} if it is not there."""

@@ -65,7 +65,7 @@ def deployed_step(run_dir: Path) -> int:
     return last_step(yaml.safe_load((run_dir / run_files.CONFIG).read_text(encoding="utf-8")), trained)
 
 
-def last_step(config: dict[str, Any], trained: dict[str, Any]) -> int:
+def last_step(config: dict[str, Any], trained: run_files.Trained) -> int:
     """The last step that the deployed weights have seen: the best one where that is kept."""
     best = trained.get("best_step")
     return best if best is not None and config["keep_best"] else trained["steps"]

@@ -21,6 +21,24 @@ def write_plots(run_dir: Path) -> list[Path]:
     ]  # fmt: skip
 
 
+def write_bars(path: Path, panels: list[tuple[str, dict[str, tuple[float, float]]]]) -> Path:
+    """One picture: a panel each, with its title, of shares before and now by label."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 2.6 * len(panels)), layout="constrained")
+    for number, (title, bars) in enumerate(panels):
+        axes = figure.add_subplot(len(panels), 1, number + 1, title=title)
+        for offset, label in ((-0.2, "before"), (0.2, "now")):
+            shares = [values[label == "now"] for values in bars.values()]
+            axes.bar([place + offset for place in range(len(bars))], shares, 0.4, label=label)
+        axes.set_xticks(range(len(bars)), list(bars), rotation=20 if len(bars) > 2 else 0)
+        axes.legend()
+    path.parent.mkdir(exist_ok=True)
+    FigureCanvasAgg(figure).print_png(path)
+    return path
+
+
 def _draw(path: Path, title: str, curves: dict[str, tuple[list[dict[str, Any]], str]]) -> Path:
     """One figure; the object interface of matplotlib needs no display and no global state."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -10,9 +10,10 @@ import os
 import socket
 import time
 import uuid
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypedDict
 
 import psutil
 
@@ -30,11 +31,19 @@ class Dataset:
     digest: str
     path: str
     context: str = "training"
-    profile: dict[str, Any] = field(default_factory=dict)
+    profile: Mapping[str, object] = field(default_factory=dict)
 
 
-def this_process() -> dict[str, Any]:
+class Process(TypedDict):
     """Who owns the run: enough to find out later whether that process is still alive."""
+
+    host: str
+    pid: int
+    started: float
+
+
+def this_process() -> Process:
+    """The process that asks."""
     return {"host": socket.gethostname(), "pid": os.getpid(), "started": psutil.Process().create_time()}
 
 
@@ -50,7 +59,7 @@ class RunRecord:
     datasets: list[dict[str, Any]]
     status: str = RUNNING
     token: str = field(default_factory=lambda: uuid.uuid4().hex)
-    owner: dict[str, Any] = field(default_factory=this_process)
+    owner: Process = field(default_factory=this_process)
     started_ms: int = field(default_factory=lambda: int(time.time() * 1000))
     ended_ms: int | None = None
     run_id: str | None = None

@@ -24,15 +24,16 @@ import shutil
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict
 
 import xxhash
 
-from data_prep.store import hash_file
+from data_prep.store import FileEntry, hash_file
 from training.distributed import Ranks
 from training.engines.engine import Engine
 from training.errors import CheckpointError
 from training.launch.heartbeat import Heartbeat
+from training.run_files import HeldOut
 from training.trainer.state_files import read_index
 
 FORMAT_VERSION = 2
@@ -53,7 +54,7 @@ class Progress:
     seconds: float = 0.0
     first_loss: float | None = None
     last_loss: float | None = None
-    eval_before: dict = field(default_factory=dict)
+    eval_before: HeldOut = field(default_factory=dict)
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
@@ -77,18 +78,29 @@ def step_of(directory: Path) -> int:
     return int(directory.name.rpartition("-")[2])
 
 
-def marker(progress: Progress, num_ranks: int) -> dict[str, Any]:
+class Marker(TypedDict):
+    """complete.json."""
+
+    format_version: int
+    progress: dict[str, Any]  # the fields of `Progress`; older ones have fewer
+    ranks: int
+    files: dict[str, FileEntry]
+    seconds: NotRequired[float]  # that the writing took
+    xxh3: NotRequired[str]  # of all the rest; absent in the first ones
+
+
+def marker(progress: Progress, num_ranks: int) -> Marker:
     """What `complete.json` says, without the files."""
     return {"format_version": FORMAT_VERSION, "progress": asdict(progress), "ranks": num_ranks, "files": {}}
 
 
-def hash_of(content: dict[str, Any]) -> str:
+def hash_of(content: Marker) -> str:
     """Of all fields of `complete.json` but the hash: a flipped bit in it would be another step."""
     known = {name: value for name, value in content.items() if name != "xxh3"}
     return xxhash.xxh3_128_hexdigest(json.dumps(known, sort_keys=True).encode())
 
 
-def read_marker(directory: Path) -> dict[str, Any] | None:
+def read_marker(directory: Path) -> Marker | None:
     """What `complete.json` says of files that have their sizes; None where it is not there, or with a warning."""
     if not (directory / COMPLETE).is_file():
         return None
@@ -105,7 +117,7 @@ def read_marker(directory: Path) -> dict[str, Any] | None:
     return content
 
 
-def check_sizes(directory: Path, files: dict[str, Any]) -> None:
+def check_sizes(directory: Path, files: dict[str, FileEntry]) -> None:
     """:raises OSError, ValueError: a file is missing or of another size."""
     for name, expected in files.items():
         size = (directory / name).stat().st_size

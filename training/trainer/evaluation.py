@@ -7,7 +7,6 @@ makes the same number of forward passes, as sharded engines need.
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +17,7 @@ from data_prep.plan.reader import Plan
 from training.distributed import Ranks
 from training.launch.heartbeat import Heartbeat
 from training.models.loss import MicroBatch
+from training.run_files import HeldOut, SourceLoss
 from training.trainer.batches import prefetch
 
 ALL = "all"
@@ -30,7 +30,7 @@ def held_out_losses(
     micro_batch: int,
     ranks: Ranks,
     rows: np.ndarray | None = None,
-) -> dict[str, Any]:
+) -> HeldOut:
     """Mean loss per target token of each source over all rows of the plan, or some.
 
     `losses_of` is called by all ranks together, and may raise to abandon the evaluation.
@@ -54,12 +54,12 @@ def sample_rows(num_rows: int) -> np.ndarray:
     return np.unique(np.linspace(0, num_rows - 1, min(num_rows, SAMPLE_ROWS)).astype(np.int64))
 
 
-def summary(totals: np.ndarray, sources: list[str]) -> dict[str, Any]:
+def summary(totals: np.ndarray, sources: list[str]) -> HeldOut:
     """``(2, num_sources) float64`` of summed losses and target tokens -> the documented result."""
     columns = {**{source: totals[:, index] for index, source in enumerate(sources)}, ALL: totals.sum(axis=1)}
     return {source: _entry(*column.tolist()) for source, column in columns.items() if column[1]}
 
 
-def _entry(loss: float, tokens: float) -> dict[str, float]:
+def _entry(loss: float, tokens: float) -> SourceLoss:
     mean = loss / tokens
     return {"loss": mean, "perplexity": math.exp(min(mean, 700)), "target_tokens": int(tokens)}

@@ -30,6 +30,7 @@ from training.launch.events import emit, step_done
 from training.launch.exits import OWNED, NonFiniteError, TrainingStopped
 from training.launch.heartbeat import Heartbeat
 from training.models.loss import MicroBatch
+from training.run_files import HeldOut, StepRecord
 from training.settings import TIME_TO_SAVE, TrainSettings
 from training.trainer import checkpoint, evaluation
 from training.trainer.batches import BatchSchedule, prefetch
@@ -91,7 +92,7 @@ class Run:
     directory: Path
     flops: Flops
     peak_flops: float | None
-    callbacks: list[Callable[[dict[str, Any]], Any]] = field(default_factory=list)
+    callbacks: list[Callable[[StepRecord], Any]] = field(default_factory=list)
 
     @property
     def checkpoints(self) -> Path:
@@ -142,7 +143,7 @@ def _micro_batches(run: Run, first_step: int) -> Iterator[MicroBatch]:
     return (batch.to(ranks.device) for batch in loaded)
 
 
-def one_step(run: Run, progress: Progress, batches: Iterator[MicroBatch]) -> dict[str, Any]:
+def one_step(run: Run, progress: Progress, batches: Iterator[MicroBatch]) -> StepRecord:
     """One optimizer step; `progress` moves on; returns what is measured."""
     began, clock = time.perf_counter(), Clock(run.ranks.device)
     work = run.work(progress.step)
@@ -153,7 +154,7 @@ def one_step(run: Run, progress: Progress, batches: Iterator[MicroBatch]) -> dic
     rows = run.batch_schedule.rows(progress.step)
     tokens, seconds = int(run.batch_schedule.plan.row_tokens[rows].sum()), time.perf_counter() - began
     progress.add(loss=result.loss, tokens=tokens, target_tokens=work.target_tokens, seconds=seconds)
-    return {
+    record: StepRecord = {
         "step": progress.step,
         "epoch": progress.step / run.batch_schedule.steps_per_epoch,
         "loss": result.loss,
@@ -167,16 +168,12 @@ def one_step(run: Run, progress: Progress, batches: Iterator[MicroBatch]) -> dic
         "tokens_per_second": tokens / seconds,
         "target_tokens_per_second": work.target_tokens / seconds,
         **clock.take(),
-        **_utilisation(run, tokens / seconds, work.target_tokens / seconds),
         "memory_peak_bytes": memory_peak_bytes(run.ranks.device),
     }
-
-
-def _utilisation(run: Run, tokens_per_second: float, targets_per_second: float) -> dict[str, float]:
-    """Model FLOPs utilisation, where the peak of the device is known."""
-    if run.peak_flops is None:
-        return {}
-    return {"mfu": run.flops.of(tokens_per_second, targets_per_second) / (run.peak_flops * run.ranks.world_size)}
+    if run.peak_flops is not None:
+        flops = run.flops.of(record["tokens_per_second"], record["target_tokens_per_second"])
+        record["mfu"] = flops / (run.peak_flops * run.ranks.world_size)
+    return record
 
 
 def _watch(run: Run, progress: Progress, num_micro_steps: int) -> Callable[[int], None]:
@@ -246,11 +243,11 @@ def _after_step(run: Run, progress: Progress, evaluations: JsonLines | None) -> 
     return early
 
 
-def _early_stop(run: Run, progress: Progress, result: dict[str, Any]) -> bool:
+def _early_stop(run: Run, progress: Progress, result: HeldOut) -> bool:
     """Remember the best held-out loss; True when it has not fallen for `early_stop_patience` evaluations."""
-    loss = result.get(evaluation.ALL, {}).get("loss")
-    if loss is None:
+    if evaluation.ALL not in result:
         return False
+    loss = result[evaluation.ALL]["loss"]
     if progress.best_loss is None or loss < progress.best_loss:
         progress.best_loss, progress.best_step, progress.evaluations_without_gain = loss, progress.step, 0
         if run.settings.keep_best:
@@ -261,7 +258,7 @@ def _early_stop(run: Run, progress: Progress, result: dict[str, Any]) -> bool:
     return bool(patience) and progress.evaluations_without_gain >= patience
 
 
-def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> dict[str, Any]:
+def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> HeldOut:
     """Held-out loss per source now; {} when nothing is held out."""
     if not run.validation.num_rows:
         return {}
@@ -275,7 +272,7 @@ def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> dic
     batch_size = run.settings.per_gpu_eval_batch_size
     result = evaluation.held_out_losses(losses, run.validation, batch_size, run.ranks)
     module.train()
-    total = result.get(evaluation.ALL, {})
+    total = result.get(evaluation.ALL)
     if evaluations is not None and total:
         evaluations.write(step=progress.step, eval_loss=total["loss"], perplexity=total["perplexity"], sources=result)
         emit({"event": "evaluation", "after_step": progress.step, "eval_loss": total["loss"], "sources": result})
@@ -283,7 +280,7 @@ def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> dic
     return result
 
 
-def evaluate_sample(run: Run) -> dict[str, Any]:
+def evaluate_sample(run: Run) -> HeldOut:
     """Held-out loss of a sample of rows, for whoever reads the weights back; {} when nothing is held out."""
     if not run.validation.num_rows:
         return {}
@@ -313,7 +310,7 @@ def save(run: Run, progress: Progress) -> None:
     run.saver.save(run.engine, progress, complete)
 
 
-def _report(run: Run, progress: Progress, record: dict[str, Any], metrics: JsonLines) -> None:
+def _report(run: Run, progress: Progress, record: StepRecord, metrics: JsonLines) -> None:
     """A line in metrics.jsonl, an event for the launcher, a progress line for people."""
     metrics.write(**record)
     total = run.batch_schedule.total_steps

@@ -19,6 +19,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from training.run_files import Spans
+
 SPANS = ("data", "forward", "backward", "step")
 
 PEAK_FLOPS: dict[str, float] = {  # words of the device's name -> dense bfloat16 operations per second
@@ -54,15 +56,16 @@ class Clock:
         event.record()
         return event
 
-    def take(self) -> dict[str, float]:
-        """`{seconds_data, ...}` since the last call."""
+    def take(self) -> Spans:
+        """The spans since the last call."""
         if self.device.type == "cuda":
             torch.cuda.synchronize()
         totals = dict.fromkeys(SPANS, 0.0)
         for name, begin, end in self._spans:
             totals[name] += begin.elapsed_time(end) / 1000 if self.device.type == "cuda" else end - begin
         self._spans.clear()
-        return {f"seconds_{name}": seconds for name, seconds in totals.items()}
+        data, forward, backward, step = totals.values()
+        return Spans(seconds_data=data, seconds_forward=forward, seconds_backward=backward, seconds_step=step)
 
 
 def memory_peak_bytes(device: torch.device) -> int:

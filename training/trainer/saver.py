@@ -21,16 +21,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from data_prep.store import fsync, write_atomically
+from data_prep.store import FileEntry, fsync, write_atomically
 from training.distributed import Ranks
 from training.engines.engine import Engine
 from training.errors import CheckpointError
 from training.launch import ownership
 from training.launch.heartbeat import Heartbeat
 from training.trainer import checkpoint, state_files
-from training.trainer.checkpoint import Progress
+from training.trainer.checkpoint import Marker, Progress
 from training.trainer.state_files import NamedPiece
 
 FILE_BYTES = 1 << 30
@@ -156,7 +155,7 @@ class Saver:
         return directory
 
     def _write(
-        self, writing: Writing, pieces: list[NamedPiece], marker: dict[str, Any], then: Callable[[Writing], None]
+        self, writing: Writing, pieces: list[NamedPiece], marker: Marker, then: Callable[[Writing], None]
     ) -> None:
         """What the thread does; keeps what goes wrong for the main thread."""
         try:
@@ -169,7 +168,7 @@ class Saver:
         except Exception as error:  # raised again by `check` and `wait`
             writing.error = error
 
-    def _gather(self, writing: Writing, marker: dict[str, Any]) -> bool:
+    def _gather(self, writing: Writing, marker: Marker) -> bool:
         """Wait for the lists of all ranks and put them into the marker; False when the run ends before."""
         for rank in range(self.ranks.world_size):
             path = writing.directory / list_name(rank)
@@ -217,7 +216,7 @@ def snapshot(engine: Engine) -> list[NamedPiece]:
 
 def write_part(directory: Path, rank: int, pieces: list[NamedPiece]) -> None:
     """The files of a rank and, last, their list; lets go of the pieces as they are written."""
-    files: dict[str, Any] = {}
+    files: dict[str, FileEntry] = {}
     while pieces:
         count, size = 0, 0
         while count < len(pieces) and (not size or size + pieces[count].value.nbytes <= FILE_BYTES):
@@ -229,7 +228,7 @@ def write_part(directory: Path, rank: int, pieces: list[NamedPiece]) -> None:
     write_atomically(directory / list_name(rank), json.dumps(files))
 
 
-def publish(directory: Path, final: Path, marker: dict[str, Any]) -> None:
+def publish(directory: Path, final: Path, marker: Marker) -> None:
     """The marker, then the name; what had the name before (a damaged one) goes after that."""
     marker = marker | {"xxh3": checkpoint.hash_of(marker)}
     (directory / checkpoint.COMPLETE).write_text(json.dumps(marker, indent=1))

@@ -25,7 +25,7 @@ import torch
 import xxhash
 from torch import Tensor
 
-from data_prep.store import HASH_CHUNK_BYTES
+from data_prep.store import HASH_CHUNK_BYTES, FileEntry
 from training.errors import CheckpointError
 
 SEPARATOR = "|"
@@ -52,7 +52,7 @@ class NamedPiece:
         return f"{self.parameter}{SEPARATOR}{self.key}"
 
 
-def write_pieces(path: Path, pieces: Iterable[NamedPiece]) -> dict[str, Any]:
+def write_pieces(path: Path, pieces: Iterable[NamedPiece]) -> FileEntry:
     """A file of pieces, on the disk when this returns: ``{"bytes", "xxh3"}``."""
     pieces = list(pieces)
     hashed = xxhash.xxh3_128()

@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from data_prep import store
 from data_prep.errors import CorpusError, StoreError, TokenizerError
 from data_prep.pipeline import prepare
-from data_prep.plan.build import check_conservation, make_rows, plan_fingerprint
+from data_prep.plan.build import make_rows, plan_fingerprint
 from data_prep.plan.examples import Examples
 from data_prep.plan.reader import IGNORED, open_plan
+from data_prep.plan.report import check_conservation
 from data_prep.plan.verdicts import ACCEPTED, REASONS, TRAIN, VALIDATION, judge, weights_of
 from data_prep.records.reasons import Reason
 from data_prep.records.shard import shard_records

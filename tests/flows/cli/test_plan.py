@@ -1,6 +1,7 @@
 """`panda plan`: what it says before and after data exists, why a stage is to do, and that its numbers are exact."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -14,9 +15,10 @@ from data_prep.sample import write_sample
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenizer import train_tokenizer
 from flows.cli.main import main, train_main
-from flows.cli.plan import Asked, make_plan, target_of
+from flows.cli.run_plan import Asked, CheckpointCost, RunPlan, as_json, make_plan, target_of
 from flows.parts.run_dir import RunDir, write_config
 from training.settings import TrainSettings
+from training.tracking.throughput import Speed
 from training.trainer.batches import batch_schedule
 
 
@@ -45,16 +47,16 @@ def prepare_as(chosen):
     return planned
 
 
-def stages(plan):
-    return {stage["name"]: (stage["reused"], stage["why"]) for stage in plan["stages"]}
+def stages(plan: RunPlan) -> dict[str, tuple[bool, str]]:
+    return {stage.name: (stage.reused, stage.why) for stage in plan.data.stages}
 
 
 def test_before_anything_exists(workplace):
     plan = make_plan(settings())
     assert stages(plan)["records"] == (False, "nothing is prepared yet")
-    assert not plan["data"]["exact"]
-    assert plan["data"]["target_tokens"] is None
-    assert plan["hours"] is None
+    assert not plan.data.exact
+    assert plan.data.target_tokens is None
+    assert plan.hours is None
     assert not (workplace / "cache").exists(), "a plan without data writes nothing"
 
 
@@ -102,9 +104,9 @@ def padding(plan_dir: str, chosen: PandaSettings) -> float:
 def test_padding_of_rows_that_are_not_packed(workplace):
     """Each is as long as its micro-batch, not as max_seq_length."""
     chosen = settings(packing=False)
-    assert make_plan(chosen)["course"]["padding"] is None, "nothing is known of the lengths yet"
+    assert make_plan(chosen).course.padding is None, "nothing is known of the lengths yet"
     planned = prepare_as(chosen)
-    found = make_plan(chosen)["course"]["padding"]
+    found = make_plan(chosen).course.padding
     assert found == pytest.approx(padding(planned.path, chosen), abs=1e-12)
     assert found < 1 - planned.report["utilisation"]
 
@@ -115,25 +117,25 @@ def test_estimates_come_near_and_numbers_are_exact_afterwards(workplace):
     planned = prepare_as(chosen)
     exact = make_plan(chosen, Asked(tokens_per_second=1000.0))
     assert [reused for reused, _ in stages(exact).values()] == [True, True, True]
-    assert exact["data"]["exact"]
-    assert exact["data"]["rows"] == planned.report["rows"]
-    assert exact["course"]["target_tokens"] == planned.report["target_tokens"]
+    assert exact.data.exact
+    assert exact.data.rows == planned.report["rows"]
+    assert exact.course.target_tokens == planned.report["target_tokens"]
     rows_per_step = 4 * 2 * 2  # micro-batch, accumulation, ranks
-    assert exact["course"]["steps"] == -(-planned.report["rows"] // rows_per_step)
-    assert exact["course"]["padding"] == pytest.approx(padding(planned.path, chosen), abs=1e-12)
-    assert exact["hours"] == pytest.approx(planned.report["tokens"] / 1000 / 3600)
-    assert estimated["data"]["tokens"] == pytest.approx(planned.report["tokens"], rel=1), "the right size"
+    assert exact.course.steps == -(-planned.report["rows"] // rows_per_step)
+    assert exact.course.padding == pytest.approx(padding(planned.path, chosen), abs=1e-12)
+    assert exact.hours == pytest.approx(planned.report["tokens"] / 1000 / 3600)
+    assert estimated.data.tokens == pytest.approx(planned.report["tokens"], rel=1), "the right size"
 
 
 def test_estimates_from_a_sample_of_the_records(workplace):
     prepare_as(settings())
     chosen = settings(template="alpaca")
-    estimated = make_plan(chosen)["data"]
+    estimated = make_plan(chosen).data
     planned = prepare_as(chosen).report
     duplicates = planned["dropped"]["duplicate"] / planned["accepted"]
-    assert not estimated["exact"]
-    assert estimated["tokens"] == pytest.approx(planned["tokens"], rel=0.1 + duplicates)
-    assert estimated["target_tokens"] == pytest.approx(planned["target_tokens"], rel=0.1 + duplicates)
+    assert not estimated.exact
+    assert estimated.tokens == pytest.approx(planned["tokens"], rel=0.1 + duplicates)
+    assert estimated.target_tokens == pytest.approx(planned["target_tokens"], rel=0.1 + duplicates)
 
 
 def test_why_a_stage_is_to_do(workplace):
@@ -144,7 +146,7 @@ def test_why_a_stage_is_to_do(workplace):
     longer = make_plan(settings(max_seq_length=1024))
     assert stages(longer)["tokens"] == (True, "")
     assert stages(longer)["plan"] == (False, "max_seq_length: 512 -> 1024; made just now")
-    assert longer["data"]["exact"]
+    assert longer.data.exact
     Path("dataset/pretraining/more.jsonl").write_text('{"title": "t", "content": "more text"}\n')
     new = make_plan(settings())
     assert stages(new)["records"] == (False, "1 new file (more.jsonl)")
@@ -160,32 +162,32 @@ def test_the_speed_of_an_earlier_run(workplace):
     lines = [json.dumps({"step": step, "tokens_per_second": speed}) for step, speed in enumerate((1, 90, 100, 110), 1)]
     (workplace / "outputs" / "first" / "metrics.jsonl").write_text("\n".join(lines) + "\n")
     plan = make_plan(chosen)
-    assert plan["speed"] == {"tokens_per_second": 100, "source": "run first"}
-    assert make_plan(settings(use_lora=True))["speed"] is None, "that run trained in another way"
+    assert plan.speed == Speed(100, "run first")
+    assert make_plan(settings(use_lora=True)).speed is None, "that run trained in another way"
 
 
 def test_whether_a_stop_leaves_time_for_a_checkpoint(workplace):
-    assert make_plan(settings())["checkpoint"]["in_time"] is None, "nothing has been measured"
+    assert make_plan(settings()).checkpoint.in_time is None, "nothing has been measured"
     folder = workplace / "outputs" / "first" / "checkpoints" / "step-000004"
     folder.mkdir(parents=True)
     (folder / "complete.json").write_text(json.dumps({"files": {"state": {"bytes": 10**8}}, "seconds": 2.0}))
     plan = make_plan(settings())
-    size = 12 * plan["trainable"]
-    assert plan["checkpoint"] == {"bytes": size, "seconds": size / 5e7, "source": "run first", "in_time": True}
-    assert not make_plan(settings(stop_deadline_seconds=0.001))["checkpoint"]["in_time"]
+    size = 12 * plan.needs.trainable
+    assert plan.checkpoint == CheckpointCost(size, size / 5e7, "run first", in_time=True)
+    assert not make_plan(settings(stop_deadline_seconds=0.001)).checkpoint.in_time
 
 
 def test_what_fits(workplace, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     seven = make_plan(settings(model="llama-7b", num_processes=1), Asked(24))
-    assert seven["parameters"] == 6_738_415_616
-    assert not seven["fits"]
-    assert seven["memory"]["total"] > 100e9
-    assert seven["change"]["settings"]
-    assert seven["change"]["total"] <= 0.95 * 24e9
+    assert seven.needs.parameters == 6_738_415_616
+    assert not as_json(seven)["fits"]
+    assert seven.needs.memory.total > 100e9
+    assert seven.needs.change.settings
+    assert seven.needs.change.memory.total <= 0.95 * 24e9
     adapter = make_plan(settings(model="llama-7b", preset="qlora", num_processes=1), Asked(24))
-    assert adapter["fits"]
-    assert adapter["memory"]["total"] < 16e9
+    assert as_json(adapter)["fits"]
+    assert adapter.needs.memory.total < 16e9
 
 
 def test_what_does_not_work_together(workplace, monkeypatch, capsys):
@@ -197,6 +199,19 @@ def test_what_does_not_work_together(workplace, monkeypatch, capsys):
         "use_quant without use_lora",
         "offload_parameters without zero_stage 3",
     ]
+
+
+def test_the_json_has_the_keys_of_the_guide(workplace, monkeypatch):
+    """Also while the model's configuration is out of reach: what is not known is null."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    known = as_json(make_plan(settings()))
+    unknown = as_json(make_plan(settings(ckpt_path="nobody/nothing")))
+    assert known.keys() == unknown.keys()
+    assert {"memory", "phases", "fits", "checkpoint"} <= {name for name, value in unknown.items() if value is None}
+    section = (Path(__file__).parents[3] / "docs" / "guide.md").read_text(encoding="utf-8").split("## `panda plan`")[1]
+    first_cells = re.findall(r"^\| (`.*?) \|", section.split("\n## ")[0], re.MULTILINE)
+    assert len(first_cells) > 10
+    assert set(re.findall(r"`(\w+)`", " ".join(first_cells))) <= known.keys()
 
 
 def test_a_phase_that_does_not_fit_is_named(workplace, capsys):

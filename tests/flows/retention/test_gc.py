@@ -81,7 +81,9 @@ def test_shows_first_and_frees_then(project, capsys):
 
     freed = gc(project, capsys, "--yes")
     assert [one["name"] for one in freed["freed"]] == [one["name"] for one in shown["would_free"]]
-    assert freed["left_alone"] == ["unfinished runs of Prefect's deployments: no server answers (panda up)"]
+    assert freed["left_alone"] == [
+        "Prefect's runs, and unfinished runs of its deployments: no server answers (panda up)"
+    ]
     assert project.versions() == [3, 4, 5, 6, 7], "a line of champions stays for its lineage"
     assert project.weights() == [4, 5, 6, 7], (
         "the challenger, the champion, where rollback leads, what these began with"

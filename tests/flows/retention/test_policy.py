@@ -8,6 +8,7 @@ import pytest
 from flows.retention.policy import (
     CHECKPOINTS,
     DAY,
+    FLOW_RUN,
     KINDS,
     MLFLOW_RUN,
     MODEL,
@@ -65,7 +66,7 @@ def test_nothing_is_kept_for_nothing_and_the_rules_hold(seed):
     kept = decide(items.values(), Rules(3, 30, NOW)).kept
     for key, item in items.items():
         young = item.made > NOW - 30 * DAY and key.kind != MODEL
-        newest = item.rank < {VERSION: 3, RUN: 1}.get(key.kind, 0)
+        newest = item.rank < {VERSION: 3, RUN: 1, FLOW_RUN: 10}.get(key.kind, 0)
         wanted = [other for other in items.values() if other.key in kept and key in other.needs]
         whole = [
             other for other in items.values() if key in other.whole and kept.get(other.key, "needed")[:6] != "needed"

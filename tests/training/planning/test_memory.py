@@ -134,8 +134,8 @@ def test_the_smallest_change():
         hardware = Hardware(ranks, is_gpu=True, bf16=True, memory_bytes=gigabytes * 1e9)
         found = fitting_change(shapes, chosen, hardware, {"model_type": "llama"}, packing=True)
         if found:
-            assert found[1].total <= FITS * gigabytes * 1e9
-        return found and found[0]
+            assert found.memory.total <= FITS * gigabytes * 1e9
+        return found and found.settings
 
     assert change(50, ranks=8, per_gpu_train_batch_size=2) == {
         "per_gpu_train_batch_size": 1,

@@ -8,13 +8,14 @@ from tests.support.tallied import write_tallied_run
 from tests.support.tiny import logs, start, wait
 from tests.support.tiny_models import save_full_model
 from training.launch.run_config import read_config
-from training.planning.rehearsal import Phase, Rehearsal, rehearse
+from training.planning.rehearsal import rehearse
+from training.planning.rehearsal_job import PlayedPhase, Rehearsal
 from training.settings import TrainSettings
 
 ROWS = {"per_gpu_train_batch_size": 2, "gradient_accumulation_steps": 2, "per_gpu_eval_batch_size": 4}
 
 
-def played(settings: TrainSettings, ranks=2, is_gpu=False, **rows) -> dict[str, Phase]:
+def played(settings: TrainSettings, ranks=2, is_gpu=False, **rows) -> dict[str, PlayedPhase]:
     wanted = Rehearsal(settings.model_dump(mode="json"), rows.pop("model_dir", None), ranks, is_gpu, 64, **rows)
     return {phase.name: phase for phase in rehearse(wanted)}
 

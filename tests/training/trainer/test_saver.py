@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import signal
-import tarfile
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from data_prep.plan.reader import open_plan
+from tests.support import kept
 from tests.support.tiny import write_counting_plan
 from tests.training.trainer.test_checkpoint import RANKS, Alone, Shelf, shelf
 from training.errors import CheckpointError
@@ -23,7 +23,6 @@ from training.trainer.checkpoint import Progress, name_of
 from training.trainer.loop import StopSignal
 from training.trainer.saver import NotWritten, Saver
 
-KEPT = Path(__file__).parents[2] / "assets" / "run-of-version-0.1.tar.xz"
 TWO = [Alone(rank, rank, 2, torch.device("cpu")) for rank in range(2)]
 
 
@@ -131,9 +130,7 @@ def test_a_rank_reads_the_numbers_it_asks_for(tmp_path):
 
 def test_whole_tensors_of_format_1_are_read(tmp_path):
     """A checkpoint that version 0.1 has written."""
-    with tarfile.open(KEPT) as archive:
-        kept = [member for member in archive if "killed/checkpoints" in member.name]
-        archive.extractall(tmp_path, filter="data", members=kept)
+    kept.unpack(tmp_path, "killed/checkpoints")
     root = tmp_path / "outputs" / "killed" / "checkpoints"
     found = checkpoint.newest(root, RANKS)
     assert json.loads((found / "complete.json").read_text())["format_version"] == 1
