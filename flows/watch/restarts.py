@@ -3,8 +3,9 @@
 In: a client of the Prefect server. Out: states. A crash is what Prefect's retries do not cover: process, worker or
 machine lost. How often is the setting `max_restarts` of the run; the history of its states is the count and keeps every
 reason, and the last crash of too many ends as `CrashedTooOften`. Which directory a run goes on with, RUN/owner.json
-says. A run declared dead because the server was away, whose process lives here, is running again: nothing is lost.
-Task runs that nobody works on any more end with their run. Cost: two requests a look, a composed configuration a crash.
+says. A run declared dead because the server was away, whose process lives here, is running again: nothing is lost. One
+that was being cancelled is cancelled. Task runs that nobody works on any more end with their run. Cost: two requests a
+look, two more and a composed configuration a crash.
 """
 
 import logging
@@ -16,7 +17,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
-from prefect.states import Crashed, Failed, Running, Scheduled
+from prefect.states import Cancelled, Crashed, Failed, Running, Scheduled
 from prefect.types._datetime import now
 from prefect.utilities.urls import url_for
 
@@ -68,11 +69,17 @@ def heal(client: SyncPrefectClient, run: FlowRun) -> None:
             client.set_flow_run_state(run.id, Running(message=message), force=True)
             logger.info("%s: %s", run.name, message)
         return
+    states = sorted(client.read_flow_run_states(run.id), key=lambda state: state.timestamp)
+    if was_being_cancelled(states):
+        message = f"cancelled; it did not end by itself in time: {run.state.message}"
+        client.set_flow_run_state(run.id, Cancelled(message=message), force=True)
+        logger.info("%s: %s", run.name, message)
+        return
     settings = unattended(run.parameters or {}, str(run.id))
     limit = settings.max_restarts
     if not limit or is_taken_over(client, run):
         return
-    done = sum(state.name == RESTARTING for state in client.read_flow_run_states(run.id))
+    done = sum(state.name == RESTARTING for state in states)
     if done >= limit:
         message = f"it has crashed {done + 1} times; max_restarts is {limit}. The last time: {run.state.message}"
         client.set_flow_run_state(run.id, Failed(name=GAVE_UP, message=message), force=True)
@@ -84,6 +91,12 @@ def heal(client: SyncPrefectClient, run: FlowRun) -> None:
         due = now("UTC") + timedelta(seconds=pause)
         client.set_flow_run_state(run.id, Scheduled(scheduled_time=due, name=RESTARTING, message=message))
     logger.info("%s: %s", run.name, message)
+
+
+def was_being_cancelled(states: list[State[Any]]) -> bool:
+    """Whether a person had asked for the end before it came: Prefect kills what takes longer, and calls it a crash."""
+    before = [state.type for state in states if state.type is not StateType.CRASHED]
+    return bool(before) and before[-1] is StateType.CANCELLING
 
 
 def was_only_silent(state: State[Any], processes: list[psutil.Process]) -> bool:

@@ -81,7 +81,7 @@ class TestTold:
             run = stack.start(conf, until_stage="train", overrides=[f"notify={block}"])
             stack.wait_until_training(run, "cancelled", 1)
             stack.cancel(run)
-            assert stack.end_of(run, 120).name == "Cancelled"
+            stack.wait_for_cancelled(run)
             wait_for(lambda: received, 60, "the message")
         assert subjects(received) == [f"panda-train {stack.flow_run(run).name}: Cancelled"]
 

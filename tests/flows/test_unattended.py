@@ -171,7 +171,7 @@ class TestHeals:
         )
         assert [path.parent for path in stack.outputs("healed").glob("*/config.yaml")] == [run_dir]
         stack.cancel(run)
-        assert (state := stack.end_of(run, 90)).name == "Cancelled", state.message
+        stack.wait_for_cancelled(run)
 
     def test_a_run_taken_for_dead_is_running_again(self, stack, first):
         """The server was away, and its automation judged by silence; the process has never stopped."""
@@ -183,7 +183,7 @@ class TestHeals:
         wait_for(lambda: stack.flow_run(run).state.name == "Running", 120, "the state of what goes on")
         assert stack.engine(run).pid == engine
         stack.cancel(run)
-        assert (state := stack.end_of(run, 90)).name == "Cancelled", state.message
+        stack.wait_for_cancelled(run)
 
 
 def test_kubernetes_example_is_accepted(stack):

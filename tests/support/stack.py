@@ -119,6 +119,10 @@ class Stack:
         wait_for(lambda: self.flow_run(flow_run_id).state.is_final(), timeout, "the end")  # noqa: PLW0108  # read anew
         return self.flow_run(flow_run_id).state
 
+    def wait_for_cancelled(self, flow_run_id: UUID, timeout: float = 180) -> None:
+        """Prefect kills a run that takes more than 30 s to end and calls it crashed, until `flows.watch` has looked."""
+        wait_for(lambda: self.flow_run(flow_run_id).state.name == "Cancelled", timeout, "the state Cancelled")
+
     def logs(self, flow_run_id: UUID) -> str:
         from prefect.client.schemas.filters import LogFilter
 

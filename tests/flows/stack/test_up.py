@@ -234,7 +234,7 @@ class TestEnds:
         assert len(stack.processes(run)) >= 3  # engine, supervisor, rank
         stack.prefect("flow-run", "cancel", str(run))
         wait_for(lambda: not stack.processes(run), 60, "the end of all processes")
-        assert stack.end_of(run, 60).name == "Cancelled"
+        stack.wait_for_cancelled(run)
         assert list((run_dir / "checkpoints").glob("step-*"))
 
     def test_killed_flow_is_crashed_and_the_next_run_resumes(self, stack, first):
