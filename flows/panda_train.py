@@ -25,6 +25,7 @@ from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end, on_early_end, tell, tell_of_lost
 from flows.parts.run_dir import AFTER_DATA, RunDir, Summary
 from flows.parts.stages import Prepared, prepare_data, prepared_before, run_metadata, until, version_tags
+from flows.report import page
 from tasks.alarm import look_at_corpus
 from tasks.gate import gate, promote
 from tasks.register import model_name, register_model, sample_prompt
@@ -181,7 +182,9 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
     summary |= {"data": prepared.plan.report}
     summary |= {"corpus_alarm": alarm} if alarm else {}
     known = run_metadata(settings, prepared.corpus, prepared.plan)
-    with tracking.open_run(TrackingSettings.of(settings), run.path, known) as tracked:
+    links: dict[str, str] = {}
+    tracked_run = tracking.open_run(TrackingSettings.of(settings), run.path, known)
+    with tracked_run as tracked, page.written(run.path, summary, links):
         with watch("train"):
             if starts_by(settings, "train"):
                 trained = train(run.path, TrainSettings.of(settings), resume)
@@ -199,7 +202,7 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
         with watch("register"):
             version = register(settings, tracked, prepared, version_tags(known, losses))
         summary |= {"model": version, "mlflow_run_id": tracked.run_id}
-        links = show_links(run.path, tracked, version) or {}
+        links |= show_links(run.path, tracked, version) or {}
         until(settings, "register", summary)
         with watch("gate"):
             verdict = gate(tracked, settings, version)

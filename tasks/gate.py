@@ -123,6 +123,7 @@ def without_answers(result: GateResult) -> GateResult:
     """The result as the summary holds it; the models' answers stay in RUN/gate.json."""
     kept = result.copy()
     kept.pop("answers", None)
+    kept.pop("asked", None)
     return kept
 
 

@@ -26,6 +26,7 @@ from prefect.runtime import flow_run
 
 from data_prep.inspection.render import as_code
 from data_prep.plan.report import DataReport
+from training import run_files
 from training.comparison.job import GateResult
 from training.comparison.report import verdict_markdown
 from training.registry.register import with_retries
@@ -114,10 +115,13 @@ def links_of(run_dir: Path, tracked: TrackedRun, version: Registered) -> dict[st
     model = f"{version['name']} version {version['version']}"
     where = addresses(tracked, version["uri"])
     run = f"{tracked.run_id} in {redact_text(tracked.uri)}"
+    page = f"`{run_dir / run_files.PAGE}`"
     if "version" in where:
         model, run = f"[{model}]({where['version']})", f"[{tracked.run_id}]({where['MLflow run']})"
+        of_run = where["MLflow run"].removesuffix(TRAINING_VIEW)
+        page = f"[{run_files.PAGE}]({of_run}/artifacts/{run_files.PAGE}{TRAINING_VIEW})"
     prefect = f"[{flow_run.name}]({flow_run.ui_url})" if flow_run.ui_url else str(flow_run.id)
-    return {"model": model, "MLflow run": run, "Prefect run": prefect, "directory": f"`{run_dir}`"}
+    return {"model": model, "report": page, "MLflow run": run, "Prefect run": prefect, "directory": f"`{run_dir}`"}
 
 
 def addresses(tracked: TrackedRun, version: str) -> dict[str, str]:

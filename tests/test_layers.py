@@ -33,7 +33,7 @@ FLOORS = {
     ],
     "configs": ["errors settings", "field_types guide_names", "load", "cli", "docs"],
     "tasks": ["stage reporting cluster", "prepare train register gate alarm"],
-    "flows": ["stack", "parts", "panda_train panda_prepare panda_evaluate watch", "cli", "retention"],
+    "flows": ["stack", "parts", "report", "panda_train panda_prepare panda_evaluate watch", "cli", "retention"],
 }  # fmt: skip
 """The rooms of a package, ground floor first: a room imports only rooms of lower floors."""
 TRAINS = {"trainer", "engines", "models", "planning", "launch", "worker"}

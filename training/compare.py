@@ -78,6 +78,7 @@ def run_job(config: RunConfig, job: Job, ranks: Ranks) -> GateResult:
         "settings": settings.model_dump(),
         "overlaps": overlaps,
         "problems": problems,
+        "asked": held_out.texts_of_prompts(settings.gate_prompts),
         "answers": answers,
     }
 

@@ -27,6 +27,7 @@ GATE = "gate.json"  # what it has found, and what was decided
 APPROVAL = "approval.json"  # what a person was asked, and the answer
 CORPUS_APPROVAL = "corpus-approval.json"  # the same, of the corpus
 OUTCOME = "outcome.json"  # why the run failed
+PAGE = "report.html"  # all of it for people
 SUMMARY = "summary.json"  # the last file: without it the run is not done
 
 REPORT = "report"  # a folder, all of which is sent to MLflow

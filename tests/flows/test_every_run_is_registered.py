@@ -221,6 +221,10 @@ def test_a_corpus_that_has_changed_stops_the_run_until_a_person_says_otherwise(f
     resumed = call_flow({**where, "corpus_alarm": "warn"})
     assert "one answer to many prompts" in {one["measure"] for one in resumed["corpus_alarm"]["findings"]}
     assert resumed["model"]["version"] == 3 and resumed["training"]["steps"] == 1
+    page = (Path(resumed["run_dir"]) / "report.html").read_text()
+    assert "The corpus has changed" in page and "one answer to many prompts" in page and "No idea." in page
+    here = Registry(f"sqlite:///{folder}/outputs/mlflow.db").client
+    assert "report.html" in {file.path for file in here.list_artifacts(resumed["mlflow_run_id"])}
 
 
 def broken(*_, **__):

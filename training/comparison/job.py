@@ -101,7 +101,8 @@ class GateResult(TypedDict):
     settings: NotRequired[dict[str, Any]]
     overlaps: NotRequired[list[OverlapRow]]
     problems: NotRequired[dict[str, str]]  # role -> why it could not be scored
-    answers: NotRequired[dict[str, list[Answer]]]  # by role
+    asked: NotRequired[list[tuple[str, str]]]  # prompts and right answers
+    answers: NotRequired[dict[str, list[Answer]]]  # by role, to these
     approval: NotRequired[Answered]
     settled: NotRequired[bool]  # in memory only: by an earlier execution of the run
 
