@@ -33,7 +33,6 @@ from tasks.reporting import alarm_in_words, alarm_markdown, show_links
 from tasks.train import evaluate, evaluated_before, train, trained_before
 from training import run_files
 from training.comparison.approval import APPROVED, NO_ANSWER, REFUSED, in_words
-from training.errors import MlflowAway
 from training.launch import ownership
 from training.registry.lineage import parent_of
 from training.registry.register import with_retries
@@ -41,6 +40,7 @@ from training.registry.versions import Registry
 from training.run_files import CorpusAlarm, Registered
 from training.settings import TrackingSettings, TrainSettings
 from training.tracking import run as tracking
+from training.tracking.looks import only_a_look
 from training.tracking.run import TrackedRun
 from training.tracking.tags import PARENT_TAG
 
@@ -129,15 +129,17 @@ def watch_corpus(settings: PandaSettings, run: RunDir, prepared: Prepared) -> Co
     """
     if settings.corpus_alarm == "off" or not starts_by(settings, "train"):
         return None
-    try:
-        champion = champion_of(settings)
-    except MlflowAway as error:
-        if settings.corpus_alarm != "warn":
-            raise
-        logger.warning("the corpus is compared with no other: %s", error)
-        return None
-    alarm = look_at_corpus(run.path, Path(prepared.plan.path), registry_of(settings), champion)
-    if not alarm["findings"]:
+    was_told = (run.path / run_files.CORPUS_ALARM).exists()  # by an execution of this run that was killed
+    plan_dir = Path(prepared.plan.path)
+    if settings.corpus_alarm == "warn":  # what it costs when it fails, or MLflow is away, is the warning
+        alarm = None
+        with only_a_look("the corpus alarm"):
+            name = model_name(settings.registered_model_name, settings.model)
+            registry = registry_of(settings)
+            alarm = look_at_corpus(run.path, plan_dir, registry, registry.champion(name))
+    else:
+        alarm = look_at_corpus(run.path, plan_dir, registry_of(settings), champion_of(settings))
+    if not alarm or not alarm["findings"]:
         return alarm
     subject = f"{run.name}: the corpus has changed since {alarm['compared_with']}"
     found = f"{subject}: {alarm_in_words(alarm)}"
@@ -150,7 +152,7 @@ def watch_corpus(settings: PandaSettings, run: RunDir, prepared: Prepared) -> Co
         if answer["answer"] != APPROVED:
             summary: Summary = {"run_dir": str(run.path), "data": prepared.plan.report, "corpus_alarm": alarm}
             raise EarlyExit("NotApproved", f"{found}; {in_words(answer)}", summary)
-    elif settings.notify:
+    elif settings.notify and not was_told:
         tell(settings.notify, subject, f"{alarm_markdown(alarm)}\n{flow_run.ui_url}")
     return alarm
 

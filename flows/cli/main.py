@@ -61,6 +61,11 @@ def train_main(argv: list[str]) -> int:
 def main(argv: list[str] | None = None) -> int:
     """`panda VERB ...`; without a verb, where things stand."""
     argv = sys.argv[1:] if argv is None else argv
+    if argv == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"panda-train {version('panda-train')}")
+        return 0
     flags_alone = not argv or (argv[0].startswith("-") and argv[0] not in HELP)
     if not flags_alone and argv[0] not in VERBS:
         return _overview(argv)
@@ -133,7 +138,7 @@ def _overview(argv: list[str]) -> int:
     if not known:
         print(f"error: unknown command {argv[0]!r}{did_you_mean(argv[0], VERBS)}", file=stream)
     print("usage: panda VERB [--flag value ...]   (panda VERB --help shows the flags)\n", file=stream)
-    print(f"  {'':<12} without a verb: where things stand", file=stream)
+    print(f"  {'':<12} without a verb: where things stand; --version", file=stream)
     for verb, (_, text) in VERBS.items():
         print(f"  {verb:<12} {text}", file=stream)
     return 0 if known else 2

@@ -22,7 +22,8 @@ from data_prep.errors import CorpusError, PandaError
 from flows.cli import run as report
 from flows.cli.run import call_flow
 from flows.panda_evaluate import panda_evaluate
-from tasks import prepare, reporting
+from flows.report import page
+from tasks import alarm, prepare, reporting
 from tasks import register as tasks_sample_prompt
 from tests.support.ranks_here import running_here
 from tests.support.tiny_models import save_tokenizer
@@ -221,8 +222,8 @@ def test_a_corpus_that_has_changed_stops_the_run_until_a_person_says_otherwise(f
     resumed = call_flow({**where, "corpus_alarm": "warn"})
     assert "one answer to many prompts" in {one["measure"] for one in resumed["corpus_alarm"]["findings"]}
     assert resumed["model"]["version"] == 3 and resumed["training"]["steps"] == 1
-    page = (Path(resumed["run_dir"]) / "report.html").read_text()
-    assert "The corpus has changed" in page and "one answer to many prompts" in page and "No idea." in page
+    told = (Path(resumed["run_dir"]) / "report.html").read_text()
+    assert "The corpus has changed" in told and "one answer to many prompts" in told and "No idea." in told
     here = Registry(f"sqlite:///{folder}/outputs/mlflow.db").client
     assert "report.html" in {file.path for file in here.list_artifacts(resumed["mlflow_run_id"])}
 
@@ -236,14 +237,15 @@ def test_no_look_at_a_model_costs_it(folder, monkeypatch, caplog):
     for name in ("create_table_artifact", "create_markdown_artifact", "create_image_artifact", "write_plots"):
         monkeypatch.setattr(reporting, name, broken)
     for module, name in ((prepare, "inspect_plan"), (plots, "write_plots"), (loaded_back, "generate"),
-                         (tasks_sample_prompt, "open_plan"), (Registry, "describe")):  # fmt: skip
+                         (tasks_sample_prompt, "open_plan"), (Registry, "describe"), (alarm, "take_profile"),
+                         (page, "render")):  # fmt: skip
         monkeypatch.setattr(module, name, broken)
     summary = run(folder, "both", False, registered_model_name="unseen", run_name="unseen")
     assert summary["outcome"]["name"] == "Completed" and summary["model"]["version"] == 1
     assert summary["model"]["prompt"] == summary["model"]["sample"] == ""
     looks = ("the data report", "the examples", "the curves", "the table of losses", "a prompt to try the model on",
              "a text of the model", "the artifact of the model", "the links", "the artifact of the gate",
-             "the description of models:/unseen/1", "the plots of")  # fmt: skip
+             "the description of models:/unseen/1", "the plots of", "the corpus alarm", "report.html of")  # fmt: skip
     assert [look for look in looks if f"going on without {look}" not in caplog.text] == []
 
 

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from datetime import UTC, datetime, timedelta
 
@@ -40,6 +41,11 @@ def add_run(project, name: str, **files: object) -> None:
     for file, content in files.items():
         lines = content if isinstance(content, list) else [content]
         (run / getattr(run_files, file)).write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def test_which_release_it_is(capsys):
+    assert main(["--version"]) == 0
+    assert re.fullmatch(r"panda-train \d+\.\d+\.\d+\n", capsys.readouterr().out)
 
 
 def test_nothing_yet(project, capsys):
