@@ -216,7 +216,7 @@ class TestCorpusAlarm:
         shutil.copytree(stack.folder / "dataset" / "instruction_tuning", corpus)
         english = corpus / "english.json"
         records = json.loads(english.read_text())
-        same = {"target": "I cannot help you with that."}  # some records of the sample are broken on purpose
+        same = {"output": "I cannot help you with that."}  # some records of the sample are broken on purpose
         english.write_text(json.dumps([one | same if isinstance(one, dict) else one for one in records]))
 
         def config(name: str, **settings) -> str:
