@@ -236,7 +236,6 @@ class TestCorpusAlarm:
         assert "### one answer to many prompts: " in message["body"] and "english.json:" in message["body"]
         artifacts = stack.artifacts(run)
         assert artifacts["corpus-alarm"] in message["body"] and artifacts["corpus-alarm-picture"]
-        assert "the corpus has changed: " in stack.panda("--output_dir", str(stack.outputs("told"))).stdout
 
     def test_refused_it_is_not_trained_on(self, stack, broken):
         run = stack.start(broken("doubted", corpus_alarm="approve"))

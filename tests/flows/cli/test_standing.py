@@ -76,6 +76,15 @@ def test_the_last_runs_and_what_became_of_them(project, capsys):
     assert first.startswith("ffffff  cannot be read (") and second == "eeeee  runs: step 2, loss 2.5000"
 
 
+def test_a_corpus_that_has_changed(project, capsys):
+    add_run(project, "a", SUMMARY={"outcome": {"name": "Completed", "message": "panda version 2"}})
+    (project / "outputs" / "a" / "report").mkdir()
+    alarm = {"compared_with": "models:/panda/1", "note": "", "findings": [{"measure": "duplicates"}]}
+    (project / "outputs" / "a" / run_files.CORPUS_ALARM).write_text(json.dumps(alarm))
+    (run,) = json.loads(standing(capsys, "--json").splitlines()[-1])["runs"]
+    assert run == "a  Completed: panda version 2; the corpus has changed: duplicates"
+
+
 def test_a_champion(project, capsys, empty_database):
     (project / "outputs").mkdir()
     shutil.copyfile(empty_database, project / "outputs" / "mlflow.db")
