@@ -18,7 +18,7 @@ from configs.settings import PandaSettings
 from data_prep import in_use
 from data_prep.errors import CorpusError, PandaError, disk_errors
 from flows.parts import approval, flow_states, overview, policy, run_dir
-from flows.parts.champion import champion_of, registry_of, with_replay
+from flows.parts.champion import champion_if_there, champion_of, registry_of, with_replay
 from flows.parts.flow_states import EarlyExit, Stopwatch
 from flows.parts.form import add_result, configure, flow_of_settings, run_title
 from flows.parts.lifetime import begin
@@ -134,9 +134,7 @@ def watch_corpus(settings: PandaSettings, run: RunDir, prepared: Prepared) -> Co
     if settings.corpus_alarm == "warn":  # what it costs when it fails, or MLflow is away, is the warning
         alarm = None
         with only_a_look("the corpus alarm"):
-            name = model_name(settings.registered_model_name, settings.model)
-            registry = registry_of(settings)
-            alarm = look_at_corpus(run.path, plan_dir, registry, registry.champion(name))
+            alarm = look_at_corpus(run.path, plan_dir, registry_of(settings), champion_if_there(settings))
     else:
         alarm = look_at_corpus(run.path, plan_dir, registry_of(settings), champion_of(settings))
     if not alarm or not alarm["findings"]:

@@ -8,7 +8,6 @@ In: (done, total, unit) as often as the stage likes. Out: a log line every `LOG_
 progress artifact every `UI_SECONDS`, both with rate and time left. Cost: an update is ~40 ms, hence the limits.
 """
 
-import base64
 import logging
 import os
 import time
@@ -32,7 +31,7 @@ from training.comparison.report import verdict_markdown
 from training.registry.register import with_retries
 from training.run_files import CorpusAlarm, Losses, Registered
 from training.tracking.looks import only_a_look
-from training.tracking.plots import write_plots
+from training.tracking.plots import data_uri, write_plots
 from training.tracking.redact import public_link, redact_text
 from training.tracking.run import TrackedRun
 from training.tracking.sync import TRAINING_VIEW, connect
@@ -70,8 +69,7 @@ def show_prepared(markdown: str) -> None:
 def show_pictures(run_dir: Path) -> None:
     """Loss curve and speed, inside the artifact: the UI cannot read files."""
     for path in write_plots(run_dir):
-        picture = base64.b64encode(path.read_bytes()).decode()
-        create_image_artifact(f"data:image/png;base64,{picture}", key=f"curve-{path.stem}", description=path.stem)
+        create_image_artifact(data_uri(path), key=f"curve-{path.stem}", description=path.stem)
 
 
 @only_a_look("the artifact of the corpus alarm")
@@ -79,8 +77,7 @@ def show_corpus_alarm(alarm: CorpusAlarm, picture: Path | None) -> None:
     """What has moved, with lines to look at, and a picture of it."""
     create_markdown_artifact(alarm_markdown(alarm), key="corpus-alarm", description="This corpus beside the champion's")
     if picture:
-        image = base64.b64encode(picture.read_bytes()).decode()
-        create_image_artifact(f"data:image/png;base64,{image}", key="corpus-alarm-picture", description="What moved")
+        create_image_artifact(data_uri(picture), key="corpus-alarm-picture", description="What moved")
 
 
 def alarm_markdown(alarm: CorpusAlarm) -> str:

@@ -1,9 +1,9 @@
 """A person decides: whether a version that has passed the gate becomes the champion, whether a corpus is trained on.
 
 In: settings, and what there is to decide about. Out: the answer, None where nobody is asked. The run waits in the
-Prefect UI. The run stays
-alive while it waits (state Paused): a sleeping process, no GPU, for training is over. Killed, it is gone on with: an
-answer that was given holds, in whatever flow run; else it is asked again, in the new one. Cost: a request each 5 s.
+Prefect UI, and stays alive while it does (state Paused): a sleeping process, no GPU, for training is over or has not
+begun. Killed, it is gone on with: an answer that was given holds, in whatever flow run; else it is asked again, in the
+new one. Cost: a request each 5 s.
 """
 
 import logging

@@ -23,8 +23,12 @@ def registry_of(settings: PandaSettings) -> Registry:
 
 def champion_of(settings: PandaSettings) -> Version | None:
     """The champion of the model that this run adds to; None as long as there is none."""
-    name = model_name(settings.registered_model_name, settings.model)
-    return with_retries(lambda: registry_of(settings).champion(name))
+    return with_retries(lambda: champion_if_there(settings))
+
+
+def champion_if_there(settings: PandaSettings) -> Version | None:
+    """The same, asked once: for what is not worth waiting for an MLflow that is away."""
+    return registry_of(settings).champion(model_name(settings.registered_model_name, settings.model))
 
 
 def with_replay(settings: PandaSettings) -> PandaSettings:

@@ -15,9 +15,9 @@ import yaml
 
 from data_prep.inspection.inspect import Inspection, inspect_plan
 from data_prep.plan.ledger import open_ledger
-from data_prep.records.reasons import Reason
 from data_prep.tokenizer import load_tokenizer
 from flows.parts.run_dir import Summary
+from flows.report.charts import Points
 from training import run_files
 from training.comparison.job import GateResult
 from training.tracking.looks import only_a_look
@@ -25,7 +25,6 @@ from training.tracking.redact import redact
 from training.tracking.run_record import new_lines
 
 LINES_PER_REASON = 3
-Points = list[tuple[float, float]]
 Found = TypeVar("Found")
 
 
@@ -75,11 +74,10 @@ def left_out(plan_dir: Path) -> dict[str, list[str]]:
     """A few records of each reason for which one was rejected or dropped, as FILE:LINE."""
     table = open_ledger(plan_dir).table
     found = {}
-    for reason in Reason:
-        rows = pc.indices_nonzero(pc.equal(table["reason"], pa.scalar(reason.value)))[:LINES_PER_REASON]
-        if len(rows):
-            places = table.select(["file", "line"]).take(rows).to_pylist()
-            found[reason.value] = [f"{one['file']}:{one['line']}" for one in places]
+    for reason in table["reason"].cast(pa.string()).unique().drop_null().to_pylist():
+        rows = pc.indices_nonzero(pc.equal(table["reason"], pa.scalar(reason)))[:LINES_PER_REASON]
+        places = table.select(["file", "line"]).take(rows).to_pylist()
+        found[reason] = [f"{one['file']}:{one['line']}" for one in places]
     return found
 
 

@@ -4,7 +4,6 @@ In: the run directory, the summary as far as the run has come, links by name. Ou
 without anything from elsewhere, that can be sent to somebody. Cost: that of `facts`, and 50 ms.
 """
 
-import base64
 import contextlib
 import re
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from flows.report.facts import Facts, collect
 from training import run_files
 from training.comparison.job import Answer, GateResult
 from training.tracking.looks import only_a_look
+from training.tracking.plots import data_uri
 
 MAX_ANSWERS = 8
 LINK = re.compile(r"\[([^\]]*)\]\((https?://[^)]*)\)")
@@ -78,7 +78,7 @@ def render(facts: Facts, links: dict[str, str], ended: str = "") -> str:
         roles=[role for role in ROLES if facts.gate and role in facts.gate.get("answers", {})],
         examples=[Markup(as_html(one)) for one in facts.data.examples] if facts.data else [],
         alarm=facts.summary.get("corpus_alarm"),
-        alarm_picture=_picture(facts.run_dir / run_files.CORPUS_PLOT),
+        alarm_picture=data_uri(plot) if (plot := facts.run_dir / run_files.CORPUS_PLOT).exists() else "",
         made_of={name: facts.config[name] for name in MADE_OF if facts.config.get(name) is not None},
     )
 
@@ -108,7 +108,3 @@ def _target(link: str) -> tuple[str, str]:
     """(Text, address or nothing) of a link in Markdown."""
     found = LINK.fullmatch(link)
     return (found[1], found[2]) if found else (link.strip("`"), "")
-
-
-def _picture(path: Path) -> str:
-    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}" if path.exists() else ""

@@ -1,5 +1,6 @@
 """Plots of a run for the MLflow page. In: RUN's metric files. Out: RUN/report/loss.png, speed.png. Cost: a second."""
 
+import base64
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,11 @@ def write_bars(path: Path, panels: list[tuple[str, dict[str, tuple[float, float]
     path.parent.mkdir(exist_ok=True)
     FigureCanvasAgg(figure).print_png(path)
     return path
+
+
+def data_uri(path: Path) -> str:
+    """A picture as an address that holds it: pages and artifacts cannot read files."""
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"
 
 
 def _draw(path: Path, title: str, curves: dict[str, tuple[list[dict[str, Any]], str]]) -> Path:
