@@ -17,6 +17,7 @@ TRACKING = "tracking.json"  # what MLflow is to know and has been told: training
 LOGS = "logs"  # of the ranks
 METRICS = "metrics.jsonl"  # a line a step
 EVALUATIONS = "evaluations.jsonl"  # a line each time the held-out loss is computed
+SPIKES = "spikes.jsonl"  # a line each time loss or gradient norm was out of the ordinary
 SYSTEM = "system.jsonl"  # a line each ten seconds: the load of the machine
 CHECKPOINTS = "checkpoints"  # what is needed to resume
 MODEL = "model"  # what is deployed
@@ -83,6 +84,29 @@ class StepRecord(Spans):
     memory_peak_bytes: int
 
 
+class Culprit(TypedDict):
+    """A record whose loss is out of the ordinary."""
+
+    file: str
+    line: int
+    hash: str  # 32 hex digits, as in a tombstone
+    loss: float  # per target token
+    target_tokens: int
+
+
+class Spike(TypedDict):
+    """A line of spikes.jsonl."""
+
+    step: int
+    loss: float
+    loss_limit: float | None  # None: there was none
+    grad_norm: float
+    grad_norm_limit: float | None
+    done: str  # "warned", "skipped" or "rewound"
+    back_to: NotRequired[int]  # the checkpoint that a rewound run goes on from
+    records: list[Culprit]  # worst first
+
+
 Losses = dict[str, dict[str, float]]
 """Held-out loss by moment (before, after) and source; `all` of them together."""
 
@@ -99,6 +123,8 @@ class Trained(TypedDict):
     eval_before: HeldOut
     rows_per_step: NotRequired[int]
     best_step: NotRequired[int | None]
+    spikes: NotRequired[int]
+    steps_without_update: NotRequired[int]
 
 
 class Moved(TypedDict):

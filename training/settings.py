@@ -180,7 +180,20 @@ class CheckpointSettings(Settings):
     )
 
 
-class TrainSettings(ModelSettings, LoraSettings, OptimizerSettings, BatchSettings, EngineSettings, CheckpointSettings):
+class SpikeSettings(Settings):
+    """Spikes: a step whose loss or gradient norm is out of the ordinary"""
+
+    on_spike: Literal["off", "warn", "skip", "rewind"] = Field(
+        "warn",
+        description="Loss or gradient norm more than 6 sigma above the last 128 steps (robust): warn = name the "
+        "records that stand out; skip = also make no update in such a step; rewind = also go back to the newest "
+        "checkpoint and pass over the rows since. skip and rewind put the records into `quarantine`.",
+    )
+
+
+class TrainSettings(
+    ModelSettings, LoraSettings, OptimizerSettings, BatchSettings, EngineSettings, CheckpointSettings, SpikeSettings
+):
     """All that the training worker needs to know."""
 
     @property

@@ -72,12 +72,16 @@ class Ledger:
 
     def origin(self, shard: int, example: int) -> tuple[str, int]:
         """(file, line) of the record an example was made from."""
+        entry = self.entry_of(shard, example)
+        return entry["file"], entry["line"]
+
+    def entry_of(self, shard: int, example: int) -> LedgerEntry:
+        """The row of the record an example was made from."""
         mine = pc.and_(
             pc.equal(self.table["shard"], pa.scalar(shard, pa.int32())),
             pc.equal(self.table["example"], pa.scalar(example, pa.int32())),
         )
-        entry = self.table.filter(mine).select(["file", "line"]).to_pylist()[0]
-        return entry["file"], entry["line"]
+        return self.table.filter(mine).to_pylist()[0]
 
     def at(self, place: str) -> list[int]:
         """Rows of the records that start on a line, given as FILE:LINE; FILE may be the end of a path.

@@ -86,7 +86,7 @@ class Plan:
         """(file, line) of the record behind each segment of a row, for messages; reads the ledger."""
         rows = self.rows
         segments = range(rows.row_offsets[row], rows.row_offsets[row + 1])
-        return [self._ledger.origin(int(rows.shard[one]), int(rows.example[one])) for one in segments]
+        return [self.ledger.origin(int(rows.shard[one]), int(rows.example[one])) for one in segments]
 
     def _fill(self, batch: Batch, line: int, row: int) -> int:
         """Write the segments of a row into one line of the batch; returns the tokens written."""
@@ -111,7 +111,8 @@ class Plan:
         return self._shards[index]
 
     @cached_property
-    def _ledger(self) -> Ledger:
+    def ledger(self) -> Ledger:
+        """What became of every record; mapped when first asked."""
         return open_ledger(self.path)
 
 

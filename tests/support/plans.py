@@ -96,6 +96,7 @@ def _write_ledger(path: Path, num_examples: int) -> None:
     table = pa.table({
         "file": pa.array(["memory.json"] * num_examples).dictionary_encode(),
         "line": pa.array(range(1, num_examples + 1), pa.int64()),
+        "hash": pa.array([number.to_bytes(16, "big") for number in range(num_examples)], pa.binary(16)),
         "shard": pa.array([0] * num_examples, pa.int32()),
         "example": pa.array(range(num_examples), pa.int32()),
     })  # fmt: skip

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from types import ModuleType
@@ -175,19 +176,51 @@ class DeepSpeedEngine:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss, scale_wrt_gas=False)
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, limit: float = math.inf) -> float:
         set_learning_rate(self.base, learning_rate)
         if not self.stage:
-            return self._plain_step()
-        self.engine.step()
-        return float(self.engine.get_global_grad_norm())  # inf when DeepSpeed refused to update
+            return self._plain_step(limit)
+        with self._limited(limit) as norms:
+            self.engine.step()
+        return norms[0] if norms else float(self.engine.get_global_grad_norm())  # inf: DeepSpeed refused to update
 
-    def _plain_step(self) -> float:
+    def _plain_step(self, limit: float) -> float:
         """ZeRO 0: DeepSpeed has reduced the gradients and looks at nothing; the norm is ours to take."""
         norm = float(torch.nn.utils.clip_grad_norm_(self._parameters.values(), self.max_grad_norm or math.inf))
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm <= limit:
             self.engine.step()
+        else:
+            self.base.zero_grad()
         return norm
+
+    @contextmanager
+    def _limited(self, limit: float) -> Iterator[list[float]]:
+        """ZeRO 1 to 3 take the norm in the middle of their step: one above the limit is infinite to them.
+
+        Then they clear the gradients and leave all else alone. The list gets the norm that was too large.
+        """
+        above: list[float] = []
+        if limit == math.inf:
+            yield above
+            return
+        name = "_get_norm_groups" if self.stage == 3 else "scaled_global_norm"
+        original = getattr(self.engine.optimizer, name)
+
+        def limited() -> Any:
+            found = original()
+            groups = found if self.stage == 3 else [found]
+            norm = math.hypot(*(float(group) for group in groups))
+            if not limit < norm < math.inf or min(groups) < 0:  # -1 is how DeepSpeed writes a norm that is not finite
+                return found
+            above.append(norm)
+            infinite = torch.full_like(torch.as_tensor(groups[0]), math.inf)
+            return [infinite] if self.stage == 3 else infinite
+
+        setattr(self.engine.optimizer, name, limited)
+        try:
+            yield above
+        finally:
+            delattr(self.engine.optimizer, name)
 
     def trained(self) -> list[str]:
         return list(self._parameters)
@@ -272,8 +305,14 @@ class DeepSpeedEngine:
         )
 
     def _allocate_states(self, states: Mapping[str, Stored]) -> None:
-        """Give every flat shard the states that a first update would create, and tell DeepSpeed about them."""
+        """Give every flat shard the states that a first update would create, and tell DeepSpeed about them.
+
+        Where they are there already, only the numbers among them are put back: they belong to no parameter.
+        """
         if self.base.state:
+            numbers = {key: stored for key, stored in states.items() if key != WEIGHT and not stored.shape}
+            for shard, state in self.base.state.items():
+                state |= restored_states(numbers, self.base, shard.device, partial(_zeros, shard))
             return
         zero = self.engine.optimizer
         for shard in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:

@@ -8,6 +8,7 @@ M. No rank is asked for what another one has, and nothing is gathered: nor by `h
 `gathered` is for adapters, one tensor at a time.
 """
 
+import math
 from collections.abc import Iterator, Mapping
 from typing import Protocol
 
@@ -50,8 +51,11 @@ class Engine(Protocol):
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate gradients; `last` marks the last micro-batch of a step. All ranks together."""
 
-    def step(self, learning_rate: float) -> float:
-        """Clip, update, clear; returns the gradient norm before clipping. Non-finite: no update, returns nan or inf."""
+    def step(self, learning_rate: float, limit: float = math.inf) -> float:
+        """Clip, update, clear; returns the gradient norm before clipping.
+
+        A norm above the limit: nothing is updated, gradients are cleared. Non-finite: the same, returns nan or inf.
+        """
 
     def trained(self) -> list[str]:
         """Names of the parameters that `read` gives."""

@@ -85,11 +85,11 @@ class FsdpEngine:
         self.module.set_requires_gradient_sync(last or not self.holds_gradients)  # type: ignore[operator]  # as above
         loss.backward()
 
-    def step(self, learning_rate: float) -> float:
+    def step(self, learning_rate: float, limit: float = math.inf) -> float:
         set_learning_rate(self.optimizer, learning_rate)
         norm = torch.nn.utils.clip_grad_norm_(self.parameters.values(), self.max_grad_norm or math.inf)
         total = float(whole(norm))
-        if math.isfinite(total):
+        if math.isfinite(total) and total <= limit:
             self.optimizer.step()
         self.optimizer.zero_grad()
         return total

@@ -34,6 +34,7 @@ from training.engines.engine import Engine
 from training.errors import CheckpointError
 from training.launch.heartbeat import Heartbeat
 from training.run_files import HeldOut
+from training.trainer.spikes import WINDOW
 from training.trainer.state_files import read_index
 
 FORMAT_VERSION = 2
@@ -58,8 +59,11 @@ class Progress:
     best_loss: float | None = None
     best_step: int | None = None
     evaluations_without_gain: int = 0
+    spikes: int = 0
+    steps_without_update: int = 0  # of `step`: passed over because of a spike, or gone back behind
+    recent: list[tuple[float, float]] = field(default_factory=list)  # (loss, gradient norm): what limits follow from
 
-    def add(self, loss: float, tokens: int, target_tokens: int, seconds: float) -> None:
+    def add(self, loss: float, grad_norm: float, tokens: int, target_tokens: int, seconds: float) -> None:
         """One more step is done."""
         self.step += 1
         self.tokens += tokens
@@ -67,6 +71,7 @@ class Progress:
         self.seconds += seconds
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_loss = loss
+        self.recent = [*self.recent, (loss, grad_norm)][-WINDOW:]
 
 
 def name_of(step: int) -> str:

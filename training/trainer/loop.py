@@ -30,7 +30,7 @@ from training.launch.events import emit, step_done
 from training.launch.exits import OWNED, NonFiniteError, TrainingStopped
 from training.launch.heartbeat import Heartbeat
 from training.models.loss import MicroBatch
-from training.run_files import HeldOut, StepRecord
+from training.run_files import HeldOut, Spike, StepRecord
 from training.settings import TIME_TO_SAVE, TrainSettings
 from training.trainer import checkpoint, evaluation
 from training.trainer.batches import BatchSchedule, prefetch
@@ -38,6 +38,7 @@ from training.trainer.checkpoint import Progress
 from training.trainer.metrics import Clock, Flops, JsonLines, duration, memory_peak_bytes
 from training.trainer.saver import Saver, Writing
 from training.trainer.schedule import Factor
+from training.trainer.spikes import NO_LIMITS, Limits, culprits, in_words, limits_after
 from training.trainer.step import NotFinite, StepWork, train_step
 
 NUM_RECORDS_SHOWN = 5
@@ -103,7 +104,7 @@ class Run:
         """`save_steps`, or ten times in a run."""
         return self.settings.save_steps or max(1, math.ceil(self.batch_schedule.total_steps / 10))
 
-    def work(self, step: int) -> StepWork:
+    def work(self, step: int, limits: Limits = NO_LIMITS) -> StepWork:
         """What a step has to do."""
         micro_batch = self.settings.per_gpu_train_batch_size
         return StepWork(
@@ -114,22 +115,27 @@ class Run:
             ),
             target_tokens=self.batch_schedule.target_tokens(step),
             learning_rate=self.settings.learning_rate * self.factor(step),
+            limits=limits,
         )
 
 
 def train(run: Run, progress: Progress) -> Progress:
     """Train from where `progress` is to the last step, or until held-out loss stops falling."""
     with ExitStack() as stack:
-        files = [JsonLines(run.directory / name, progress.step) for name in (run_files.METRICS, run_files.EVALUATIONS)]
-        metrics, evaluations = [stack.enter_context(file) if run.ranks.is_first else None for file in files]
+        names = (run_files.METRICS, run_files.EVALUATIONS, run_files.SPIKES)
+        files = [JsonLines(run.directory / name, progress.step) for name in names]
+        metrics, evaluations, spikes = [stack.enter_context(file) if run.ranks.is_first else None for file in files]
         batches = _micro_batches(run, progress.step)
         run.stop.obey_together()
         if not progress.step and not progress.eval_before:
             progress.eval_before = evaluate(run, progress, evaluations)
         while progress.step < run.batch_schedule.total_steps:
-            record = one_step(run, progress, batches)
+            limits = _limits(run, progress)
+            record = one_step(run, progress, batches, limits)
             if metrics is not None:
                 _report(run, progress, record, metrics)
+            if limits.exceeded_by(record["loss"], record["grad_norm"]):
+                _answer_spike(run, progress, record, limits, spikes)
             if _after_step(run, progress, evaluations):
                 break
     return progress
@@ -143,17 +149,22 @@ def _micro_batches(run: Run, first_step: int) -> Iterator[MicroBatch]:
     return (batch.to(ranks.device) for batch in loaded)
 
 
-def one_step(run: Run, progress: Progress, batches: Iterator[MicroBatch]) -> StepRecord:
+def _limits(run: Run, progress: Progress) -> Limits:
+    """Above these the next step is a spike."""
+    return NO_LIMITS if run.settings.on_spike == "off" else limits_after(progress.recent)
+
+
+def one_step(run: Run, progress: Progress, batches: Iterator[MicroBatch], limits: Limits = NO_LIMITS) -> StepRecord:
     """One optimizer step; `progress` moves on; returns what is measured."""
     began, clock = time.perf_counter(), Clock(run.ranks.device)
-    work = run.work(progress.step)
+    work = run.work(progress.step, limits if run.settings.on_spike in ("skip", "rewind") else NO_LIMITS)
     try:
         result = train_step(run.engine, batches, work, clock, _watch(run, progress, work.num_micro_steps))
     except NotFinite as error:
         raise _explain(error, run, progress.step) from error
     rows = run.batch_schedule.rows(progress.step)
     tokens, seconds = int(run.batch_schedule.plan.row_tokens[rows].sum()), time.perf_counter() - began
-    progress.add(loss=result.loss, tokens=tokens, target_tokens=work.target_tokens, seconds=seconds)
+    progress.add(result.loss, result.grad_norm, tokens, work.target_tokens, seconds)
     record: StepRecord = {
         "step": progress.step,
         "epoch": progress.step / run.batch_schedule.steps_per_epoch,
@@ -228,6 +239,40 @@ def leave(run: Run, progress: Progress) -> None:
         f"{max(left, 0):.0f} s are left of stop_deadline_seconds={deadline:g}. {step - kept} steps are lost: the "
         f"newest checkpoint is that of step {kept}"
     )
+
+
+def _answer_spike(run: Run, progress: Progress, record: StepRecord, limits: Limits, spikes: JsonLines | None) -> None:
+    """Name the records, and do as `on_spike` says. All ranks together."""
+    step, back_to = progress.step, _checkpoint_to_go_back_to(run)
+    records = culprits(run.engine, run.batch_schedule, step - 1, run.settings.per_gpu_train_batch_size)
+    spike: Spike = {
+        "step": step,
+        "loss": record["loss"],
+        "loss_limit": limits.loss if limits.loss < math.inf else None,
+        "grad_norm": record["grad_norm"],
+        "grad_norm_limit": limits.grad_norm if limits.grad_norm < math.inf else None,
+        "done": "warned",
+        "records": records,
+    }
+    progress.spikes += 1
+    if run.settings.on_spike != "warn":
+        spike["done"] = "skipped"
+        progress.steps_without_update += 1
+    if run.settings.on_spike == "rewind" and back_to:
+        spike |= {"done": "rewound", "back_to": back_to}
+        progress.steps_without_update += step - 1 - back_to
+        checkpoint.load(run.engine, run.checkpoints / checkpoint.name_of(back_to))
+    if spikes is not None:
+        spikes.write(**spike)
+        log.warning("%s", in_words(spike))
+
+
+def _checkpoint_to_go_back_to(run: Run) -> int:
+    """The step of the newest checkpoint, once it is complete; 0 = there is none, or none is asked for."""
+    if run.settings.on_spike != "rewind":
+        return 0
+    run.saver.wait()
+    return run.saver.newest_step
 
 
 def _after_step(run: Run, progress: Progress, evaluations: JsonLines | None) -> bool:

@@ -146,7 +146,7 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
     if run.ranks.is_first:
         summary = {
             "steps": progress.step,
-            **{key: value for key, value in asdict(progress).items() if key != "step"},
+            **{key: value for key, value in asdict(progress).items() if key not in ("step", "recent")},
             "eval_after": after,
             "eval_sample": sample,
             "total_steps": run.batch_schedule.total_steps,

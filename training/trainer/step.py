@@ -7,7 +7,7 @@ plan, nothing is gathered for it). Out: the loss, the gradient norm, updated wei
 
 so it does not depend on how the global batch is split into micro-batches, accumulation and ranks. Engines average
 gradients over the ranks: multiplying the loss by `engine.averaging` undoes that. A number that is not finite raises
-`NotFinite` before the update.
+`NotFinite` before the update; one above its limit means that there is no update.
 
 Dropout is seeded for every micro-batch from (seed, step, its rows): a resumed run needs no generator state, and a
 micro-batch drops the same numbers on whatever rank it runs.
@@ -25,6 +25,9 @@ from training.distributed import Ranks
 from training.engines.engine import Engine
 from training.models.loss import MicroBatch
 from training.trainer.metrics import Clock
+from training.trainer.spikes import NO_LIMITS, Limits
+
+NEVER = -1.0  # a limit that every gradient norm exceeds
 
 
 class NotFinite(ArithmeticError):
@@ -53,6 +56,7 @@ class StepWork:
     num_micro_steps: int  # the same on every rank
     target_tokens: int  # of the whole global batch
     learning_rate: float
+    limits: Limits = NO_LIMITS
 
 
 @dataclass(frozen=True)
@@ -71,17 +75,18 @@ def train_step(
     clock: Clock,
     before: Callable[[int], None] = lambda index: None,
 ) -> StepResult:
-    """Accumulate gradients, check, update. All ranks together.
+    """Accumulate gradients, check, update if loss and gradient norm are within their limits. All ranks together.
 
     `before` runs ahead of every micro-batch, with its index, and may raise to abandon the step.
     """
     done = accumulate(engine, batches, work, clock, before)
     total, computed = _agree(done, engine.ranks)
+    loss, limits = total / work.target_tokens, work.limits
     with clock.span("step"):
-        grad_norm = engine.step(work.learning_rate)
+        grad_norm = engine.step(work.learning_rate, limits.grad_norm if loss <= limits.loss else NEVER)
     if not math.isfinite(grad_norm):
         raise NotFinite("the gradient norm", grad_norm, [row for rows in done.rows for row in rows])
-    return StepResult(total / work.target_tokens, grad_norm, int(computed))
+    return StepResult(loss, grad_norm, int(computed))
 
 
 def accumulate(
