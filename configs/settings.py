@@ -17,6 +17,7 @@ from training.settings import (
     LoraSettings,
     ModelSettings,
     OptimizerSettings,
+    SpikeSettings,
     TrackingSettings,
     TrainSettings,
 )
@@ -142,6 +143,7 @@ GROUPS: tuple[type[Settings], ...] = (
     BatchSettings,
     EngineSettings,
     CheckpointSettings,
+    SpikeSettings,
     TrackingSettings,
     GateSettings,
     SeedSettings,

@@ -135,6 +135,11 @@ class CorpusSettings(Settings):
         "./tombstones.jsonl",
         description="File of the content hashes of records that `panda takedown` took down: they are dropped.",
     )
+    quarantine: str | None = Field(
+        "./quarantine.jsonl",
+        description="File of the content hashes of records that training has named because of a spike (`on_spike`), in "
+        "the form of tombstones: they are dropped. Delete a line to take its record back.",
+    )
     replay_share: float = Field(
         1.0,
         ge=0,

@@ -26,10 +26,11 @@ from flows.parts.notify import on_bad_end, on_early_end, tell, tell_of_lost
 from flows.parts.run_dir import AFTER_DATA, RunDir, Summary
 from flows.parts.stages import Prepared, prepare_data, prepared_before, run_metadata, until, version_tags
 from flows.report import page
+from tasks import spikes
 from tasks.alarm import look_at_corpus
 from tasks.gate import gate, promote
 from tasks.register import model_name, register_model, sample_prompt
-from tasks.reporting import alarm_in_words, alarm_markdown, show_links
+from tasks.reporting import alarm_in_words, alarm_markdown, show_links, spikes_markdown
 from tasks.train import evaluate, evaluated_before, train, trained_before
 from training import run_files
 from training.comparison.approval import APPROVED, NO_ANSWER, REFUSED, in_words
@@ -119,6 +120,9 @@ def train_in(run: RunDir, settings: PandaSettings, prepared: Prepared, resume: b
         run_dir.write_outcome(run, flow_states.reason_of(error), str(error))
         raise
     run_dir.write_summary(run, summary)
+    num_new = spikes.put_into_quarantine(run.path, settings.quarantine)
+    if num_new:
+        logger.warning("%s: %d records more, which the next preparation leaves out", settings.quarantine, num_new)
     return summary
 
 
@@ -191,6 +195,8 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
             else:
                 trained = trained_before(run.path)
         summary |= {"mlflow_run_id": tracked.run_id, "training": trained, "seconds": watch.seconds}
+        found = spikes.show(run.path)
+        summary |= {"spikes": found} if found else {}
         until(settings, "train", summary)
         with watch("evaluate"):
             if starts_by(settings, "evaluate"):
@@ -217,7 +223,8 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
     if "approval" in verdict and verdict["approval"]["answer"] in (REFUSED, NO_ANSWER):
         raise EarlyExit("NotApproved", f"{subject}: {verdict['reasons'][0]}; {run.path}", summary)
     if settings.notify:
-        tell(settings.notify, subject, f"{reasons}\n\n{flow_run.ui_url}")
+        also = f"\n\nSpikes in training:\n\n{spikes_markdown(found)}" if found else ""
+        tell(settings.notify, subject, f"{reasons}{also}\n\n{flow_run.ui_url}")
     return summary
 
 

@@ -29,7 +29,7 @@ from training import run_files
 from training.comparison.job import GateResult
 from training.comparison.report import verdict_markdown
 from training.registry.register import with_retries
-from training.run_files import CorpusAlarm, Losses, Registered
+from training.run_files import CorpusAlarm, Losses, Registered, Spike
 from training.tracking.looks import only_a_look
 from training.tracking.plots import data_uri, write_plots
 from training.tracking.redact import public_link, redact_text
@@ -96,6 +96,21 @@ def alarm_in_words(alarm: CorpusAlarm) -> str:
     found = [f"{one['measure']} ({one['slice']}): {one['says']}" for one in alarm["findings"]]
     more = f"; and {len(found) - MAX_TOLD} more" if len(found) > MAX_TOLD else ""
     return "; ".join(found[:MAX_TOLD]) + more or alarm["note"] or "nothing to look into"
+
+
+@only_a_look("the spikes")
+def show_spikes(spikes: list[Spike]) -> None:
+    """Each spike, what was done about it, and the records that stood out."""
+    create_markdown_artifact(spikes_markdown(spikes), key="spikes", description="Steps out of the ordinary")
+
+
+def spikes_markdown(spikes: list[Spike]) -> str:
+    """A section a spike."""
+    parts = []
+    for spike in spikes:
+        lines = "".join(f"- `{one['file']}:{one['line']}`: loss {one['loss']:.2f}\n" for one in spike["records"])
+        parts.append(f"### Step {spike['step']}: {spike['says']}\n\n{lines or 'No record stands out.'}\n")
+    return "\n".join(parts)
 
 
 @only_a_look("the links")

@@ -103,6 +103,7 @@ class Spike(TypedDict):
     grad_norm: float
     grad_norm_limit: float | None
     done: str  # "warned", "skipped" or "rewound"
+    says: str  # all of the above in words
     back_to: NotRequired[int]  # the checkpoint that a rewound run goes on from
     records: list[Culprit]  # worst first
 

@@ -38,7 +38,7 @@ from data_prep.plan.pack import MIN_SPACE, best_fit_decreasing, fill
 from data_prep.plan.plan_file import Rows, rows_file, write_rows
 from data_prep.plan.reader import Plan, prove_rows
 from data_prep.plan.report import DataReport, check_conservation, make_report
-from data_prep.plan.verdicts import ACCEPTED, REASONS, SPLITS, Pieces, Verdicts, judge, taken_down
+from data_prep.plan.verdicts import ACCEPTED, REASONS, SPLITS, Pieces, Verdicts, judge, quarantined, taken_down
 from data_prep.processes import on_processes, peak_rss_bytes
 from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.reasons import REJECTED
@@ -108,6 +108,7 @@ def plan_fingerprint(tokens: TokensResult, corpus: CorpusSettings, pack: PackSet
         duplicates=[corpus.deduplicate, near],
         validation_fraction=corpus.validation_fraction,
         tombstones=taken_down(corpus),
+        **({"quarantine": hashes} if (hashes := quarantined(corpus)) else {}),
         **({"replay": [Path(corpus.replay_of).name, share]} if corpus.replay_of and share < 1 else {}),
     )
 

@@ -1,9 +1,9 @@
 """What becomes of each example: dropped with a reason, held out, or trained on, how often and in which pieces.
 
 In: `Examples`, the settings, for replay the earlier plan. Out: `Verdicts`, arrays over the examples, and the `Pieces`
-that must go into rows. In this order: no target -> taken down -> duplicate -> split -> replay -> overflow -> mixture.
-Every decision is a function of the content hash, so a record keeps its split when the corpus grows, equal records are
-never on both sides, and a raised weight only adds.
+that must go into rows. In this order: no target -> taken down -> quarantined -> duplicate -> split -> replay ->
+overflow -> mixture. Every decision is a function of the content hash, so a record keeps its split when the corpus
+grows, equal records are never on both sides, and a raised weight only adds.
 
 Replay: going on from an earlier model, only a share of the records that it was trained on is trained on again; a larger
 share only adds. Records a plan left out for this reason count as trained on by the plans after it.
@@ -72,6 +72,7 @@ def judge(
         reason[examples.refused] = REASONS.index(Reason.TEMPLATE_REFUSED)
     _mark(reason, examples.targets == 0, Reason.NO_TARGET_TOKENS)
     _mark(reason, tombstones.matching(examples.hashes, taken_down(corpus)), Reason.TAKEN_DOWN)
+    _mark(reason, tombstones.matching(examples.hashes, quarantined(corpus)), Reason.QUARANTINED)
     if corpus.deduplicate != "none":
         _mark(reason, exact_duplicates(examples.hashes), Reason.DUPLICATE)
     if corpus.deduplicate == "near":
@@ -91,6 +92,11 @@ def judge(
 def taken_down(corpus: CorpusSettings) -> list[str]:
     """Content hashes that have a tombstone."""
     return tombstones.read(Path(corpus.tombstones)) if corpus.tombstones else []
+
+
+def quarantined(corpus: CorpusSettings) -> list[str]:
+    """Content hashes that training has named because of a spike."""
+    return tombstones.read(Path(corpus.quarantine)) if corpus.quarantine else []
 
 
 def left_out(hashes: np.ndarray, keys: np.ndarray, corpus: CorpusSettings) -> np.ndarray:

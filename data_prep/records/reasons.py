@@ -44,6 +44,7 @@ class Reason(StrEnum):
     )
     UNSUPPORTED_WEIGHT = "unsupported_weight", "a turn's weight is not 0 or 1, or asks to train what is no answer"
     TEMPLATE_REFUSED = "template_refused", "the template cannot express the record, or its answers cannot be found"
+    QUARANTINED = "quarantined", "an earlier training named it as the cause of a spike (`quarantine`)"
 
 
 REJECTED = frozenset(

@@ -11,7 +11,7 @@ from prefect.artifacts import create_markdown_artifact
 
 from data_prep.plan.report import DataReport
 from flows.parts.run_dir import Summary
-from tasks.reporting import alarm_markdown
+from tasks.reporting import alarm_markdown, spikes_markdown
 from training.comparison.job import GateResult
 from training.comparison.report import comparison_markdown
 from training.registry.versions import Registry
@@ -55,6 +55,8 @@ def story(summary: Summary, links: dict[str, str] | None = None) -> str:
         sections.append(f"## Corpus alarm\n\n{alarm_markdown(summary['corpus_alarm'])}")
     if "training" in summary:
         sections.append(f"## Training\n\n{_table(('what', 'number'), _training(summary['training']))}")
+    if "spikes" in summary:
+        sections.append(f"## Spikes\n\n{spikes_markdown(summary['spikes'])}")
     if "losses" in summary:
         sections.append(f"## Held-out loss per target token\n\n{_losses(summary['losses'])}")
     if "gate" in summary:

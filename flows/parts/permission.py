@@ -29,11 +29,11 @@ from training.models.hub import find_checkpoint
 
 PATHS = {
     *("output_dir", "cache_dir", "instruction_tuning_data_dir", "pretraining_data_dir", "tombstones", "replay_of"),
-    "neutral_texts",
+    *("neutral_texts", "quarantine"),
 }
 CHECKPOINTS = {"model", "ckpt_path", "delta_base"}
 ADDRESSES = {"prepare_cluster", "mlflow_tracking_uri", "master_addr"}
-FILES = {"conf_path", "tombstones", "neutral_texts"}
+FILES = {"conf_path", "tombstones", "quarantine", "neutral_texts"}
 CORPORA = {"instruction_tuning_data_dir", "pretraining_data_dir"}
 """Those of `PATHS` that may be addresses."""
 OWNERS_ALONE = {"trust_remote_code", "hostfile", "gate_benchmarks"}  # the last: lm-eval runs what its task files say

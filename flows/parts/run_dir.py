@@ -27,7 +27,7 @@ from data_prep.plan.report import DataReport
 from training import run_files
 from training.launch import ownership
 from training.launch.exits import ExitReason
-from training.run_files import CorpusAlarm, Losses, Registered, Trained
+from training.run_files import CorpusAlarm, Losses, Registered, Spike, Trained
 from training.tracking import run_record
 
 if TYPE_CHECKING:
@@ -58,6 +58,7 @@ class Summary(TypedDict, total=False):
     target_tokens: int
     data: DataReport
     corpus_alarm: CorpusAlarm
+    spikes: list[Spike]
     mlflow_run_id: str | None
     training: Trained
     seconds: dict[str, float]

@@ -312,7 +312,7 @@ class DeepSpeedEngine:
         if self.base.state:
             numbers = {key: stored for key, stored in states.items() if key != WEIGHT and not stored.shape}
             for shard, state in self.base.state.items():
-                state |= restored_states(numbers, self.base, shard.device, partial(_zeros, shard))
+                state.update(restored_states(numbers, self.base, shard.device, partial(_zeros, shard)))
             return
         zero = self.engine.optimizer
         for shard in zero.fp32_partitioned_groups_flat if self.stage == 3 else zero.single_partition_of_fp32_groups:

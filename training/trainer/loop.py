@@ -38,7 +38,7 @@ from training.trainer.checkpoint import Progress
 from training.trainer.metrics import Clock, Flops, JsonLines, duration, memory_peak_bytes
 from training.trainer.saver import Saver, Writing
 from training.trainer.schedule import Factor
-from training.trainer.spikes import NO_LIMITS, Limits, culprits, in_words, limits_after
+from training.trainer.spikes import NO_LIMITS, Limits, culprits, in_words, limits_after, names
 from training.trainer.step import NotFinite, StepWork, train_step
 
 NUM_RECORDS_SHOWN = 5
@@ -252,6 +252,7 @@ def _answer_spike(run: Run, progress: Progress, record: StepRecord, limits: Limi
         "grad_norm": record["grad_norm"],
         "grad_norm_limit": limits.grad_norm if limits.grad_norm < math.inf else None,
         "done": "warned",
+        "says": "",
         "records": records,
     }
     progress.spikes += 1
@@ -263,8 +264,9 @@ def _answer_spike(run: Run, progress: Progress, record: StepRecord, limits: Limi
         progress.steps_without_update += step - 1 - back_to
         checkpoint.load(run.engine, run.checkpoints / checkpoint.name_of(back_to))
     if spikes is not None:
+        spike["says"] = in_words(spike)
         spikes.write(**spike)
-        log.warning("%s", in_words(spike))
+        log.warning("a spike in step %d: %s; %s", step, spike["says"], names(records))
 
 
 def _checkpoint_to_go_back_to(run: Run) -> int:

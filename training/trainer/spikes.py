@@ -77,12 +77,12 @@ def spread(values: Sequence[float]) -> float:
 
 
 def in_words(spike: Spike) -> str:
-    """One line for people."""
+    """``loss 6.2 (limit 3.1); no update was made``."""
     measured = (
         ("loss", spike["loss"], spike["loss_limit"]),
         ("gradient norm", spike["grad_norm"], spike["grad_norm_limit"]),
     )
-    exceeded = [
+    above = [
         f"{what} {value:.4g} (limit {limit:.4g})"
         for what, value, limit in measured
         if limit is not None and value > limit
@@ -91,11 +91,15 @@ def in_words(spike: Spike) -> str:
         "warned": "it was trained on all the same",
         "skipped": "no update was made",
         "rewound": f"gone back to the checkpoint of step {spike.get('back_to')}",
-    }[spike["done"]]
-    named = ", ".join(f"{one['file']}:{one['line']} ({one['loss']:.2f})" for one in spike["records"][:MOST_SAID])
-    more = f" and {len(spike['records']) - MOST_SAID} more" if len(spike["records"]) > MOST_SAID else ""
-    who = f"records that stand out: {named}{more}" if named else "no record stands out"
-    return f"step {spike['step']}: a spike, {' and '.join(exceeded)}; {done}; {who}"
+    }
+    return f"{' and '.join(above)}; {done[spike['done']]}"
+
+
+def names(records: Sequence[Culprit]) -> str:
+    """The first of them, with their losses."""
+    named = ", ".join(f"{one['file']}:{one['line']} ({one['loss']:.2f})" for one in records[:MOST_SAID])
+    more = f" and {len(records) - MOST_SAID} more" if len(records) > MOST_SAID else ""
+    return f"records that stand out, with their losses: {named}{more}" if named else "no record stands out"
 
 
 def culprits(engine: Engine, batches: BatchSchedule, step: int, micro_batch: int) -> list[Culprit]:
