@@ -4,8 +4,9 @@ In: plain results. Out: Prefect artifacts; one that cannot be made is a warning 
 
 Progress of a long stage: one line now and then in the log, one bar in the Prefect UI.
 
-In: (done, total, unit) as often as the stage likes. Out: a log line every `LOG_SECONDS` and an update of the stage's
-progress artifact every `UI_SECONDS`, both with rate and time left. Cost: an update is ~40 ms, hence the limits.
+In: (done, total, unit) as often as the stage likes. Out: a log line every `LOG_SECONDS`, an update of the stage's
+progress artifact every `UI_SECONDS`, and a line in the terminal (`bar.py`), with rate and time left. Cost: an update is
+~40 ms, hence the limits.
 """
 
 import logging
@@ -25,6 +26,7 @@ from prefect.runtime import flow_run
 
 from data_prep.inspection.render import as_code
 from data_prep.plan.report import DataReport
+from tasks.bar import BAR
 from training import run_files
 from training.comparison.job import GateResult
 from training.comparison.report import verdict_markdown
@@ -195,11 +197,13 @@ class StageProgress:
         self.first_done: int | None = None  # where the rate is counted from: the first call, not the start-up before it
         self.artifact: Any = None
 
-    def __call__(self, stage: str, done: int, total: int, unit: str, note: str = "") -> None:
+    def __call__(self, stage: str, done: int, total: int, unit: str, loss: float | None = None) -> None:
         now = time.monotonic()
         if self.first_done is None:
             self.first_done, self.started = done, now
-        text = describe(done, total, unit, done - self.first_done, now - self.started) + (f", {note}" if note else "")
+        text = describe(done, total, unit, done - self.first_done, now - self.started)
+        text += "" if loss is None else f", loss {loss:.4f}"
+        BAR.show(stage, done, total, text, loss)
         finished = done >= total
         if now - self.logged >= LOG_SECONDS or (finished and self.logged >= self.started):
             self.logged = now

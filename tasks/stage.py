@@ -17,6 +17,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.states import Completed, Failed
 
 from data_prep.errors import PandaError, disk_errors
+from tasks.bar import BAR
 
 logger = logging.getLogger(__name__)
 
@@ -41,6 +42,8 @@ def stage(
                 if options.get("retries") and retry_helps(error):
                     raise
                 return Failed(message=str(error), data=error)
+            finally:
+                BAR.close()
             return Completed(name="Reused" if reused(result) else "Completed", message=says(result), data=result)
 
         as_task = task(name=name, task_run_name=name, cache_policy=NO_CACHE, persist_result=False, **options)(run)

@@ -78,7 +78,7 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> Trained:
 
     def on_event(event: Event) -> None:
         if event["event"] == "step":
-            progress("train", event["step"], event["steps"], "steps", f"loss {event['loss']:.4f}")
+            progress("train", event["step"], event["steps"], "steps", event["loss"])
         if event["event"] == "alive":
             logger.info("%s: %s of %s %s", event["doing"], event["done"], event["total"], event["unit"])
 
