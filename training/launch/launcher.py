@@ -11,6 +11,7 @@ second.
 
 import contextlib
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -42,6 +43,8 @@ from training.settings import TrainSettings
 
 POLL_SECONDS = 0.2
 STACKS_SECONDS = 2.0
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -187,11 +190,16 @@ def supervised(commands: list[Command], grace_seconds: float) -> Iterator[subpro
         say(process, json.dumps(spec))
         os.set_blocking(process.stdout.fileno(), False)
         yield process
+    except KeyboardInterrupt:
+        log.warning("the ranks have %g s to write a checkpoint; Ctrl-C again ends them at once", grace_seconds)
+        raise
     finally:
         process.stdin.close()
-        process.wait()
-        process.stdout.close()
-        kill_all(lambda: marked(OWNED, token))  # only a supervisor that was itself killed leaves anything
+        try:
+            process.wait()
+        finally:  # a supervisor that was itself killed leaves ranks behind, and so does a second Ctrl-C
+            process.stdout.close()
+            kill_all(lambda: marked(OWNED, token))
 
 
 def say(supervisor: subprocess.Popen, line: str) -> None:

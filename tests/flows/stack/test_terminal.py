@@ -54,6 +54,23 @@ def test_direct_run(stack):
     assert list(stack.newest_run("direct").glob("checkpoints/step-*"))
 
 
+def test_ctrl_c_twice_waits_for_nobody(stack):
+    """The ranks are stopped, so that they would take all of `stop_deadline_seconds`."""
+    conf = stack.config("twice", max_steps=100_000, save_steps=1000, num_processes=2, stop_deadline_seconds=600)
+    process = start(stack, "train.py", "--conf_path", conf)
+    wait_for(lambda: num_steps(stack.newest_run("twice")) >= 2 or process.poll() is not None, 180, "two steps")
+    started = psutil.Process(process.pid).children(recursive=True)
+    ranks = [one for one in started if "training.worker" in one.cmdline()]
+    assert len(ranks) == 2
+    for rank in ranks:
+        rank.suspend()
+    process.send_signal(signal.SIGINT)
+    wait_for(lambda: "Ctrl-C again ends them at once" in log_of(stack), 20, "what a second one does")
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(timeout=3)
+    assert press_ctrl_c(stack, process, 20) == 130, log_of(stack)
+
+
 def test_served_deployments(stack):
     process = start(stack, "-m", "flows.cli.main", "serve-flow", "--state_dir", str(stack.folder / "state"))
     url = stack.env["PREFECT_API_URL"]
