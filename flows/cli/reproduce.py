@@ -103,7 +103,7 @@ def _changed_files(verb: Verb, version: Version) -> list[str]:
 def _what_changed(version: Version, problem: str, changed: list[str]) -> str:
     first = f"{version.uri}: the corpus gives another plan than {version.tags.get(PLAN_TAG)}, which is not here"
     hint = "Bring back the files as they were (panda lineage lists their hashes), or the plan into --cache_dir"
-    others = ["  all files are as they were: the directory, the tombstones or the code differ"]
+    others = ["  all files are as they were: the directory, the tombstones, the quarantine or the code differ"]
     return "\n".join([f"{first} any more{': ' + problem if problem else ''}", *(changed or others), hint])
 
 

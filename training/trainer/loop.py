@@ -256,13 +256,14 @@ def _answer_spike(run: Run, progress: Progress, record: StepRecord, limits: Limi
         "records": records,
     }
     progress.spikes += 1
-    if run.settings.on_spike != "warn":
+    if back_to:
+        spike |= {"done": "rewound", "back_to": back_to}
+        directory = run.checkpoints / checkpoint.name_of(back_to)
+        progress.steps_without_update = checkpoint.read_progress(directory).steps_without_update + step - back_to
+        checkpoint.load(run.engine, directory)
+    elif run.settings.on_spike != "warn":
         spike["done"] = "skipped"
         progress.steps_without_update += 1
-    if run.settings.on_spike == "rewind" and back_to:
-        spike |= {"done": "rewound", "back_to": back_to}
-        progress.steps_without_update += step - 1 - back_to
-        checkpoint.load(run.engine, run.checkpoints / checkpoint.name_of(back_to))
     if spikes is not None:
         spike["says"] = in_words(spike)
         spikes.write(**spike)

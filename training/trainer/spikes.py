@@ -10,10 +10,10 @@ are those that all ranks have and checkpoints keep: every rank decides the same,
 before. Cost: 0.1 ms a step.
 
 **Culprits.** In: the step, an engine with the weights of the moment. Out: the records of the step whose loss per target
-token stands out from the records of the `EARLIER_ROWS` rows before it, by the same measure; that is wider for records
-with few targets, whose means vary more. A record that was cut over several segments counts once. The ranks share the
-rows. Cost: a forward pass of the step and of `EARLIER_ROWS` rows, and an all-reduce of two numbers a segment; only
-where there is a spike.
+token stands out from the records of about as many rows before it, by the same measure; that is wider for records with
+few targets, whose means vary more. A record that was cut over several segments counts once. The ranks share the
+rows. Cost: a forward pass of the step and of the rows before it, and an all-reduce of two numbers a segment; only where
+there is a spike.
 """
 
 import math
@@ -33,7 +33,7 @@ from training.models.loss import MicroBatch
 from training.run_files import Culprit, Spike
 from training.trainer.batches import BatchSchedule, prefetch
 
-EARLIER_ROWS = 256
+EARLIER_ROWS = (64, 256)  # as many as the step has, within these
 MOST_NAMED = 20
 WINDOW = 128
 LEVEL = 8
@@ -127,12 +127,14 @@ class Records:
 
 
 def rows_before(batches: BatchSchedule, step: int) -> np.ndarray:
-    """The last rows that were trained on before a step: ``(<= EARLIER_ROWS,) int64``."""
+    """The last rows that were trained on before a step, about as many: ``(n,) int64``."""
+    least, most = EARLIER_ROWS
+    wanted = min(max(len(batches.rows(step)), least), most)
     earlier: list[np.ndarray] = []
-    while step > 0 and sum(map(len, earlier)) < EARLIER_ROWS:
+    while step > 0 and sum(map(len, earlier)) < wanted:
         step -= 1
         earlier.append(batches.rows(step))
-    return np.concatenate(earlier)[:EARLIER_ROWS] if earlier else np.zeros(0, np.int64)
+    return np.concatenate(earlier)[:wanted] if earlier else np.zeros(0, np.int64)
 
 
 def losses_of_records(engine: Engine, plan: Plan, rows: np.ndarray, micro_batch: int) -> Records:
