@@ -1,8 +1,8 @@
 """One line at the bottom of a terminal: how far a stage is, how fast, how long it will take, and where the loss goes.
 
 In: numbers of the stage, as often as it likes. Out: a line that is drawn anew ten times a second at most, below the
-logs (Prefect's handler and this one share a console, which moves the line down before it prints); nothing at all where
-logs do not go to a terminal. Cost: a millisecond a drawing; no thread.
+logs (their handler and this one share a console, which moves the line down before it prints); nothing at all where logs
+do not go to a terminal. Cost: a millisecond a drawing; no thread.
 """
 
 import logging
@@ -11,11 +11,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 
-from prefect.logging.handlers import PrefectConsoleHandler
 from rich.console import Console
 from rich.live import Live
 from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 SECONDS = 0.1
 BLOCKS = "▁▂▃▄▅▆▇█"
@@ -58,14 +58,16 @@ class Bar:
                              redirect_stderr=False)  # fmt: skip
             self.live.start()
         width = self.live.console.width
+        bar_width = min(BAR_WIDTH, max(8, width // 5))
+        loss = sparkline(self.values) if width >= WIDE else ""
+        line = Table.grid(padding=(0, 1))
+        for room in (len(stage), bar_width, max(1, width - len(stage) - bar_width - len(loss) - 4), len(loss)):
+            line.add_column(no_wrap=True, overflow="ellipsis", max_width=room)
         bar = ProgressBar(
-            total=max(total, 1), completed=done, width=min(BAR_WIDTH, max(8, width // 5)),
+            total=max(total, 1), completed=done, width=bar_width,
             style="bright_black", complete_style="cyan", finished_style="green",
         )  # fmt: skip  # Prefect's console knows none of rich's own styles
-        line = Table.grid(padding=(0, 1))
-        line.add_row(
-            f"[bold]{stage}[/bold]", bar, text, f"[cyan]{sparkline(self.values)}[/cyan]" if width >= WIDE else ""
-        )
+        line.add_row(Text(stage, "bold"), bar, Text(text), Text(loss, "cyan"))
         self.live.update(line, refresh=True)
 
     def close(self) -> None:
@@ -79,10 +81,11 @@ BAR = Bar()
 
 
 def terminal_of_logs() -> Console | None:
-    """The console that Prefect's logs go to, where that is a terminal in which a line can be drawn again."""
+    """The console that logs go to, where that is a terminal in which a line can be drawn again."""
     handlers = [*logging.getLogger().handlers, *logging.getLogger("prefect").handlers]
-    consoles = [handler.console for handler in handlers if isinstance(handler, PrefectConsoleHandler)]
-    return next((one for one in consoles if one.is_terminal and not one.is_dumb_terminal), None)
+    consoles = [getattr(handler, "console", None) for handler in handlers]
+    terminals = [one for one in consoles if isinstance(one, Console) and one.is_terminal]
+    return next((one for one in terminals if not one.is_dumb_terminal), None)
 
 
 def sparkline(values: Sequence[float]) -> str:

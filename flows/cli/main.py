@@ -8,6 +8,8 @@ import importlib
 import logging
 import sys
 from collections.abc import Callable
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from configs.cli import (
     CONF_PATH,
@@ -19,6 +21,9 @@ from configs.cli import (
     configure,
 )
 from data_prep.errors import PandaError, disk_errors
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 TRAIN_TEXT = "Turn JSON corpora and a base model into a registered, evaluated model: one Prefect flow, in this process."
 TRAIN_SWITCHES = [CONF_PATH, PRINT_CONFIG, DRY_RUN, JSON, VERBOSE, *PLAN_SWITCHES]
@@ -96,10 +101,27 @@ def guarded(command: Callable[[], int], verbose: bool) -> int:
 
 def _log_to_stderr(verbose: bool) -> None:
     """Our own progress for people; of other libraries only warnings."""
-    logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger().handlers[0].addFilter(_is_for_people)
+    handler = OnTerminal() if sys.stderr.isatty() else logging.StreamHandler(sys.stderr)
+    handler.addFilter(_is_for_people)
+    logging.basicConfig(handlers=[handler], level=logging.WARNING, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     for package in ("data_prep", "training", "configs", "tasks", "flows"):
         logging.getLogger(package).setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+class OnTerminal(logging.Handler):
+    """Prints through a console, which knows the line that a stage draws below the logs; rich is imported by then."""
+
+    @cached_property
+    def console(self) -> "Console":
+        from rich.console import Console
+
+        return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            self.console.print(self.format(record))
+        except Exception:
+            self.handleError(record)
 
 
 def _is_for_people(record: logging.LogRecord) -> bool:

@@ -21,7 +21,7 @@ import tasks.bar
 tasks.bar.SECONDS = 0
 logger = logging.getLogger("flows.work")
 for step in range(1, 6):
-    BAR.show("train", step, 5, f"{step} of 5 steps", 6.0 - step)
+    BAR.show("train", step, 5, f"{step} of 5 steps" + ", and more to say of them" * 8, 6.0 - step)
     if step == 3:
         logger.warning("in between")
 BAR.close()
@@ -29,12 +29,12 @@ logger.warning("afterwards")
 """
 
 
-def in_a_terminal(columns: int) -> str:
+def in_a_terminal(columns: int, work: str = WORK) -> str:
     """Everything that is written to a terminal of so many columns."""
     ours, theirs = pty.openpty()
     environment = os.environ | {"COLUMNS": str(columns), "TERM": "xterm-256color"}
     process = subprocess.Popen(
-        [sys.executable, "-c", WORK], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
+        [sys.executable, "-c", work], stdin=theirs, stdout=theirs, stderr=theirs, env=environment
     )
     os.close(theirs)
     written = b""
@@ -75,6 +75,10 @@ def wide() -> str:
 
 
 class TestInATerminal:
+    def test_it_is_one_line(self, wide):
+        assert wide.count("\x1b[1A") == 1, "only to take it away"
+        assert "[bold]" not in wide and "[cyan]" not in wide
+
     def test_it_is_drawn(self, wide):
         assert "3 of 5 steps" in wide and "5 of 5 steps" in wide and BLOCKS[-1] in wide
 
@@ -127,3 +131,17 @@ def test_sparkline(values, shown):
 
 def test_of_many_values_it_shows_stretches():
     assert len(sparkline([float(i) for i in range(1000)])) == 20
+
+
+OF_THE_COMMAND_LINE = WORK.replace(
+    "from prefect.logging.configuration import setup_logging\nsetup_logging()",
+    "from flows.cli.main import guarded\nguarded(lambda: 0, False)",
+)
+
+
+def test_of_train_py_too():
+    """Its logs do not go through Prefect's handler."""
+    written = in_a_terminal(160, OF_THE_COMMAND_LINE)
+    assert "5 of 5 steps" in written and BLOCKS[-1] in written and written.count("\x1b[1A") == 1
+    left = on_screen(written)
+    assert len(left) == 2 and left[0].endswith("in between") and left[1].endswith("afterwards")

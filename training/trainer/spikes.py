@@ -33,7 +33,7 @@ from training.models.loss import MicroBatch
 from training.run_files import Culprit, Spike
 from training.trainer.batches import BatchSchedule, prefetch
 
-EARLIER_ROWS = (64, 256)  # as many as the step has, within these
+EARLIER_ROWS = (128, 256)  # as many as the step has, within these
 MOST_NAMED = 20
 WINDOW = 128
 LEVEL = 8

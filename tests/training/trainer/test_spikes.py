@@ -25,9 +25,11 @@ from training.trainer.state_files import read_index
 
 SEED, ROWS_PER_STEP, NUM_STEPS, BAD_STEP = 7, 4, 44, 41
 SETTINGS = {
-    "seed": SEED, "per_gpu_train_batch_size": 1, "max_steps": NUM_STEPS, "save_steps": 1, "keep_last": 100,
+    "seed": SEED, "per_gpu_train_batch_size": 1, "max_steps": BAD_STEP, "save_steps": BAD_STEP - 1, "keep_last": 100,
     "learning_rate": 0.02, "warmup_steps": 4, "lr_scheduler": "warmup", "on_spike": "skip",
 }  # fmt: skip
+GOES_ON = {"max_steps": NUM_STEPS, "save_steps": 1}  # after the bad step
+FOLLOWED = ["zero2", "zero3", "fsdp", "one", "four"]
 ENGINES = {
     "zero0": {"zero_stage": 0},
     "zero1": {"zero_stage": 1},
@@ -36,8 +38,8 @@ ENGINES = {
     "fsdp": {"strategy": "fsdp"},
     "zero2-offload": {"zero_stage": 2, "offload_optimizer": True},
     "zero3-offload": {"zero_stage": 3, "offload_optimizer": True, "offload_parameters": True},
-    "lora": {**LORA, "lora_dropout": 0.1, "learning_rate": 0.05, "zero_stage": 2},
-    "lora-fsdp": {**LORA, "learning_rate": 0.05, "strategy": "fsdp"},
+    "lora": {**LORA, "lora_dropout": 0.1, "zero_stage": 2},
+    "lora-fsdp": {**LORA, "strategy": "fsdp"},
     "bf16-zero2": {"zero_stage": 2, "precision": "bf16"},
     "bf16-zero3": {"zero_stage": 3, "precision": "bf16"},
 }
@@ -128,6 +130,9 @@ def root(tmp_path_factory) -> Path:
         tiny.write_run(root, name, plan_dir=plan, **{**SETTINGS, **accumulation, **model, **settings})
         return {"run_dir": str(root / name)}
 
+    def followed(name: str) -> dict:
+        return GOES_ON if name in FOLLOWED else {}
+
     def killed(name: str, source: Path, drop: list[str], **settings) -> dict:
         copy = {"from": str(source), "drop": drop}
         return write(name, 2, **settings) | {"resume": True, "copy": copy}
@@ -139,25 +144,29 @@ def root(tmp_path_factory) -> Path:
         codes = tiny.wait(tiny.start(together, ranks, module="tests.support.many"), seconds=300)
         assert codes == [0] * ranks, tiny.logs(together)
 
-    two = [{"run_dir": str(base)}, *(write(name, 2, **settings) for name, settings in ENGINES.items())]
-    two.append(write("rewind", 2, on_spike="rewind", save_steps=15))
+    two = [
+        {"run_dir": str(base)},
+        *(write(name, 2, **followed(name), **settings) for name, settings in ENGINES.items()),
+    ]
+    rewinds = {"on_spike": "rewind", "save_steps": 15, "max_steps": NUM_STEPS}
+    two.append(write("rewind", 2, **rewinds))
     later = [f"step-{step:06d}" for step in range(BAD_STEP - 3, NUM_STEPS + 1)]
     two += [
-        killed("skip-again", root / "zero2", later),
-        killed("rewind-again", root / "rewind", ["step-000044"], on_spike="rewind", save_steps=15),
+        killed("skip-again", root / "zero2", later, **GOES_ON),
+        killed("rewind-again", root / "rewind", ["step-000044"], **rewinds),
     ]
     two += [
         *(
-            write(f"back-{name}", 2, on_spike="rewind", save_steps=15, max_steps=BAD_STEP, **ENGINES[name])
+            write(f"back-{name}", 2, **{**rewinds, "max_steps": BAD_STEP}, **ENGINES[name])
             for name in ("zero0", "zero2", "zero3", "fsdp")
         ),
-        write("warn", 2, on_spike="warn"),
-        write("off", 2, on_spike="off"),
+        write("warn", 2, on_spike="warn", **GOES_ON),
+        write("off", 2, on_spike="off", **GOES_ON),
         write("nowhere-to-go", 2, on_spike="rewind", save_steps=1000),
     ]
     start(2, two)
-    start(1, [write("one", 1), write("one-on-fsdp", 1, strategy="fsdp")])
-    start(4, [write("four", 4), write("four-zero3", 4, zero_stage=3)])
+    start(1, [write("one", 1, **GOES_ON), write("one-on-fsdp", 1, strategy="fsdp")])
+    start(4, [write("four", 4, **GOES_ON), write("four-zero3", 4, zero_stage=3)])
     return root
 
 
@@ -188,11 +197,14 @@ class TestRuns:
         assert all(one["target_tokens"] == 20 and len(one["hash"]) == 32 for one in spike["records"])
 
     @pytest.mark.parametrize("name", [*ENGINES, "one", "one-on-fsdp", "four", "four-zero3"])
-    def test_the_step_makes_no_update_and_the_next_one_does(self, root, name):
+    def test_the_step_makes_no_update(self, root, name):
         assert same_tensors(at(root, name, BAD_STEP), at(root, name, BAD_STEP - 1))
-        assert not same_tensors(at(root, name, BAD_STEP + 1), at(root, name, BAD_STEP))
         trained = json.loads((root / name / "train.json").read_text())
-        assert (trained["spikes"], trained["steps_without_update"], trained["steps"]) == (1, 1, NUM_STEPS)
+        assert (trained["spikes"], trained["steps_without_update"]) == (1, 1)
+
+    @pytest.mark.parametrize("name", FOLLOWED)
+    def test_the_next_one_does(self, root, name):
+        assert not same_tensors(at(root, name, BAD_STEP + 1), at(root, name, BAD_STEP))
 
     @pytest.mark.parametrize("name", ["warn", "off"])
     def test_otherwise_it_is_trained_on(self, root, name):
@@ -206,7 +218,7 @@ class TestRuns:
         for key in ("loss", "grad_norm", "loss_limit", "grad_norm_limit"):
             assert ours[key] == pytest.approx(others[key], rel=1e-3), key
         losses = tiny.losses(tiny.metrics(root / name))
-        assert losses == pytest.approx(tiny.losses(tiny.metrics(root / "zero2")), rel=1e-3)
+        assert losses == pytest.approx(tiny.losses(tiny.metrics(root / "zero2"))[: len(losses)], rel=1e-3)
 
     @pytest.mark.parametrize(("name", "source"), [("skip-again", "zero2"), ("rewind-again", "rewind")])
     def test_killed_and_resumed_it_does_the_same(self, root, name, source):
