@@ -15,11 +15,12 @@ import pytest
 
 from configs.cli import configure
 from configs.errors import ConfigError
+from configs.settings import PandaSettings
 from flows.cli.main import TRAIN_SWITCHES, VERBS
 from tests.support import stand_ins
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("docs/zh/guide.md", "README.zh.md")
+GUIDES = ("docs/zh/guide.md", "README.zh.md", "docs/coming-from.md")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"^# ([\w./-]+\.(?:yaml|py))\n")
 STATED_BY_THE_GUIDE = """
@@ -38,6 +39,8 @@ per_gpu_train_batch_size per_gpu_eval_batch_size optimizer learning_rate lr_sche
 weight_decay adam_epsilon adam_betas max_grad_norm num_train_epochs max_steps warmup_proportion warmup_steps
 bit_training use_lora lora_r lora_alpha lora_dropout use_quant
 """
+OTHER_WORDS = {"champion", "chatml", "alpaca", "plain", "weight", "train", "_target_"}
+"""Values, and keys of records, that stand in the column of our settings."""
 TRAINS_NOTHING = {"--dry_run", "--print_config", "--learnig_rate"}
 
 
@@ -120,6 +123,19 @@ def test_every_command_is_understood(shown, workplace, monkeypatch):
         configure("train.py", "", shown.words[2:], TRAIN_SWITCHES)
     except ConfigError:
         assert shown.output, f"{shown.command} is an error, and the document does not show it"
+
+
+def test_every_setting_that_another_one_is_translated_to_exists(workplace, monkeypatch):
+    """In the last column of the tables: `name` is a setting, and of `name: value` the value is one it takes."""
+    monkeypatch.chdir(workplace)
+    rows = [line.split(" | ")[-1] for line in (ROOT / "docs/coming-from.md").read_text().splitlines() if "|" in line]
+    codes = re.findall(r"`([a-z_]+)(?:: ([^`]+))?`", "\n".join(rows))
+    settings = [(name, value) for name, value in codes if name not in OTHER_WORDS]
+    assert len(settings) > 40
+    for name, value in settings:
+        assert name in PandaSettings.model_fields, name
+        if value:
+            configure("train.py", "", [f"{name}={value}"], TRAIN_SWITCHES)
 
 
 def test_every_verb_exists():
