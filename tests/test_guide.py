@@ -20,7 +20,7 @@ from flows.cli.main import TRAIN_SWITCHES, VERBS
 from tests.support import stand_ins
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("docs/zh/guide.md", "README.zh.md", "docs/coming-from.md")
+GUIDES = ("docs/zh/guide.md", "README.zh.md", "docs/how-to.md", "docs/coming-from.md")
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"^# ([\w./-]+\.(?:yaml|py))\n")
 STATED_BY_THE_GUIDE = """
@@ -91,6 +91,9 @@ def workplace(tmp_path_factory) -> Path:
     (folder / "my" / "tables" / "pairs.tsv").write_text(
         "".join(f"{a} plus {b} is\t{a + b}\n" for a in range(9) for b in range(9)), encoding="utf-8"
     )
+    (folder / "my" / "questions").mkdir()
+    questions = [{"question_text": f"{a} plus {b} is", "reply": f"{a + b}"} for a in range(9) for b in range(9)]
+    (folder / "my" / "questions" / "sums.jsonl").write_text("\n".join(map(json.dumps, questions)), encoding="utf-8")
     (folder / "my" / "lines").mkdir()
     sums = [{"inputs": f"{a} plus {b} is", "targets": f"{a + b}"} for a in range(9) for b in range(9)]
     (folder / "my" / "lines" / "sums.txt").write_text("\n".join(map(json.dumps, sums)), encoding="utf-8")
