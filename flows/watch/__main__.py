@@ -8,6 +8,7 @@ import logging
 import sys
 import time
 from pathlib import Path
+from uuid import UUID
 
 from prefect.client.orchestration import get_client
 
@@ -27,19 +28,19 @@ def main(state_dir: Path) -> None:
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(message)s", force=True)
     for name in ("httpx", "prefect"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    alarms = Alarms.of(state_dir / TOLD)
+    alarms, asked = Alarms.of(state_dir / TOLD), set[UUID]()
     number = 0
     while True:
-        look(alarms, with_alarms=number % ALARM_LOOKS == 0)
+        look(alarms, asked, with_alarms=number % ALARM_LOOKS == 0)
         number += 1
         time.sleep(LOOK_SECONDS)
 
 
-def look(alarms: Alarms, with_alarms: bool) -> None:
+def look(alarms: Alarms, asked: set[UUID], with_alarms: bool) -> None:
     """One look; a server that is away is looked for again."""
     try:
         with get_client(sync_client=True) as client:
-            restarts.look(client)
+            restarts.look(client, asked)
             if with_alarms:
                 alarms.look(client)
     except Exception as error:

@@ -4,13 +4,15 @@ In: a client of the Prefect server. Out: states. A crash is what Prefect's retri
 machine lost. How often is the setting `max_restarts` of the run; the history of its states is the count and keeps every
 reason, and the last crash of too many ends as `CrashedTooOften`. Which directory a run goes on with, RUN/owner.json
 says. A run declared dead because the server was away, whose process lives here, is running again: nothing is lost. One
-that was being cancelled is cancelled. Task runs that nobody works on any more end with their run. Cost: two requests a
-look, two more and a composed configuration a crash.
+that was being cancelled is cancelled, also where the worker has not heard of it. Task runs that nobody works on any
+more end with their run. Cost: three requests a look, two more and a composed configuration a crash.
 """
 
 import logging
+import signal
 from datetime import timedelta
 from typing import Any
+from uuid import UUID
 
 import psutil
 from prefect.client.orchestration import SyncPrefectClient
@@ -24,13 +26,14 @@ from prefect.utilities.urls import url_for
 from configs.settings import UnattendedSettings
 from flows.parts.notify import SILENT, tell, who_is_told
 from flows.stack.prefect_server import environment
-from training.launch.processes import is_alive, marked
+from training.launch.processes import is_alive, marked, signal_all
 
 FLOWS = ("panda-train", "panda-prepare", "panda-evaluate")
 RESTARTING, GAVE_UP = "AwaitingRestart", "CrashedTooOften"
 RUN_ID = "PREFECT__FLOW_RUN_ID"
 REMEMBERED = timedelta(days=7)  # an older crash is no longer anybody's business
 PAUSES = (5, 30, 120, 600)  # seconds before each restart, the last one for all further ones
+UNHEARD = timedelta(seconds=90)  # a worker that has heard of it has killed what it cancels after 30
 SETTLED = timedelta(seconds=60)  # after its end, news of a run's tasks may still be on their way
 TAKES_OVER = {StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.COMPLETED, StateType.FAILED,
               StateType.CRASHED}  # fmt: skip
@@ -38,10 +41,12 @@ TAKES_OVER = {StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.
 logger = logging.getLogger(__name__)
 
 
-def look(client: SyncPrefectClient) -> None:
-    """Start again what has crashed, and end what has ended."""
+def look(client: SyncPrefectClient, asked: set[UUID]) -> None:
+    """Start again what has crashed, and end what has ended. `asked`: the runs that `end_cancelled` has asked to end."""
     for run in crashed(client):
         heal(client, run)
+    for run in being_cancelled(client):
+        end_cancelled(run, asked)
     end_tasks_of_ended_runs(client)
 
 
@@ -57,6 +62,33 @@ def crashed(client: SyncPrefectClient) -> list[FlowRun]:
         flow_run_filter=wanted,
         sort=FlowRunSort.START_TIME_DESC,
     )
+
+
+def being_cancelled(client: SyncPrefectClient) -> list[FlowRun]:
+    """Our deployed runs that somebody wants to end."""
+    wanted = FlowRunFilter.model_validate({
+        "deployment_id": {"is_null_": False},
+        "state": {"type": {"any_": [StateType.CANCELLING]}},
+    })  # fmt: skip
+    return client.read_flow_runs(
+        flow_filter=FlowFilter.model_validate({"name": {"any_": list(FLOWS)}}), flow_run_filter=wanted
+    )
+
+
+def end_cancelled(run: FlowRun, asked: set[UUID]) -> None:
+    """A worker hears of a cancellation once, and not at all when its connection is down in that moment.
+
+    Then the process of the flow, if it is here, is asked as the worker would ask it; later it is killed.
+    """
+    assert run.state, "it was found by its state"
+    silent = now("UTC") - run.state.timestamp
+    if silent < UNHEARD or (run.id in asked and silent < 2 * UNHEARD):
+        return
+    for process in marked(RUN_ID, str(run.id)):
+        if _is_engine(process) and is_alive(process.pid):
+            signal_all([process.pid], signal.SIGKILL if run.id in asked else signal.SIGTERM)
+            logger.warning("%s: cancelled %.0f s ago, and still there: ending it", run.name, silent.total_seconds())
+    asked.add(run.id)
 
 
 def heal(client: SyncPrefectClient, run: FlowRun) -> None:

@@ -1,11 +1,17 @@
 """What becomes of crashed runs, on a real server; whole runs that crash and go on are in `test_unattended`."""
 
+import os
+import subprocess
+import sys
+from datetime import timedelta
+
 import pytest
 from prefect import flow
 from prefect.client.schemas.objects import StateType
 from prefect.states import Cancelling, Crashed, Running
 
-from flows.watch.restarts import RESTARTING, heal
+from flows.watch import restarts
+from flows.watch.restarts import RESTARTING, RUN_ID, being_cancelled, end_cancelled, heal
 
 pytestmark = pytest.mark.usefixtures("use_prefect_server")
 
@@ -37,3 +43,51 @@ def test_what_a_person_has_cancelled_is_not_started_again(prefect_client):
     state = prefect_client.read_flow_run(run.id).state
     assert state.type is StateType.CANCELLED
     assert state.message == "cancelled; it did not end by itself in time: Process exited with status code: -9."
+
+
+STUBBORN = """
+import signal, time
+signal.signal(signal.SIGTERM, lambda *_: print("asked", flush=True))
+print("up", flush=True)
+while True:
+    time.sleep(1)
+"""
+
+
+class TestCancellationThatNobodyHeard:
+    @pytest.fixture
+    def cancelling(self, prefect_client):
+        """A run that is being cancelled."""
+        deployment = prefect_client.create_deployment(prefect_client.create_flow(ours), "unheard")
+        run = prefect_client.create_flow_run_from_deployment(deployment)
+        for state in (Running(), Cancelling()):
+            prefect_client.set_flow_run_state(run.id, state, force=True)
+        return prefect_client.read_flow_run(run.id)
+
+    @pytest.fixture
+    def engine(self, cancelling):
+        """A process that is started as that of the run, and does not end by itself."""
+        command = [sys.executable, "-c", STUBBORN, "prefect.engine"]
+        environment = os.environ | {RUN_ID: str(cancelling.id)}
+        with subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline() == "up\n"
+            yield process
+            process.kill()
+
+    def test_it_is_left_to_the_worker_at_first(self, prefect_client, cancelling, engine):
+        assert cancelling.id in {run.id for run in being_cancelled(prefect_client)}
+        asked = set()
+        end_cancelled(cancelling, asked)
+        assert not asked and engine.poll() is None
+
+    def test_then_it_is_asked_once_and_killed_in_the_end(self, cancelling, engine, monkeypatch):
+        asked = set()
+        monkeypatch.setattr(restarts, "UNHEARD", timedelta(seconds=0.001))
+        end_cancelled(cancelling, asked)
+        assert engine.stdout.readline() == "asked\n" and asked == {cancelling.id}
+        monkeypatch.setattr(restarts, "UNHEARD", timedelta(hours=1))
+        end_cancelled(cancelling, asked)
+        assert engine.poll() is None
+        monkeypatch.setattr(restarts, "UNHEARD", timedelta(seconds=0.001))
+        end_cancelled(cancelling, asked)
+        assert engine.wait(10) == -9
