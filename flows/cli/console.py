@@ -1,6 +1,6 @@
 """Where tables and reports are printed: as wide as the terminal, and without any limit where they are piped.
 
-In: nothing. Out: a rich console for stdout; tables whose names are never cut. A file or a pipe has no width; rich would
+In: nothing. Out: a rich console for stdout, one for logs; tables whose names are never cut. A file or a pipe has no width; rich would
 take it for a terminal of 80 columns, and cut or break the names that the next program is to read. Cost: none.
 """
 
@@ -16,6 +16,11 @@ UNLIMITED = 100_000
 def stdout_console(highlight: bool = False) -> Console:
     """A console for stdout as it is now."""
     return Console(highlight=highlight, width=None if sys.stdout.isatty() else UNLIMITED)
+
+
+def stderr_console() -> Console:
+    """A console for the lines of logs, as they are."""
+    return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
 
 
 def plain_table(num_columns: int, indent: int = 0, **options: Any) -> Table:

@@ -113,9 +113,9 @@ class OnTerminal(logging.Handler):
 
     @cached_property
     def console(self) -> "Console":
-        from rich.console import Console
+        from flows.cli.console import stderr_console
 
-        return Console(stderr=True, highlight=False, markup=False, soft_wrap=True)
+        return stderr_console()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
