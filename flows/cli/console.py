@@ -1,7 +1,8 @@
 """Where tables and reports are printed: as wide as the terminal, and without any limit where they are piped.
 
-In: nothing. Out: a rich console for stdout, one for logs; tables whose names are never cut. A file or a pipe has no width; rich would
-take it for a terminal of 80 columns, and cut or break the names that the next program is to read. Cost: none.
+In: nothing. Out: a rich console for stdout, one for logs; tables whose names are never cut. A file or a pipe has no
+width; rich would take it for a terminal of 80 columns, and cut or break the names that the next program is to read.
+Cost: none.
 """
 
 import sys
