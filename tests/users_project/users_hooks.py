@@ -25,7 +25,9 @@ def hang(record: dict[str, Any], step: int) -> None:
         time.sleep(300)
 
 
-def be_killed(record: dict[str, Any], step: int) -> None:
-    """Die as a process does that the kernel or a person kills."""
+def be_killed(record: dict[str, Any], step: int, after: str) -> None:
+    """Die as a process does that the kernel or a person kills, once a file is there: a checkpoint is written beside."""
     if record["step"] == step:
+        while not Path(after).exists():
+            time.sleep(0.02)
         os.kill(os.getpid(), signal.SIGKILL)

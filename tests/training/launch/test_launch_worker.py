@@ -86,7 +86,8 @@ def test_out_of_memory_goes_on_from_the_checkpoint_with_the_same_losses(root, pl
 
 
 def test_a_lost_rank_is_told_and_the_run_goes_on(root, plan, expected):
-    run_dir = with_hook(root, plan, "lost", hook={"_target_": "be_killed", "step": 3})
+    checkpoint = root / "lost" / "checkpoints" / "step-000002" / "complete.json"
+    run_dir = with_hook(root, plan, "lost", hook={"_target_": "be_killed", "step": 3, "after": str(checkpoint)})
     report, _ = start(run_dir)
     assert report.reason is ExitReason.lost_rank and report.retry_helps
     assert report.message == "rank-0 was killed by SIGKILL" and report.source == "rank-0"
