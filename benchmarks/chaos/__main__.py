@@ -16,7 +16,9 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--rounds", type=int, help="at most so many seeds of each case")
-    parser.add_argument("--case", action="append", choices=list(cases.CASES), help="only this one; may be given again")
+    parser.add_argument(
+        "--case", action="append", choices=list(cases.CASES | cases.LONG), help="only this one; may be given again"
+    )
     arguments = parser.parse_args()
     logging.disable(logging.WARNING)  # what is refused says so in the log, a thousand times
     names = arguments.case or list(cases.CASES)

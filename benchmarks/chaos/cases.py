@@ -16,6 +16,7 @@ from benchmarks.chaos.hostile import bombs, configurations, own_code
 from benchmarks.chaos.kill_gc import kill_gc
 from benchmarks.chaos.kill_preparation import kill_preparation
 from benchmarks.chaos.kill_ranks import kill_ranks
+from benchmarks.chaos.kill_stack import kill_stack
 from benchmarks.chaos.readers import READERS
 
 Case = Callable[[int, Path], Round]
@@ -41,6 +42,9 @@ CASES: dict[str, Case] = {
 }
 """Name -> what is broken. In the order of the table."""
 
+LONG: dict[str, Case] = {"kill-stack": kill_stack}
+"""Cases of many minutes: played where they are named."""
+
 
 def rounds(names: list[str], seed: int) -> Iterator[tuple[str, int]]:
     """(case, seed), for ever: each case in turn, then all with the next seed."""
@@ -63,7 +67,7 @@ def play(
             ground = Path(folder, name)
             ground.mkdir(exist_ok=True)
             began = time.monotonic()
-            result = CASES[name](one_seed, ground)
+            result = (CASES | LONG)[name](one_seed, ground)
             rows[name].add(result, time.monotonic() - began)
             found += [(name, one_seed, finding) for finding in result.findings]
             say(f"{name} seed {one_seed}: {result.tried} tried, {len(result.findings)} found")
