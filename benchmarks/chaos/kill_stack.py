@@ -9,6 +9,7 @@ servers to notice that somebody is gone.
 import random
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -23,12 +24,31 @@ from training.registry.versions import Registry
 
 KILLS = 10
 PAUSE_SECONDS = (15, 75)  # between two kills
-CRON_SECONDS = 60
+CRON_SECONDS = 120
 HEALED_SECONDS = 1200  # after the last kill
 VICTIMS = ("engine", "supervisor", "rank", "worker", "prefect server", "mlflow server", "watch", "keeper")
 MODEL = "panda-panda-tiny"
 PAUSE = "import time\n\n\ndef pause(record, seconds):\n    time.sleep(seconds)\n"
 TRAINING = {"max_steps": 250, "save_steps": 10, "keep_last": 2, "num_processes": 2, "zero_stage": 2, "max_restarts": 3}
+
+
+class Cron:
+    """The line of the crontab that looks whether the stack is up."""
+
+    def __init__(self, stack: Stack):
+        self.stack, self.ended = stack, threading.Event()
+        self.thread = threading.Thread(target=self._run)
+
+    def _run(self) -> None:
+        while not self.ended.wait(CRON_SECONDS):
+            self.stack.panda("up", "--output_dir", str(self.stack.outputs("short")))
+
+    def __enter__(self) -> None:
+        self.thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self.ended.set()
+        self.thread.join()
 
 
 def kill_stack(seed: int, ground: Path) -> Round:
@@ -40,10 +60,11 @@ def kill_stack(seed: int, ground: Path) -> Round:
         (stack.project / "slow.py").write_text(PAUSE)
         whole = _undisturbed(stack)
         conf = _configuration(stack, "short")
-        with stack.default_parameters(conf_path=conf), stack.schedule("--interval", "60"):
+        stack.schedule_verb("add", "minutely", "--cron", "* * * * *", "--conf_path", conf)
+        with Cron(stack):
             began = time.monotonic()
             while found.tried < KILLS and time.monotonic() < began + KILLS * 300:
-                _leave_alone(stack, draw.uniform(*PAUSE_SECONDS))
+                time.sleep(draw.uniform(*PAUSE_SECONDS))
                 victim = draw.choice(VICTIMS)
                 if killed := _kill(stack, victim):
                     found.tried += 1
@@ -78,14 +99,6 @@ def _run_of(stack: Stack, name: str) -> Path:
     return run
 
 
-def _leave_alone(stack: Stack, seconds: float) -> None:
-    """Time passes; cron looks whether the stack is up."""
-    until = time.monotonic() + seconds
-    while (rest := until - time.monotonic()) > 0:
-        time.sleep(min(rest, CRON_SECONDS))
-        stack.panda("up", "--output_dir", str(stack.outputs("short")))
-
-
 def _kill(stack: Stack, victim: str) -> list[int]:
     """SIGKILL; the process ids, none where it is not there just now."""
     pids = [process.pid for process in _processes(stack, victim)]
@@ -118,7 +131,7 @@ def _wait_for_the_end(stack: Stack, found: Round) -> None:
     """Until a scheduled run finds that there is nothing new to learn."""
     until = time.monotonic() + HEALED_SECONDS
     while time.monotonic() < until:
-        _leave_alone(stack, 10)
+        time.sleep(10)
         try:
             names = [run.state.name for run in stack.scheduled_runs()]
         except Exception as error:  # the server may just be coming up again
