@@ -125,14 +125,18 @@ def waiting(stack: Stack) -> list:
 
 
 def test_ten_events_start_one_run(stack, first, grown):
-    """What a feed says when it has brought something."""
+    """What a feed says when it has brought something; the settings are those of the paused schedule it names."""
+    stack.schedule_verb("add", "feed", "--cron", "0 3 1 1 *", "--conf_path", grown, "--until_stage", "plan")
+    stack.schedule_verb("pause", "feed")
     emit = "from prefect.events import emit_event\nfor _ in range(10):\n    emit_event('panda.corpus.updated', "
-    emit += "resource={'prefect.resource.id': 'panda.corpus.main'})\n"
-    with stack.default_parameters(conf_path=grown, until_stage="plan"):
-        subprocess.run([sys.executable, "-c", emit], cwd=stack.project, env=stack.env, check=True)
-        wait_for(lambda: by_event(stack), 60, "a run that an event has started")
-        assert stack.end_of(by_event(stack)[0].id).name == "Prepared"
+    emit += "resource={'prefect.resource.id': 'panda.corpus.feed'})\n"
+    subprocess.run([sys.executable, "-c", emit], cwd=stack.project, env=stack.env, check=True)
+    wait_for(lambda: by_event(stack), 120, "a run that an event has started")
+    run = by_event(stack)[0]
+    assert run.parameters == {"conf_path": grown, "until_stage": "plan"}
+    assert stack.end_of(run.id).name == "Prepared"
     assert len(by_event(stack)) == 1
+    stack.schedule_verb("remove", "feed")
 
 
 def by_event(stack: Stack) -> list:
