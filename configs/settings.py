@@ -48,6 +48,13 @@ class RunSettings(Settings):
         description="Go on with the run `run_name` (the newest run when not given) from its newest checkpoint; "
         "what is not given is as in that run.",
     )
+    metrics_port: int | None = Field(
+        None,
+        ge=1024,
+        le=65535,
+        description="Port of this machine's loopback where Prometheus finds step, loss, tokens a second and the rest "
+        "while a run trains; None = nowhere.",
+    )
     preset: Literal["lora", "qlora", "full"] | None = Field(
         None, description="Modern values for a way of training (see configs/preset); your flags still win."
     )

@@ -26,7 +26,7 @@ from flows.parts.notify import on_bad_end, on_early_end, tell, tell_of_lost
 from flows.parts.run_dir import AFTER_DATA, RunDir, Summary
 from flows.parts.stages import Prepared, prepare_data, prepared_before, run_metadata, until, version_tags
 from flows.report import page
-from tasks import spikes
+from tasks import assets, spikes
 from tasks.alarm import look_at_corpus
 from tasks.gate import gate, promote
 from tasks.register import model_name, register_model, sample_prompt
@@ -191,7 +191,7 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
     with tracked_run as tracked, page.written(run.path, summary, links):
         with watch("train"):
             if starts_by(settings, "train"):
-                trained = train(run.path, TrainSettings.of(settings), resume)
+                trained = train(run.path, TrainSettings.of(settings), resume, settings.metrics_port)
             else:
                 trained = trained_before(run.path)
         summary |= {"mlflow_run_id": tracked.run_id, "training": trained, "seconds": watch.seconds}
@@ -207,6 +207,7 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
         until(settings, "evaluate", summary)
         with watch("register"):
             version = register(settings, tracked, prepared, version_tags(known, losses))
+        assets.version_registered(version, prepared.plan)
         summary |= {"model": version, "mlflow_run_id": tracked.run_id}
         links |= show_links(run.path, tracked, version) or {}
         until(settings, "register", summary)

@@ -25,6 +25,7 @@ from training.launch.launcher import ExitReport
 from training.launch.run_config import read_config
 from training.run_files import HeldOut, Losses, Trained
 from training.settings import TrainSettings
+from training.tracking.prometheus import monitored
 
 logger = logging.getLogger(__name__)
 
@@ -64,10 +65,12 @@ def losses_in_words(losses: Losses) -> str:
 @stage(
     "train", says=_training_in_words, retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=lost_through_no_fault
 )
-def train(run_dir: Path, settings: TrainSettings, resume: bool) -> Trained:
+def train(run_dir: Path, settings: TrainSettings, resume: bool, metrics_port: int | None = None) -> Trained:
     """Run the training worker on every rank until it is done; a retry goes on from the newest checkpoint.
 
     A run that was trained to its end, and failed later, is not trained, evaluated and saved again.
+
+    :param metrics_port: where Prometheus finds the numbers (`training.tracking.prometheus`).
     """
     ownership.check(run_dir)
     progress = StageProgress("training")
@@ -77,12 +80,15 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> Trained:
         return trained_before(run_dir)
 
     def on_event(event: Event) -> None:
+        monitor(event)
         if event["event"] == "step":
             progress("train", event["step"], event["steps"], "steps", event["loss"])
         if event["event"] == "alive":
             logger.info("%s: %s of %s %s", event["doing"], event["done"], event["total"], event["unit"])
 
-    _require_completed("training", launcher.launch(run_dir, settings, on_event, logger.info, resume), run_dir)
+    with monitored(run_dir.name, metrics_port) as monitor:
+        report = launcher.launch(run_dir, settings, on_event, logger.info, resume)
+    _require_completed("training", report, run_dir)
     show_pictures(run_dir)
     return run_files.read_json(run_dir / run_files.TRAINED)
 

@@ -32,7 +32,7 @@ FLOORS = {
         "worker evaluate compare gpu_check",
     ],
     "configs": ["errors settings", "field_types guide_names", "load", "cli", "docs"],
-    "tasks": ["bar", "stage reporting cluster", "prepare train register gate alarm spikes"],
+    "tasks": ["bar", "stage reporting cluster", "assets prepare train register gate alarm spikes"],
     "flows": ["stack", "parts", "report", "panda_train panda_prepare panda_evaluate watch", "cli", "retention"],
 }  # fmt: skip
 """The rooms of a package, ground floor first: a room imports only rooms of lower floors."""

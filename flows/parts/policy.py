@@ -22,6 +22,7 @@ from training.registry.versions import Version
 from training.tracking.tags import CORPUS_TAG, TARGET_TOKENS_TAG
 
 SCHEDULED_TAG = "auto-scheduled"
+CORPUS_EVENT_TAG = "corpus-event"  # of runs that `flows.watch.corpus_events` has started
 WAITING = "AwaitingConcurrencySlot"
 SKIPPED = ("SkippedNoNewData", "SkippedStillRunning")
 PAGE = 100
@@ -30,6 +31,11 @@ PAGE = 100
 def is_scheduled() -> bool:
     """Whether a schedule started this run, not a person."""
     return SCHEDULED_TAG in (flow_run.tags or [])
+
+
+def is_by_event() -> bool:
+    """Whether the news of a changed corpus started this run."""
+    return CORPUS_EVENT_TAG in (flow_run.tags or [])
 
 
 def came_too_late() -> str | None:
@@ -74,7 +80,7 @@ def _ended_before(client: SyncPrefectClient, this: FlowRun) -> Iterator[FlowRun]
 
 def nothing_new(settings: PandaSettings, prepared: Prepared) -> str | None:
     """Compare the corpus with the one the newest registered version was made of."""
-    if not (is_scheduled() or settings.min_new_target_tokens):
+    if not (is_scheduled() or is_by_event() or settings.min_new_target_tokens):
         return None
     newest = newest_version(settings)
     if newest is None or CORPUS_TAG not in newest.tags:

@@ -23,6 +23,7 @@ from data_prep.tokens.tokenize import TokensResult
 from flows.parts.champion import champion_directory
 from flows.parts.flow_states import EarlyExit, Stopwatch
 from flows.parts.run_dir import AFTER_DATA, RunDir, Summary
+from tasks import assets
 from tasks.prepare import base_model, plan, shard, tokenize, tokenizer
 from training import run_files
 from training.models.hub import base_checkpoint
@@ -95,6 +96,7 @@ def prepare_data(settings: PandaSettings, watch: Stopwatch) -> Prepared:
     """Run the stages; `until_stage` may end the run here."""
     stages = FlowStages(settings, watch)
     planned = run_stages(stages)
+    assets.plan_made(planned, stages.corpus)
     return Prepared(planned, stages.corpus, stages.model_dir, Path(planned.tokenizer_dir))
 
 

@@ -13,7 +13,7 @@ from uuid import UUID
 from prefect.client.orchestration import get_client
 
 from flows.parts.notify import without_paths
-from flows.watch import restarts
+from flows.watch import corpus_events, restarts
 from flows.watch.alarms import Alarms
 
 LOOK_SECONDS = 5.0
@@ -41,6 +41,7 @@ def look(alarms: Alarms, asked: set[UUID], with_alarms: bool) -> None:
     try:
         with get_client(sync_client=True) as client:
             restarts.look(client, asked)
+            corpus_events.look(client)
             if with_alarms:
                 alarms.look(client)
     except Exception as error:

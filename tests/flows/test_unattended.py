@@ -14,6 +14,7 @@ import pytest
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.states import Crashed
 
+from flows.parts.policy import CORPUS_EVENT_TAG
 from tests.support.stack import LONG, Stack, num_steps, running_stack, wait_for
 from training.registry.versions import Registry
 from training.tracking.sync import connect
@@ -121,6 +122,26 @@ def test_by_turns(stack, first):
 def waiting(stack: Stack) -> list:
     """Scheduled runs whose turn has not come."""
     return [run for run in stack.scheduled_runs() if run.state.name == "AwaitingConcurrencySlot"]
+
+
+def test_ten_events_start_one_run(stack, first, grown):
+    """What a feed says when it has brought something; the settings are those of the paused schedule it names."""
+    stack.schedule_verb("add", "feed", "--cron", "0 3 1 1 *", "--conf_path", grown, "--until_stage", "plan")
+    stack.schedule_verb("pause", "feed")
+    emit = "from prefect.events import emit_event\nfor _ in range(10):\n    emit_event('panda.corpus.updated', "
+    emit += "resource={'prefect.resource.id': 'panda.corpus.feed'})\n"
+    subprocess.run([sys.executable, "-c", emit], cwd=stack.project, env=stack.env, check=True)
+    wait_for(lambda: by_event(stack), 120, "a run that an event has started")
+    run = by_event(stack)[0]
+    assert run.parameters == {"conf_path": grown, "until_stage": "plan"}
+    assert stack.end_of(run.id).name == "Prepared"
+    assert len(by_event(stack)) == 1
+    stack.schedule_verb("remove", "feed")
+
+
+def by_event(stack: Stack) -> list:
+    with stack.client() as client:
+        return [run for run in client.read_flow_runs() if CORPUS_EVENT_TAG in run.tags]
 
 
 def test_lost_machine_is_crashed_by_the_automation(stack, first):
