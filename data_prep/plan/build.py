@@ -30,10 +30,12 @@ import pyarrow as pa
 from pydantic import BaseModel, ConfigDict
 
 from data_prep import intact, store
+from data_prep.plan import columns
+from data_prep.plan.columns import Block, blocks, joined, made, repeated, running_sum, sums_by, taken, where
 from data_prep.plan.duplicates import near_duplicates, sketch
 from data_prep.plan.examples import Examples, load_examples
 from data_prep.plan.ledger import write_ledger
-from data_prep.plan.order import blocks, index_type, mix64, stable_argsort
+from data_prep.plan.order import mix64, stable_argsort
 from data_prep.plan.pack import MIN_SPACE, best_fit_decreasing, fill
 from data_prep.plan.plan_file import Rows, rows_file, write_rows
 from data_prep.plan.reader import Plan, prove_rows
@@ -116,7 +118,14 @@ def plan_fingerprint(tokens: TokensResult, corpus: CorpusSettings, pack: PackSet
 def _write_plan(
     directory: Path, final: Path, tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings
 ) -> dict[str, Any]:
-    examples = load_examples(tokens, directory)
+    with columns.lying_in(directory):
+        return _plan_in(directory, final, tokens, corpus, pack)
+
+
+def _plan_in(
+    directory: Path, final: Path, tokens: TokensResult, corpus: CorpusSettings, pack: PackSettings
+) -> dict[str, Any]:
+    examples = load_examples(tokens)
     verdicts, pieces = judge(examples, corpus, pack, lambda: _near_duplicates(tokens, corpus, final.parent.parent))
     rows = {split: make_rows(examples, verdicts, pieces, number, pack) for number, split in enumerate(SPLITS)}
     for split in SPLITS:
@@ -138,65 +147,78 @@ def _write_plan(
 
 def make_rows(examples: Examples, verdicts: Verdicts, pieces: Pieces, split: int, pack: PackSettings) -> Rows:
     """The rows of one split: pieces of its examples, as often as their copies say, packed."""
-    accepted = (verdicts.reason[pieces.example] == ACCEPTED) & (verdicts.split[pieces.example] == split)
-    chosen = np.flatnonzero(accepted)
-    which: np.ndarray = np.repeat(chosen.astype(index_type(len(accepted))), verdicts.copies[pieces.example[chosen]])
-    del accepted, chosen
+
+    def accepted(block: Block) -> np.ndarray:
+        example = pieces.example[block]
+        return (verdicts.reason[example] == ACCEPTED) & (verdicts.split[example] == split)
+
+    chosen = where(len(pieces.example), accepted)
+    which = repeated(chosen, lambda block: verdicts.copies[pieces.example[chosen[block]]])
     # Pieces of one length are interchangeable for packing: which of them share a row is drawn by seed and content.
-    shuffled = which[stable_argsort(_drawn(examples.keys, pieces.example, which, pack.seed + 1))]
-    del which
-    example, start, length = pieces.example[shuffled], pieces.start[shuffled], pieces.length[shuffled]
+    keys = examples.keys
+    drawn = made(len(which), np.uint64, lambda block: mix64(keys[pieces.example[which[block]]], pack.seed + 1))
+    shuffled = taken(which, stable_argsort(drawn))
+    of_pieces = (pieces.example, pieces.start, pieces.length, pieces.cuttable)
+    example, start, length, cuttable = (taken(one, shuffled) for one in of_pieces)
     if not pack.packing:
-        return _rows_of(examples, example, start, length, np.arange(len(shuffled), dtype=np.int32))
-    return _pack(examples, example, start, length, pieces.cuttable[shuffled], pack.max_seq_length)
-
-
-def _drawn(keys: np.ndarray, example: np.ndarray, which: np.ndarray, seed: int) -> np.ndarray:
-    """A number for each of the pieces ``which``, drawn by seed and content: ``(m,) uint64``."""
-    drawn = np.empty(len(which), np.uint64)
-    for block in blocks(len(which)):
-        drawn[block] = mix64(keys[example[which[block]]], seed)
-    return drawn
+        row = made(len(shuffled), np.int32, lambda block: np.arange(block.start, block.stop))
+        return _rows_of(examples, example, start, length, row)
+    return _pack(examples, example, start, length, cuttable, pack.max_seq_length)
 
 
 def _pack(  # noqa: PLR0913, PLR0917  # the columns of the pieces
     examples: Examples, example: np.ndarray, start: np.ndarray, length: np.ndarray, cuttable: np.ndarray, capacity: int
 ) -> Rows:
     """Pieces that may not be cut by best fit; then documents over the space they leave and over new rows."""
-    whole, documents = np.flatnonzero(~cuttable), np.flatnonzero(cuttable)
-    row = best_fit_decreasing(length[whole], capacity)
-    num_rows = int(row.max()) + 1 if len(row) else 0
-    space = capacity - np.bincount(row, weights=length[whole], minlength=num_rows).astype(np.int64)
-    open_rows = np.flatnonzero(space >= max(MIN_SPACE, capacity // FILL_FRACTION))
-    filled = fill(length[documents], space[open_rows], open_rows, capacity, num_rows)
-    cut = documents[filled.document]
+    whole = where(len(cuttable), lambda block: ~cuttable[block])
+    documents = where(len(cuttable), cuttable.__getitem__)
+    of_whole = taken(length, whole)
+    row = best_fit_decreasing(of_whole, capacity)
+    num_rows = max((int(row[block].max()) + 1 for block in blocks(len(row))), default=0)
+    used = sums_by(row, num_rows, of_whole.__getitem__)
+    smallest = max(MIN_SPACE, capacity // FILL_FRACTION)
+    open_rows = where(num_rows, lambda block: capacity - used[block] >= smallest)
+    spaces = made(len(open_rows), np.int64, lambda block: capacity - used[open_rows[block]])
+    filled = fill(taken(length, documents), spaces, open_rows, capacity, num_rows)
+    cut = taken(documents, filled.document)
+    start_of_cut = made(len(cut), np.int32, lambda block: start[cut[block]] + filled.start[block])
     return _rows_of(
         examples,
-        np.concatenate([example[whole], example[cut]]),
-        np.concatenate([start[whole], start[cut] + filled.start]),
-        np.concatenate([length[whole], filled.length]),
-        np.concatenate([row, filled.row]),
+        joined([taken(example, whole), taken(example, cut)], example.dtype),
+        joined([taken(start, whole), start_of_cut], np.int32),
+        joined([of_whole, filled.length], np.int32),
+        joined([row, filled.row], np.int32),
     )
 
 
 def _rows_of(examples: Examples, example: np.ndarray, start: np.ndarray, length: np.ndarray, row: np.ndarray) -> Rows:
     """Segments in any order -> the arrays of a plan file, ordered by row."""
     order = stable_argsort(row)
-    example, start, length, row = example[order], start[order], length[order], row[order]
+    example, start, length, row = (taken(one, order) for one in (example, start, length, row))
     num_rows = int(row[-1]) + 1 if len(row) else 0
-    targets = examples.targets[example]
-    cut = np.flatnonzero(length != examples.lengths[example])
-    targets[cut] = examples.targets_of(example[cut], start[cut], length[cut])
+    segments = sums_by(row, num_rows, lambda block: 1)
     return Rows(
-        row_offsets=np.concatenate([[0], np.cumsum(np.bincount(row, minlength=num_rows))]).astype(np.int32),
-        shard=examples.shard[example],
-        example=examples.number[example],
-        start=start.astype(np.int32),
-        length=length.astype(np.int32),
-        source=examples.source[example],
-        tokens=np.bincount(row, weights=length, minlength=num_rows).astype(np.int32),
-        target_tokens=np.bincount(row, weights=targets, minlength=num_rows).astype(np.int32),
+        row_offsets=joined([np.zeros(1), running_sum(segments)], np.int32),
+        shard=taken(examples.shard, example),
+        example=taken(examples.number, example),
+        start=start,
+        length=length,
+        source=taken(examples.source, example),
+        tokens=sums_by(row, num_rows, length.__getitem__).astype(np.int32),
+        target_tokens=sums_by(row, num_rows, lambda block: _targets(examples, example, start, length, block)).astype(
+            np.int32
+        ),
     )
+
+
+def _targets(
+    examples: Examples, example: np.ndarray, start: np.ndarray, length: np.ndarray, block: Block
+) -> np.ndarray:
+    """Labels of each segment of a block: ``(m,) int32``."""
+    targets: np.ndarray = examples.targets[example[block]]
+    cut = np.flatnonzero(length[block] != examples.lengths[example[block]])
+    targets[cut] = examples.targets_of(example[block][cut], start[block][cut], length[block][cut])
+    return targets
 
 
 def ledger_tables(tokens: TokensResult, examples: Examples, verdicts: Verdicts) -> Iterator[pa.Table]:

@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import CorpusError
+from data_prep.plan import columns
+from data_prep.plan.columns import blocks
 from data_prep.plan.order import stable_argsort
 
 SHINGLE_CHARACTERS = 5
@@ -20,24 +22,59 @@ NUM_PERMUTATIONS = 128
 
 def exact_duplicates(hashes: np.ndarray) -> np.ndarray:
     """``hashes`` (n, 16) uint8 -> (n,) bool, True where an earlier row is equal."""
-    high, low = np.ascontiguousarray(np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2).T)
+    high, low = _halves(hashes)
     order = stable_argsort(high)  # equal hashes stay in corpus order
-    in_order = high[order]
-    same_high = np.flatnonzero(in_order[1:] == in_order[:-1])
-    same_low = low[order[same_high + 1]] == low[order[same_high]]
-    repeats = same_high[same_low]
-    if not same_low.all():  # halves alone collide once in 10**8 corpora of a million records
-        order = np.lexsort((low, high))
-        repeats = np.flatnonzero((high[order][1:] == high[order][:-1]) & (low[order][1:] == low[order][:-1]))
-    result = np.zeros(len(hashes), bool)
-    result[order[repeats + 1]] = True
+    result, odd = columns.zeros(len(hashes), np.bool_), []
+    for block in blocks(len(order) - 1):
+        first, second = order[block], order[block.start + 1 : block.stop + 1]
+        same_high, same_low = high[first] == high[second], low[first] == low[second]
+        result[second[same_high & same_low]] = True
+        odd += (block.start + np.flatnonzero(same_high & ~same_low)).tolist()
+    for place in odd:  # first halves alone collide once in 10**8 corpora of a million
+        _mark_equal_in_both(result, order, high, low, place)
     return result
 
 
-def is_among(hashes: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Which rows of ``(n, 16) uint8`` are rows of ``(m, 16)`` too: ``(n,) bool``."""
-    whole = np.dtype((np.void, 16))
-    return np.isin(np.ascontiguousarray(hashes).view(whole).ravel(), np.ascontiguousarray(others).view(whole).ravel())
+def _mark_equal_in_both(result: np.ndarray, order: np.ndarray, high: np.ndarray, low: np.ndarray, place: int) -> None:
+    """Among all that have the first half of the one at a place."""
+    first = last = place
+    while first and high[order[first - 1]] == high[order[place]]:
+        first -= 1
+    while last < len(order) and high[order[last]] == high[order[place]]:
+        last += 1
+    seen = set()
+    for member in order[first:last].tolist():
+        result[member] = low[member] in seen
+        seen.add(low[member])
+
+
+def _halves(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """``(n, 16) uint8`` -> two ``(n,) uint64``."""
+    halves = np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2)
+    high, low = (columns.made(len(halves), np.uint64, lambda block: halves[block, half]) for half in (0, 1))  # noqa: B023
+    return high, low
+
+
+class Known:
+    """Hashes to look others up in: a set of ``(m, 16) uint8`` that may be longer than memory."""
+
+    def __init__(self, hashes: np.ndarray):
+        high, low = _halves(hashes)
+        order = stable_argsort(high)
+        self.high, self.low = columns.taken(high, order), columns.taken(low, order)
+
+    def holds(self, hashes: np.ndarray) -> np.ndarray:
+        """Which rows of ``(n, 16) uint8`` are among them: ``(n,) bool``; n entries are in memory."""
+        wanted = np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2)
+        found = np.zeros(len(wanted), bool)
+        place = np.searchsorted(self.high, wanted[:, 0])
+        left = np.flatnonzero(place < len(self.high))
+        while len(left):  # once, but for equal first halves
+            left = left[self.high[place[left]] == wanted[left, 0]]
+            found[left] |= self.low[place[left]] == wanted[left, 1]
+            place[left] += 1
+            left = left[~found[left] & (place[left] < len(self.high))]
+        return found
 
 
 def sketch(texts: Iterable[str]) -> np.ndarray:

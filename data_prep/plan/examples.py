@@ -4,22 +4,19 @@ In: `TokensResult`. Out: `Examples`, one entry per valid record of every unit. N
 Cost: 0.15 us an example and 54 bytes, which of a large corpus are not in memory but in mapped files.
 """
 
-import mmap
-import os
-from dataclasses import dataclass
-from functools import cached_property, partial
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 
-from data_prep.plan.order import blocks
+from data_prep.plan import columns
+from data_prep.plan.columns import blocks
 from data_prep.records.build_unit import RECORDS_FILE
 from data_prep.records.shard import read_arrow
 from data_prep.tokens.token_shard import TOKENS_FILE, TokenShard, open_shard
 from data_prep.tokens.tokenize import TokensResult, TokensUnit, place_of
-
-MAPPED_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -36,7 +33,8 @@ class Examples:
     lengths: np.ndarray  # (n,) int32 tokens
     runs: np.ndarray  # (num_runs,) int32
     run_offsets: np.ndarray  # (n + 1,) int64
-    refused: np.ndarray | None = None  # positions of those that the template cannot express: (m,) int64
+    refused: np.ndarray = field(default_factory=lambda: np.zeros(0, np.int64))
+    """``(m,)`` positions of those that the template cannot express."""
 
     def __len__(self) -> int:
         return len(self.shard)
@@ -49,7 +47,7 @@ class Examples:
     @cached_property
     def targets(self) -> np.ndarray:
         """Labels of each example put into a row whole: ``(n,) int32``."""
-        targets = np.zeros(len(self), np.int32)
+        targets = columns.zeros(len(self), np.int32)
         for block in blocks(len(self)):
             offsets = self.run_offsets[block.start : block.stop + 1]
             runs = self.runs[offsets[0] : offsets[-1]]
@@ -63,7 +61,7 @@ class Examples:
     @cached_property
     def prompt(self) -> np.ndarray:
         """Masked tokens before the first target of each example: ``(n,) int32``; 0 without runs."""
-        prompt = np.zeros(len(self), np.int32)
+        prompt = columns.zeros(len(self), np.int32)
         for block in blocks(len(self)):
             offsets = self.run_offsets[block.start : block.stop + 1]
             has_runs = np.flatnonzero(np.diff(offsets) > 0)
@@ -81,7 +79,8 @@ class Examples:
 
     def _targets_before(self, example: np.ndarray, position: np.ndarray) -> np.ndarray:
         """Target tokens among the first ``position`` tokens of each example."""
-        first, count = self.run_offsets[example], np.diff(self.run_offsets)[example]
+        first = self.run_offsets[example]
+        count = self.run_offsets[example + 1] - first
         result = np.zeros(len(example), dtype=np.int64)
         left = position.astype(np.int64)
         active = np.flatnonzero(count > 0)
@@ -96,48 +95,32 @@ class Examples:
         return result
 
 
-def load_examples(tokens: TokensResult, directory: Path | None = None) -> Examples:
-    """Gather what a plan needs of every unit.
-
-    :param directory: where columns lie that are large, in files without a name; None = in memory.
-    """
+def load_examples(tokens: TokensResult) -> Examples:
+    """Gather what a plan needs of every unit."""
     units = tokens.units
     sources = list(dict.fromkeys(unit.records.source for unit in units))
     count = sum(unit.examples for unit in units)
-    new = partial(_column, directory=directory)
-    shard, number, lengths = (new(count, np.int32) for _ in range(3))
-    source, pretraining, hashes = new(count, np.int8), new(count, np.bool_), new(16 * count, np.uint8).reshape(-1, 16)
-    run_offsets = new(count + 1, np.int64)
-    refused: list[int] = []
-    run_offsets[0] = first = 0
+    shard, number, lengths = (columns.zeros(count, np.int32) for _ in range(3))
+    source, pretraining = columns.zeros(count, np.int8), columns.zeros(count, np.bool_)
+    hashes, run_offsets = columns.zeros(16 * count, np.uint8).reshape(-1, 16), columns.zeros(count + 1, np.int64)
+    first = 0
     for index, unit in enumerate(units):
         tokens_of = open_shard(Path(unit.path) / TOKENS_FILE)
         mine = slice(first, first := first + tokens_of.num_examples)
         shard[mine], number[mine], lengths[mine] = index, np.arange(tokens_of.num_examples), tokens_of.lengths
         source[mine], pretraining[mine] = sources.index(unit.records.source), unit.records.kind == "pretraining"
         hashes[mine] = _hashes(unit.records.path)
-        refused += [mine.start + number_in_unit for number_in_unit in unit.refused]
         run_offsets[mine.start + 1 : mine.stop + 1] = run_offsets[mine.start] + tokens_of.span_offsets[1:]
-    runs = new(int(run_offsets[-1]), np.int32)
+    runs = columns.joined((_runs(open_shard(Path(unit.path) / TOKENS_FILE)) for unit in units), np.int32)
+    refused = columns.joined(_refused(units), np.int64)
+    return Examples(units, sources, shard, number, source, pretraining, hashes, lengths, runs, run_offsets, refused)
+
+
+def _refused(units: list[TokensUnit]) -> Iterator[np.ndarray]:
     first = 0
     for unit in units:
-        found = _runs(open_shard(Path(unit.path) / TOKENS_FILE))
-        runs[first : first + len(found)] = found
-        first += len(found)
-    return Examples(
-        *(units, sources, shard, number, source, pretraining, hashes, lengths, runs, run_offsets),
-        refused=np.array(refused, np.int64),
-    )
-
-
-def _column(count: int, dtype: type, directory: Path | None) -> np.ndarray:
-    """Room for a column: in memory, or mapped from a file, which the kernel writes out where memory is short."""
-    size = count * np.dtype(dtype).itemsize
-    if directory is None or size < MAPPED_BYTES:
-        return np.empty(count, dtype)
-    with TemporaryFile(dir=directory) as file:
-        os.posix_fallocate(file.fileno(), 0, size)  # so that a full disk is an error here and no signal later
-        return np.frombuffer(mmap.mmap(file.fileno(), size), dtype)
+        yield first + np.array(unit.refused, np.int64)
+        first += unit.examples
 
 
 def _hashes(unit_path: str) -> np.ndarray:

@@ -12,10 +12,12 @@ In: lengths. Out: row numbers and cuts; no token is touched. Two algorithms:
 """
 
 import itertools
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 
+from data_prep.plan.columns import Block, blocks, joined, made, running_sum, sums_by, total, zeros
 from data_prep.plan.order import stable_argsort
 
 MIN_PIECE = 2  # the first token of a piece is no target, so a piece of one token would train nothing
@@ -25,14 +27,15 @@ SWAP_CANDIDATES = 64
 
 def best_fit_decreasing(lengths: np.ndarray, capacity: int) -> np.ndarray:
     """Row of each piece: ``(n,) int32`` -> ``(n,) int32``, rows numbered from 0; all lengths are in [1, capacity]."""
-    rows = np.zeros(len(lengths), dtype=np.int32)
-    order = stable_argsort(-lengths.astype(np.int32))
-    sizes, counts = np.unique(lengths, return_counts=True)
+    rows = zeros(len(lengths), np.int32)
+    order = stable_argsort(made(len(lengths), np.int32, lambda block: -lengths[block]))
+    counts = sums_by(lengths, capacity + 1, lambda block: 1)
     free = _FreeRows(capacity)
     start = 0
-    for size, count in zip(sizes[::-1].tolist(), counts[::-1].tolist(), strict=True):
-        rows[order[start : start + count]] = free.place(size, count)
-        start += count
+    for size in np.flatnonzero(counts)[::-1].tolist():
+        for placed in free.place(size, int(counts[size])):
+            rows[order[start : start + len(placed)]] = placed
+            start += len(placed)
     return rows
 
 
@@ -45,13 +48,12 @@ class _FreeRows:
         self.rows: list[list[np.ndarray]] = [[] for _ in range(capacity + 1)]
         self.mask = 0
 
-    def place(self, size: int, count: int) -> np.ndarray:
-        """Rows of ``count`` pieces of one size: ``(count,) int32``.
+    def place(self, size: int, count: int) -> Iterator[np.ndarray]:
+        """Rows of ``count`` pieces of one size, some at a time: ``(m,) int32``, together ``(count,)``.
 
         Best fit puts a piece into the fullest row that takes it, which then is the fullest for the next piece too:
         so a row with space for m of them gets m at once.
         """
-        placed = []
         while count:
             fitting = self.mask >> size
             space = size + (fitting & -fitting).bit_length() - 1 if fitting else self.capacity
@@ -59,15 +61,15 @@ class _FreeRows:
             wanted = -(-count // per_row)
             rows = self._take(space, wanted) if fitting else self._open(wanted)
             number = min(count, len(rows) * per_row)
-            placed.append(np.repeat(rows, per_row)[:number])
+            for block in blocks(len(rows)):
+                yield np.repeat(rows[block], per_row)[: number - block.start * per_row]
             self._put_back(rows, space, size, per_row, number)
             count -= number
-        return np.concatenate(placed)
 
     def _open(self, number: int) -> np.ndarray:
-        rows = np.arange(self.num_rows, self.num_rows + number, dtype=np.int32)
+        first = self.num_rows
         self.num_rows += number
-        return rows
+        return _numbers(number, np.int32, first)
 
     def _take(self, space: int, wanted: int) -> np.ndarray:
         stack = self.rows[space]
@@ -106,11 +108,13 @@ def fill(lengths: np.ndarray, spaces: np.ndarray, rows: np.ndarray, capacity: in
     :param lengths: ``(n,)`` tokens of each document, at least `MIN_PIECE`.
     :param spaces: ``(m,)`` free tokens at the end of the rows ``rows``, each at least `MIN_SPACE`.
     """
-    new_rows = 2 * (-(-int(lengths.sum()) // capacity) + 1)  # more than enough; rows that stay empty have no piece
-    spaces = np.concatenate([spaces, np.full(new_rows, capacity)]).astype(np.int64)
-    rows = np.concatenate([rows, np.arange(first_new_row, first_new_row + new_rows)])
-    order, starts = _lay(lengths.astype(np.int64), np.cumsum(spaces))
-    return _cut(order, starts, lengths, np.cumsum(spaces), rows)
+    capacity_needed = total(len(lengths), lambda block: lengths[block])
+    new_rows = 2 * (-(-capacity_needed // capacity) + 1)  # more than enough; rows that stay empty have no piece
+    spaces = joined([spaces, made(new_rows, np.int64, lambda _: capacity)], np.int64)
+    rows = joined([rows, _numbers(new_rows, np.int64, first_new_row)], np.int64)
+    borders = running_sum(spaces)
+    order, starts = _lay(lengths, borders)
+    return _cut(order, starts, lengths, borders, rows)
 
 
 def _lay(lengths: np.ndarray, borders: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -119,9 +123,8 @@ def _lay(lengths: np.ndarray, borders: np.ndarray) -> tuple[np.ndarray, np.ndarr
     That is: no document starts or ends one token before or after a border. Where one would, the next documents are
     tried in its place; if none of them will do, a few places before it are left free.
     """
-    order = np.arange(len(lengths))
-    starts = np.zeros(len(lengths) + 1, dtype=np.int64)
-    starts[1:] = np.cumsum(lengths)
+    order = _numbers(len(lengths), np.int64)
+    starts = joined([np.zeros(1), running_sum(lengths)], np.int64)
     at = 0
     while (bad := _first_bad(starts, borders, at)) is not None:
         at = bad - 1  # the document that ends at the bad place
@@ -164,20 +167,30 @@ def _leave_free(starts: np.ndarray, borders: np.ndarray, at: int) -> None:
 
 def _cut(order: np.ndarray, starts: np.ndarray, lengths: np.ndarray, borders: np.ndarray, rows: np.ndarray) -> Filled:
     """Cut every document at the borders inside it."""
-    ends = starts + lengths[order]
-    first_border = np.searchsorted(borders, starts, side="right")
-    num_cuts = np.searchsorted(borders, ends, side="left") - first_border
-    of = np.repeat(np.arange(len(order)), num_cuts + 1)
-    number = np.arange(len(of)) - np.repeat(np.cumsum(num_cuts + 1) - num_cuts - 1, num_cuts + 1)
-    row = first_border[of] + number
-    low = np.where(number == 0, starts[of], borders[row - 1])
-    high = np.where(number == num_cuts[of], ends[of], borders[row])
-    return Filled(
-        document=order[of],
-        start=(low - starts[of]).astype(np.int32),
-        length=(high - low).astype(np.int32),
-        row=rows[row].astype(np.int32),
-    )
+
+    def pieces(block: Block) -> np.ndarray:
+        """Those of some documents: ``(m, 4)`` document, start, length, row."""
+        start, number_of = starts[block], order[block]
+        end = start + lengths[number_of]
+        first_border = np.searchsorted(borders, start, side="right")
+        num_cuts = np.searchsorted(borders, end, side="left") - first_border
+        of = np.repeat(np.arange(len(start)), num_cuts + 1)
+        number = np.arange(len(of)) - np.repeat(np.cumsum(num_cuts + 1) - num_cuts - 1, num_cuts + 1)
+        row = first_border[of] + number
+        low = np.where(number == 0, start[of], borders[row - 1])
+        high = np.where(number == num_cuts[of], end[of], borders[row])
+        return np.stack([number_of[of], low - start[of], high - low, rows[row]], axis=1)
+
+    found = joined((pieces(block).ravel() for block in blocks(len(order))), np.int64).reshape(-1, 4)
+
+    def column(which: int, dtype: type) -> np.ndarray:
+        return made(len(found), dtype, lambda block: found[block, which])
+
+    return Filled(column(0, np.int64), column(1, np.int32), column(2, np.int32), column(3, np.int32))
+
+
+def _numbers(count: int, dtype: type, first: int = 0) -> np.ndarray:
+    return made(count, dtype, lambda block: np.arange(first + block.start, first + block.stop))
 
 
 def split_evenly(length: int, capacity: int) -> list[tuple[int, int]]:

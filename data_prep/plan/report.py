@@ -11,6 +11,7 @@ import numpy as np
 from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 from data_prep.errors import CorpusError, StoreError
+from data_prep.plan.columns import Block, sums_by, total
 from data_prep.plan.examples import Examples
 from data_prep.plan.plan_file import Rows
 from data_prep.plan.verdicts import ACCEPTED, REASONS, SPLITS, TRAIN, VALIDATION, Verdicts
@@ -61,24 +62,31 @@ def make_report(
 ) -> DataReport:
     """The numbers of the plan; what depends on the machine and the moment is added by `plan_rows`."""
     train, validation = rows[SPLITS[TRAIN]], rows[SPLITS[VALIDATION]]
-    counts = {REASONS[i]: int(n) for i, n in enumerate(np.bincount(verdicts.reason[verdicts.reason >= 0])) if n}
+    by_reason = sums_by(verdicts.reason, len(REASONS) + 1, lambda block: 1)  # the last one, -1: accepted
+    counts = {REASONS[i]: int(n) for i, n in enumerate(by_reason[:ACCEPTED]) if n}
     rejected = Counter(tokens.records.rejected) + Counter({r.value: n for r, n in counts.items() if r in REJECTED})
-    accepted = verdicts.reason == ACCEPTED
-    not_replayed = verdicts.reason == REASONS.index(Reason.NOT_REPLAYED)
+    not_replayed = REASONS.index(Reason.NOT_REPLAYED)
+
+    def held_out(block: Block) -> np.ndarray:
+        return (verdicts.reason[block] == ACCEPTED) & (verdicts.split[block] == VALIDATION)
+
+    def left_out_targets(block: Block) -> np.ndarray:
+        return np.where(verdicts.reason[block] == not_replayed, examples.targets[block], 0)
+
     return {
         "records_in": tokens.records.records,
-        "accepted": int(accepted.sum()),
+        "accepted": int(by_reason[ACCEPTED]),
         "rejected": dict(sorted(rejected.items())),
         "dropped": {reason.value: n for reason, n in sorted(counts.items()) if reason not in REJECTED},
         "unread_fields": tokens.records.unread_fields,
-        "cut_tokens": int(verdicts.cut.sum()),
+        "cut_tokens": total(len(examples), verdicts.cut.__getitem__),
         "tokens": int(train.tokens.sum(dtype=np.int64)),
         "target_tokens": int(train.target_tokens.sum(dtype=np.int64)),
-        "not_replayed_target_tokens": int(examples.targets[not_replayed].sum(dtype=np.int64)),
+        "not_replayed_target_tokens": total(len(examples), left_out_targets),
         "rows": train.num_rows,
         "utilisation": _utilisation(train, pack.max_seq_length),
         "max_seq_length": pack.max_seq_length,
-        "validation_records": int((accepted & (verdicts.split == VALIDATION)).sum()),
+        "validation_records": total(len(examples), held_out),
         "validation_tokens": int(validation.tokens.sum(dtype=np.int64)),
         "validation_target_tokens": int(validation.target_tokens.sum(dtype=np.int64)),
         "validation_rows": validation.num_rows,
@@ -94,22 +102,28 @@ def _utilisation(rows: Rows, max_seq_length: int) -> float:
 
 def _shares(examples: Examples, verdicts: Verdicts, train: Rows) -> dict[str, SourceShare]:
     """Per source: records and tokens in the training rows, its share of all, and the effective epochs over it."""
-    in_train = (verdicts.reason == ACCEPTED) & (verdicts.split == TRAIN)
-    sampled_out = verdicts.reason == REASONS.index(Reason.NOT_SAMPLED)
-    candidates = in_train | (sampled_out & (verdicts.split == TRAIN))
-    tokens = np.bincount(train.source, weights=train.length, minlength=len(examples.sources))
-    total = max(tokens.sum(), 1)
-    shares: dict[str, SourceShare] = {}
-    for number, source in enumerate(examples.sources):
-        mine = examples.source == number
-        copies = int(verdicts.copies[mine & in_train].sum())
-        shares[source] = {
-            "records": int((mine & in_train).sum()),
-            "epochs": round(copies / max(int((mine & candidates).sum()), 1), 4),
+    sampled_out, num_sources = REASONS.index(Reason.NOT_SAMPLED), len(examples.sources)
+
+    def in_train(block: Block) -> np.ndarray:
+        return (verdicts.reason[block] == ACCEPTED) & (verdicts.split[block] == TRAIN)
+
+    def candidates(block: Block) -> np.ndarray:
+        left_out = (verdicts.reason[block] == sampled_out) & (verdicts.split[block] == TRAIN)
+        return in_train(block) | left_out
+
+    records = sums_by(examples.source, num_sources, in_train)
+    copies = sums_by(examples.source, num_sources, lambda block: np.where(in_train(block), verdicts.copies[block], 0))
+    offered = sums_by(examples.source, num_sources, candidates)
+    tokens = sums_by(train.source, num_sources, train.length.__getitem__)
+    return {
+        source: {
+            "records": int(records[number]),
+            "epochs": round(int(copies[number]) / max(int(offered[number]), 1), 4),
             "tokens": int(tokens[number]),
-            "share": round(float(tokens[number] / total), 6),
+            "share": round(float(tokens[number] / max(tokens.sum(), 1)), 6),
         }
-    return shares
+        for number, source in enumerate(examples.sources)
+    }
 
 
 def _proof(tokens: TokensResult) -> dict[str, int]:
@@ -125,9 +139,9 @@ def check_conservation(report: DataReport, examples: Examples, verdicts: Verdict
     judged = report["accepted"] + sum(report["rejected"].values()) + sum(report["dropped"].values())
     if judged != report["records_in"]:
         raise StoreError(f"{report['records_in']} records in, but {judged} accepted, rejected or dropped")
-    kept = verdicts.copies.astype(np.int64) * (examples.lengths - verdicts.cut)
+    kept = sums_by(verdicts.split, len(SPLITS), lambda block: _kept(examples, verdicts, block))
     for number, split in enumerate(SPLITS):
-        expected = int(kept[verdicts.split == number].sum())
+        expected = int(kept[number])
         planned = int(rows[split].length.sum(dtype=np.int64))
         if expected != planned:
             raise StoreError(f"{split}: accepted examples have {expected} tokens, the plan has {planned}")
@@ -143,3 +157,8 @@ def check_conservation(report: DataReport, examples: Examples, verdicts: Verdict
             f"(rejected {report['rejected']}, dropped {report['dropped']}, held out {report['validation_records']})"
             + "".join(f"; {way}" for way in ways)
         )
+
+
+def _kept(examples: Examples, verdicts: Verdicts, block: Block) -> np.ndarray:
+    """Tokens of each example in the rows."""
+    return verdicts.copies[block].astype(np.int64) * (examples.lengths[block] - verdicts.cut[block])

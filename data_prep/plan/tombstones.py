@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from data_prep.errors import PandaError
-from data_prep.plan.duplicates import is_among
+from data_prep.plan.duplicates import Known
 
 HASH_DIGITS = 32
 
@@ -56,8 +56,7 @@ def append(path: Path, entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]
     return new
 
 
-def matching(hashes: np.ndarray, tombstones: list[str]) -> np.ndarray:
-    """Which of the records ``(n, 16) uint8`` were taken down: ``(n,) bool``."""
-    if not tombstones:
-        return np.zeros(len(hashes), dtype=bool)
-    return is_among(hashes, np.array([np.frombuffer(bytes.fromhex(one), dtype=np.uint8) for one in tombstones]))
+def known(tombstones: list[str]) -> Known:
+    """To look records up in."""
+    hashes = [np.frombuffer(bytes.fromhex(one), dtype=np.uint8) for one in tombstones]
+    return Known(np.array(hashes, dtype=np.uint8).reshape(-1, 16))

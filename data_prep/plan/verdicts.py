@@ -12,23 +12,28 @@ Cost: 1 us an example (sorting hashes); near duplicates 0.2 ms; replay reads thr
 second per million records.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from data_prep.errors import CorpusError
 from data_prep.plan import tombstones
-from data_prep.plan.duplicates import exact_duplicates, is_among
+from data_prep.plan.columns import Block, blocks, index_type, joined, made, sums_by, taken, where, zeros
+from data_prep.plan.duplicates import Known, exact_duplicates
 from data_prep.plan.examples import Examples
 from data_prep.plan.ledger import LEDGER_FILE
-from data_prep.plan.order import index_type, uniform
+from data_prep.plan.order import uniform
 from data_prep.plan.pack import split_evenly
 from data_prep.records.reasons import Reason
 from data_prep.records.shard import read_arrow
 from data_prep.settings import CorpusSettings, PackSettings
+
+Mask = Callable[[Block], np.ndarray]
+"""What holds for the examples of a block: ``(m,) bool``."""
 
 REASONS = list(Reason)
 ACCEPTED = -1
@@ -67,26 +72,30 @@ def judge(
     :param near_duplicates: called only where the settings ask for it: ``(n,) bool``.
     :raises CorpusError: a mixture weight of an unknown source, or ``overflow=error`` and a record is too long.
     """
-    reason = np.full(len(examples), ACCEPTED, dtype=np.int8)
-    if examples.refused is not None:
-        reason[examples.refused] = REASONS.index(Reason.TEMPLATE_REFUSED)
-    _mark(reason, examples.targets == 0, Reason.NO_TARGET_TOKENS)
-    _mark(reason, tombstones.matching(examples.hashes, taken_down(corpus)), Reason.TAKEN_DOWN)
-    _mark(reason, tombstones.matching(examples.hashes, quarantined(corpus)), Reason.QUARANTINED)
+    count, keys = len(examples), examples.keys
+    reason = made(count, np.int8, lambda _: ACCEPTED)
+    for block in blocks(len(examples.refused)):
+        reason[examples.refused[block]] = REASONS.index(Reason.TEMPLATE_REFUSED)
+    _mark(reason, Reason.NO_TARGET_TOKENS, lambda block: examples.targets[block] == 0)
+    for hashes, why in ((taken_down(corpus), Reason.TAKEN_DOWN), (quarantined(corpus), Reason.QUARANTINED)):
+        if hashes:
+            _mark(reason, why, _among(examples, tombstones.known(hashes)))
     if corpus.deduplicate != "none":
-        _mark(reason, exact_duplicates(examples.hashes), Reason.DUPLICATE)
+        _mark(reason, Reason.DUPLICATE, exact_duplicates(examples.hashes).__getitem__)
     if corpus.deduplicate == "near":
-        _mark(reason, near_duplicates(), Reason.NEAR_DUPLICATE)
-    split = (uniform(examples.keys, _SPLIT_KEY) < corpus.validation_fraction).astype(np.int8)
-    _mark(reason, (split == TRAIN) & left_out(examples.hashes, examples.keys, corpus), Reason.NOT_REPLAYED)
-    pieces, too_long, cut = _pieces(examples, reason == ACCEPTED, pack)
-    _mark(reason, too_long, Reason.TOO_LONG)
-    tokens = np.where((reason == ACCEPTED) & (split == TRAIN), examples.lengths - cut, 0)
-    by_source = np.bincount(examples.source, weights=tokens, minlength=len(examples.sources))
-    copies = _copies(examples, split, weights_of(examples.sources, by_source, pack), pack.seed)
-    _mark(reason, copies == 0, Reason.NOT_SAMPLED)
-    accepted = reason == ACCEPTED
-    return Verdicts(reason, split, np.where(accepted, copies, 0).astype(np.int32), np.where(accepted, cut, 0)), pieces
+        _mark(reason, Reason.NEAR_DUPLICATE, near_duplicates().__getitem__)
+    split = made(count, np.int8, lambda block: uniform(keys[block], _SPLIT_KEY) < corpus.validation_fraction)
+    if corpus.replay_of is not None and corpus.replay_share < 1:
+        left_out = _left_out(examples, Path(corpus.replay_of), corpus.replay_share)
+        _mark(reason, Reason.NOT_REPLAYED, lambda block: (split[block] == TRAIN) & left_out(block))
+    pieces, too_long, cut = _pieces(examples, reason, pack)
+    _mark(reason, Reason.TOO_LONG, too_long.__getitem__)
+    copies = _copies(examples, split, weights_of(examples.sources, _tokens(examples, reason, split, cut), pack), pack)
+    _mark(reason, Reason.NOT_SAMPLED, lambda block: copies[block] == 0)
+    for block in blocks(count):
+        copies[block][reason[block] != ACCEPTED] = 0
+        cut[block][reason[block] != ACCEPTED] = 0
+    return Verdicts(reason, split, copies, cut), pieces
 
 
 def taken_down(corpus: CorpusSettings) -> list[str]:
@@ -99,12 +108,15 @@ def quarantined(corpus: CorpusSettings) -> list[str]:
     return tombstones.read(Path(corpus.quarantine)) if corpus.quarantine else []
 
 
-def left_out(hashes: np.ndarray, keys: np.ndarray, corpus: CorpusSettings) -> np.ndarray:
-    """``(n, 16) uint8`` hashes and their ``(n,)`` keys -> ``(n,) bool``."""
-    if corpus.replay_of is None or corpus.replay_share == 1:
-        return np.zeros(len(hashes), dtype=bool)
-    known = is_among(hashes, trained_on(Path(corpus.replay_of)))
-    return known & (uniform(keys, _REPLAY_KEY) >= corpus.replay_share)
+def _among(examples: Examples, known: Known) -> Mask:
+    return lambda block: known.holds(examples.hashes[block])
+
+
+def _left_out(examples: Examples, replay_of: Path, replay_share: float) -> Mask:
+    """What an earlier plan has trained on, but for the share that is replayed."""
+    known = Known(trained_on(replay_of))
+    old, keys = _among(examples, known), examples.keys
+    return lambda block: old(block) & (uniform(keys[block], _REPLAY_KEY) >= replay_share)
 
 
 def trained_on(plan_dir: Path) -> np.ndarray:
@@ -116,9 +128,14 @@ def trained_on(plan_dir: Path) -> np.ndarray:
         ledger = read_arrow(plan_dir / LEDGER_FILE).select(["hash", "split", "reason"])  # of any format version
     except FileNotFoundError:
         raise CorpusError(f"replay_of={str(plan_dir)!r}: no plan there (no {LEDGER_FILE})") from None
+    return joined((_trained_in(batch) for batch in ledger.to_batches()), np.uint8).reshape(-1, 16)
+
+
+def _trained_in(ledger: pa.RecordBatch) -> np.ndarray:
+    """Bytes of the hashes in one batch of a ledger: ``(16 m,) uint8``."""
     trained = pc.or_kleene(pc.equal(ledger["split"], "train"), pc.equal(ledger["reason"], Reason.NOT_REPLAYED.value))
-    column = ledger["hash"].filter(trained)
-    return np.frombuffer(b"".join(column.to_pylist()), dtype=np.uint8).reshape(-1, 16)
+    hashes = ledger["hash"].filter(trained)  # a copy, without an offset
+    return np.frombuffer(hashes.buffers()[1], np.uint8)[: 16 * len(hashes)] if len(hashes) else np.zeros(0, np.uint8)
 
 
 def weights_of(sources: list[str], tokens: np.ndarray, pack: PackSettings) -> np.ndarray:
@@ -155,41 +172,82 @@ def _epochs_of_shares(
     return np.array([total * mixture[name] / max(available[name], 1) for name in entry])
 
 
-def _mark(reason: np.ndarray, where: np.ndarray, value: Reason) -> None:
+def _mark(reason: np.ndarray, value: Reason, where: Mask) -> None:
     """The first reason counts."""
-    reason[where & (reason == ACCEPTED)] = REASONS.index(value)
+    for block in blocks(len(reason)):
+        reason[block][where(block) & (reason[block] == ACCEPTED)] = REASONS.index(value)
 
 
-def _copies(examples: Examples, split: np.ndarray, source_weights: np.ndarray, seed: int) -> np.ndarray:
+def _tokens(examples: Examples, reason: np.ndarray, split: np.ndarray, cut: np.ndarray) -> np.ndarray:
+    """Training tokens of each source: ``(num_sources,) int64``."""
+
+    def of_training(block: Block) -> np.ndarray:
+        trained = (reason[block] == ACCEPTED) & (split[block] == TRAIN)
+        return np.where(trained, examples.lengths[block] - cut[block], 0)
+
+    return sums_by(examples.source, len(examples.sources), of_training)
+
+
+def _copies(examples: Examples, split: np.ndarray, source_weights: np.ndarray, pack: PackSettings) -> np.ndarray:
     """Times each example is trained on in an epoch: whole epochs, and one more for a fraction chosen by hash."""
-    weights = source_weights[examples.source]
-    whole = np.floor(weights)
-    copies = whole + (uniform(examples.keys, seed) < weights - whole)
-    return np.where(split == VALIDATION, np.minimum(np.ceil(weights), 1), copies).astype(np.int32)
+
+    def of(block: Block) -> np.ndarray:
+        weights = source_weights[examples.source[block]]
+        whole = np.floor(weights)
+        copies = whole + (uniform(examples.keys[block], pack.seed) < weights - whole)
+        return np.where(split[block] == VALIDATION, np.minimum(np.ceil(weights), 1), copies)
+
+    return made(len(examples), np.int32, of)
 
 
-def _pieces(examples: Examples, wanted: np.ndarray, pack: PackSettings) -> tuple[Pieces, np.ndarray, np.ndarray]:
-    """Pieces of the wanted examples, which of them are too long after all, and the tokens cut from each."""
-    too_long = np.zeros(len(examples), dtype=bool)
-    cut = np.zeros(len(examples), dtype=np.int32)
-    document = examples.pretraining & (np.diff(examples.run_offsets) == 2) & (examples.prompt <= 1)
-    cuttable = document & pack.packing
-    longer = wanted & (examples.lengths > pack.max_seq_length) & ~cuttable
-    whole = np.flatnonzero(wanted & ~longer)
-    example, start, length = [whole], [np.zeros(len(whole), np.int32)], [examples.lengths[whole]]
+def _pieces(examples: Examples, reason: np.ndarray, pack: PackSettings) -> tuple[Pieces, np.ndarray, np.ndarray]:
+    """Pieces of the accepted examples, which of them are too long after all, and the tokens cut from each."""
+    count = len(examples)
+
+    def document(block: Block) -> np.ndarray:
+        num_runs = np.diff(examples.run_offsets[block.start : block.stop + 1])
+        return examples.pretraining[block] & (num_runs == 2) & (examples.prompt[block] <= 1)
+
+    cuttable = made(count, np.bool_, lambda block: document(block) & pack.packing)
+
+    def longer(block: Block) -> np.ndarray:
+        too_many = examples.lengths[block] > pack.max_seq_length
+        return (reason[block] == ACCEPTED) & too_many & ~cuttable[block]
+
+    whole = where(count, lambda block: (reason[block] == ACCEPTED) & ~longer(block))
+    rest = where(count, longer)
+    if pack.overflow == "error":
+        refused = where(count, lambda block: longer(block) & ~examples.pretraining[block])
+        if len(refused):
+            raise _too_long_error(examples, refused, pack)
+    too_long, cut = zeros(count, np.bool_), zeros(count, np.int32)
+
+    def parts() -> Iterator[np.ndarray]:
+        for block in blocks(len(rest)):
+            found = [part for index in rest[block].tolist() for part in _parts(examples, index, too_long, cut, pack)]
+            yield np.array(found, np.int64).reshape(-1, 3).ravel()
+
+    others = joined(parts(), np.int64).reshape(-1, 3)
+    number = len(whole) + len(others)
+    example, start, length = zeros(number, index_type(count)), zeros(number, np.int32), zeros(number, np.int32)
+    for block in blocks(len(whole)):
+        example[block], length[block] = whole[block], examples.lengths[whole[block]]
+    for block in blocks(len(others)):
+        there = slice(len(whole) + block.start, len(whole) + block.stop)
+        example[there], start[there], length[there] = others[block].T
+    return Pieces(example, start, length, taken(cuttable, example)), too_long, cut
+
+
+def _parts(
+    examples: Examples, index: int, too_long: np.ndarray, cut: np.ndarray, pack: PackSettings
+) -> list[tuple[int, int, int]]:
+    """(Example, start, length) of what is kept of an example that is longer than a row; notes what is not."""
     policies = {"drop": _drop, "truncate_prompt_left": _keep_end, "truncate_target": _keep_start, "split": _split}
-    for index in np.flatnonzero(longer).tolist():
-        if pack.overflow == "error" and not examples.pretraining[index]:
-            raise _too_long_error(examples, np.flatnonzero(longer & ~examples.pretraining), pack)
-        policy = _split if examples.pretraining[index] else policies[pack.overflow]
-        parts = _with_targets(examples, index, policy(examples, index, pack.max_seq_length))
-        too_long[index] = not parts
-        cut[index] = examples.lengths[index] - sum(part[1] for part in parts)
-        example.append(np.full(len(parts), index))
-        start.append(np.array([part[0] for part in parts], dtype=np.int32))
-        length.append(np.array([part[1] for part in parts], dtype=np.int32))
-    flat: np.ndarray = np.concatenate(example, dtype=index_type(len(examples)), casting="same_kind")
-    return Pieces(flat, np.concatenate(start), np.concatenate(length), cuttable[flat]), too_long, cut
+    policy = _split if examples.pretraining[index] else policies[pack.overflow]
+    parts = _with_targets(examples, index, policy(examples, index, pack.max_seq_length))
+    too_long[index] = not parts
+    cut[index] = examples.lengths[index] - sum(length for _, length in parts)
+    return [(index, *part) for part in parts]
 
 
 Part = tuple[int, int]  # start, length

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data_prep.errors import CorpusError
-from data_prep.plan.duplicates import exact_duplicates, near_duplicates, sketch
+from data_prep.plan.duplicates import Known, exact_duplicates, near_duplicates, sketch
 
 
 def rows(*values: int) -> np.ndarray:
@@ -21,11 +21,25 @@ def test_the_first_of_equal_hashes_is_kept():
     assert exact_duplicates(rows(1)).tolist() == [False]
 
 
-@given(st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2))))
-def test_exact_duplicates_are_what_a_set_says(pairs):
+Pairs = list[tuple[int, int]]
+PAIRS = st.lists(st.tuples(st.integers(0, 2), st.integers(0, 2)))  # few, so that halves alone are often equal
+
+
+def of_pairs(pairs: Pairs) -> np.ndarray:
     hashes = np.zeros((len(pairs), 16), np.uint8)
     if pairs:
         hashes[:, [3, 12]] = np.array(pairs)
+    return hashes
+
+
+@given(PAIRS, PAIRS)
+def test_what_is_known_is_what_a_set_says(known, asked):
+    assert Known(of_pairs(known)).holds(of_pairs(asked)).tolist() == [pair in known for pair in asked]
+
+
+@given(PAIRS)
+def test_exact_duplicates_are_what_a_set_says(pairs):
+    hashes = of_pairs(pairs)
     seen: set[tuple[int, int]] = set()
     expected = [pair in seen or seen.add(pair) is not None for pair in pairs]
     assert exact_duplicates(hashes).tolist() == expected

@@ -72,4 +72,6 @@ def test_position_of_inverts_rows_of_step():
 def test_stable_argsort_is_the_stable_order(dtype, low, high, data):
     key = st.integers(low, high) | st.integers(0, 3)
     keys = np.array(data.draw(st.lists(key, max_size=40)), dtype)
-    assert stable_argsort(keys).tolist() == np.argsort(keys, kind="stable").tolist()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data_prep.plan.columns.BLOCK", data.draw(st.sampled_from([1, 3, 1 << 18])))
+        assert stable_argsort(keys).tolist() == np.argsort(keys, kind="stable").tolist()
