@@ -29,7 +29,7 @@ from training.tracking.sync import connect
 from training.tracking.tags import STOPPED_TAG
 
 pytestmark = pytest.mark.slow
-PREPARE = ("shard", "tokenize", "plan")
+PREPARE = ("validate and shard", "tokenize and mask", "plan packing")
 
 
 @pytest.fixture

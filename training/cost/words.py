@@ -21,7 +21,7 @@ def totals(account: Account) -> list[tuple[str, str]]:
     """What the run took and cost."""
     rows = [
         ("wall time", duration(account["wall_seconds"])),
-        ("goodput", f"{account['goodput']:.1%} of the time that was not waited went into steps that were kept"),
+        ("goodput", f"{account['goodput']:.1%} of the time, waiting aside, went into steps that were kept"),
     ]
     again, down = (account["part_seconds"].get(part, 0.0) for part in (REPEATED, DOWN))
     if again or down:
@@ -31,8 +31,8 @@ def totals(account: Account) -> list[tuple[str, str]]:
         rows.append(("energy of the GPUs", f"{account['energy_kwh']:,.4g} kWh"))
     if "forecast_seconds" in account:
         expected, took = account["forecast_seconds"], account["steps_seconds"]
-        beside = f"{took / expected - 1:+.1%} beside the forecast after the first ones, {duration(expected)}"
-        rows.append(("all steps", f"{duration(took)}, {beside}"))
+        foretold = f"the first ones foretold {duration(expected)} ({took / expected - 1:+.1%})"
+        rows.append(("steps", f"{duration(took)}; {foretold}"))
     return rows
 
 

@@ -140,14 +140,13 @@ def train(run: Run, progress: Progress) -> Progress:
             progress.eval_before = evaluate(run, progress, evaluations)
         hours, progress.stopped = run.settings.max_gpu_hours, ""
         limit = Budget.of(run.directory, hours, run.ranks.world_size) if hours else None
+        first_step = progress.step + 1
         run.turn_to(WARM_UP, progress.step)
-        warm = False
         while progress.step < run.batch_schedule.total_steps and not _stopped(run, progress, limit):
             limits = _limits(run, progress)
             record = one_step(run, progress, batches, limits)
-            if not warm:
+            if progress.step == first_step:
                 run.turn_to(TRAIN, progress.step)
-                warm = True
             if metrics is not None:
                 _report(run, progress, record, metrics)
             if limits.exceeded_by(record["loss"], record["grad_norm"]):

@@ -144,7 +144,7 @@ class TestNumbers:
         assert forecast(run_dir, 900, PRICED) == (900, {"gpu_hours": 1.0, "price": 3600.0, "currency": "EUR"})
         account = account_of(run_dir, FREE)
         assert (account["forecast_seconds"], account["steps_seconds"]) == (6.0, 15.0)
-        assert dict(totals(account))["all steps"].startswith("15.0 s, +150.0% beside")
+        assert dict(totals(account))["steps"] == "15.0 s; the first ones foretold 6.0 s (+150.0%)"
 
     def test_too_few_steps_foretell_nothing(self, run_dir):
         write(run_dir, [{"seconds": 1.0}] * 5, run_files.METRICS)
