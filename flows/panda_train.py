@@ -224,7 +224,8 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
         if not verdict.pop("settled", False):
             with watch("promote"):
                 verdict = promote(tracked, version["uri"], answer)
-        summary |= {"gate": verdict, "account": settle(run.path, cost)}
+        summary |= {"gate": verdict}
+        add_account(run.path, cost, summary)
         overview.show(summary, links)
         overview.tell_mlflow(tracked, summary, links)
     become = "is the champion now" if verdict["promoted"] else "stays challenger"
@@ -244,8 +245,13 @@ def accounted(run_dir: Path, cost: CostSettings, summary: Summary) -> Iterator[N
         yield
     finally:
         if "account" not in summary:
-            with only_a_look("the account of time"):
-                summary["account"] = settle(run_dir, cost)
+            add_account(run_dir, cost, summary)
+
+
+@only_a_look("the account of time")
+def add_account(run_dir: Path, cost: CostSettings, summary: Summary) -> None:
+    """Where the time has gone until now."""
+    summary["account"] = settle(run_dir, cost)
 
 
 def starts_by(settings: PandaSettings, stage: str) -> bool:

@@ -27,7 +27,7 @@ from training.cost.marks import (
 )
 
 WORKERS_RUN = "PREFECT__FLOW_RUN_ID"  # set by a worker for the process of a run
-PARTS = {"train": LOAD, "evaluate": EVALUATE, "register": SAVE, "gate": EVALUATE, "promote": SAVE}
+FIRST_PART = {"train": LOAD, "evaluate": EVALUATE, "register": SAVE, "gate": EVALUATE, "promote": SAVE}
 """What a stage begins with; those that are not here prepare."""
 
 
@@ -38,13 +38,12 @@ class Stopwatch:
         self.seconds: dict[str, float] = {}
         self.began = _began()
         self._run_dir: Path | None = None
-        self._marks: list[Mark] = []
-        self._marks.append({"time": self.began, "part": PREPARE})
+        self._marks: list[Mark] = [{"time": self.began, "part": PREPARE}]
 
     @contextlib.contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
         started = time.monotonic()
-        self.turn_to(PARTS.get(stage, PREPARE))
+        self.turn_to(FIRST_PART.get(stage, PREPARE))
         try:
             yield
         finally:

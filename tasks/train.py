@@ -28,6 +28,7 @@ from training.launch.launcher import ExitReport
 from training.launch.run_config import read_config
 from training.run_files import HeldOut, Losses, Trained
 from training.settings import CostSettings, TrainSettings
+from training.tracking.looks import only_a_look
 
 logger = logging.getLogger(__name__)
 
@@ -93,6 +94,7 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool) -> Trained:
     return run_files.read_json(run_dir / run_files.TRAINED)
 
 
+@only_a_look("the forecast")
 def tell_forecast(run_dir: Path, settings: TrainSettings, num_steps: int) -> None:
     """What all steps will take, and cost."""
     if expected := forecast(run_dir, num_steps, CostSettings.of(settings)):

@@ -23,9 +23,10 @@ def totals(account: Account) -> list[tuple[str, str]]:
         ("wall time", duration(account["wall_seconds"])),
         ("goodput", f"{account['goodput']:.1%} of the time, waiting aside, went into steps that were kept"),
     ]
-    again, down = (account["part_seconds"].get(part, 0.0) for part in (REPEATED, DOWN))
-    if again or down:
-        rows.append((LOST, f"{duration(again)} in steps that were made again, {duration(down)} until the next start"))
+    if lost := parts(account)[LOST]:
+        again, down = (duration(account["part_seconds"].get(part, 0.0)) for part in (REPEATED, DOWN))
+        of_it = f"{again} of it in steps that were made again, {down} until the next start"
+        rows.append((LOST, f"{duration(lost)}, {of_it}"))
     rows += price_rows(account)
     if "energy_kwh" in account:
         rows.append(("energy of the GPUs", f"{account['energy_kwh']:,.4g} kWh"))
@@ -46,7 +47,7 @@ def price_rows(price: Price) -> list[tuple[str, str]]:
 def in_words(account: Account) -> list[tuple[str, str]]:
     """The parts, then the totals."""
     wall = account["wall_seconds"]
-    shown = {name: seconds for name, seconds in parts(account).items() if seconds}
+    shown = {name: seconds for name, seconds in parts(account).items() if seconds and name != LOST}
     return [
         *((f"time in {name}", f"{duration(seconds)} ({seconds / wall:.1%})") for name, seconds in shown.items()),
         *totals(account),

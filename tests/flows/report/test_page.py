@@ -63,7 +63,8 @@ def test_the_story_is_told(run_dir):
     text = whole(run_dir)
     for part in ("9 of 12 records", "3.0000 → 1.5000", "champion", "panda reproduce models:/panda/2", "empty_target",
                  "max_gpu_hours=2 ended training", "training 1:00 (60%)", "lost to restarts 20.0 s (20%)",
-                 "15.0 s in steps that were made again, 5.0 s until the next start", "60.0%", "1.50 EUR", "0.1 kWh",
+                 "20.0 s, 15.0 s of it in steps that were made again, 5.0 s until the next start",
+                 "60.0%", "1.50 EUR", "0.1 kWh",
                  "+0.0200 to +0.2000", 'class="better"',
                  '<a href="http://127.0.0.1:5000/#/runs/abc">abc</a>'):  # fmt: skip
         assert part in text, part
