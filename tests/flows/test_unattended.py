@@ -15,9 +15,7 @@ from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
 from prefect.states import Crashed
 
 from tests.support.stack import LONG, Stack, num_steps, running_stack, wait_for
-from training.cost.account import account_of
 from training.registry.versions import Registry
-from training.settings import CostSettings
 from training.tracking.sync import connect
 from training.tracking.tags import PARENT_TAG
 
@@ -174,7 +172,6 @@ class TestHeals:
             lambda: stack.processes(run) and num_steps(run_dir) >= 12, 300, "the training of the run started again"
         )
         assert [path.parent for path in stack.outputs("healed").glob("*/config.yaml")] == [run_dir]
-        assert "down" in account_of(run_dir, CostSettings())["part_seconds"], "until it was started again"
         stack.cancel(run)
         stack.wait_for_cancelled(run)
 
