@@ -12,6 +12,7 @@ from data_prep.settings import CorpusSettings, PackSettings, SeedSettings, Setti
 from training.settings import (
     BatchSettings,
     CheckpointSettings,
+    CostSettings,
     EngineSettings,
     GateSettings,
     LoraSettings,
@@ -151,6 +152,7 @@ GROUPS: tuple[type[Settings], ...] = (
     EngineSettings,
     CheckpointSettings,
     SpikeSettings,
+    CostSettings,
     TrackingSettings,
     GateSettings,
     SeedSettings,

@@ -14,12 +14,13 @@ from data_prep import in_use
 from data_prep.errors import PandaError
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from flows.parts import flow_states
-from flows.parts.flow_states import EarlyExit, Stopwatch
+from flows.parts.flow_states import EarlyExit
 from flows.parts.form import configure, flow_of_settings, run_title
 from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end
 from flows.parts.run_dir import Summary
 from flows.parts.stages import prepare_data
+from tasks.account import Stopwatch
 
 INTRODUCTION = "Corpora in, packed training rows out: validate and shard, tokenize, plan packing."
 SETTINGS = {

@@ -7,6 +7,7 @@ its work is there, and can be read in `tasks/`. No `from __future__ import annot
 
 import contextlib
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from data_prep import in_use
 from data_prep.errors import CorpusError, PandaError, disk_errors
 from flows.parts import approval, flow_states, overview, policy, run_dir
 from flows.parts.champion import champion_if_there, champion_of, registry_of, with_replay
-from flows.parts.flow_states import EarlyExit, Stopwatch
+from flows.parts.flow_states import EarlyExit
 from flows.parts.form import add_result, configure, flow_of_settings, run_title
 from flows.parts.lifetime import begin
 from flows.parts.notify import on_bad_end, on_early_end, tell, tell_of_lost
@@ -27,6 +28,7 @@ from flows.parts.run_dir import AFTER_DATA, RunDir, Summary
 from flows.parts.stages import Prepared, prepare_data, prepared_before, run_metadata, until, version_tags
 from flows.report import page
 from tasks import assets, spikes
+from tasks.account import Stopwatch
 from tasks.alarm import look_at_corpus
 from tasks.gate import gate, promote
 from tasks.register import model_name, register_model, sample_prompt
@@ -34,16 +36,17 @@ from tasks.reporting import alarm_in_words, alarm_markdown, show_links, spikes_m
 from tasks.train import evaluate, evaluated_before, train, trained_before
 from training import run_files
 from training.comparison.approval import APPROVED, NO_ANSWER, REFUSED, in_words
+from training.cost.account import settle
 from training.launch import ownership
 from training.registry.lineage import parent_of
 from training.registry.register import with_retries
 from training.registry.versions import Registry
 from training.run_files import CorpusAlarm, Registered
-from training.settings import TrackingSettings, TrainSettings
+from training.settings import CostSettings, TrackingSettings, TrainSettings
 from training.tracking import run as tracking
 from training.tracking.looks import only_a_look
 from training.tracking.run import TrackedRun
-from training.tracking.tags import PARENT_TAG
+from training.tracking.tags import PARENT_TAG, STOPPED_TAG
 
 logger = logging.getLogger(__name__)
 
@@ -100,7 +103,8 @@ def _in_run_dir(settings: PandaSettings, watch: Stopwatch, in_cache: contextlib.
         if skip:
             raise EarlyExit("SkippedNoNewData", skip, {"data": prepared.plan.report, "seconds": watch.seconds})
         run, resume, is_new = interrupted or run_dir.create(settings), bool(settings.resume or interrupted), True
-    with ownership.owning(run.path, of_deployment()):
+    is_restart = run_dir.is_of(run, of_deployment())
+    with ownership.owning(run.path, of_deployment()), watch.writing_in(run.path, is_restart):
         if is_new:
             run_dir.write_config(run, settings, {"run_dir": run.path, **prepared.paths})
         in_cache.close()
@@ -188,7 +192,8 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
     known = run_metadata(settings, prepared.corpus, prepared.plan)
     links: dict[str, str] = {}
     tracked_run = tracking.open_run(TrackingSettings.of(settings), run.path, known)
-    with tracked_run as tracked, page.written(run.path, summary, links):
+    cost = CostSettings.of(settings)
+    with tracked_run as tracked, page.written(run.path, summary, links), accounted(run.path, cost, summary):
         with watch("train"):
             if starts_by(settings, "train"):
                 trained = train(run.path, TrainSettings.of(settings), resume, settings.metrics_port)
@@ -197,6 +202,9 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
         summary |= {"mlflow_run_id": tracked.run_id, "training": trained, "seconds": watch.seconds}
         found = spikes.show(run.path)
         summary |= {"spikes": found} if found else {}
+        if stopped := trained.get("stopped"):
+            known.tags[STOPPED_TAG] = stopped
+            tracked.tag({STOPPED_TAG: stopped})
         until(settings, "train", summary)
         with watch("evaluate"):
             if starts_by(settings, "evaluate"):
@@ -215,8 +223,10 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
             verdict = gate(tracked, settings, version)
         answer = approval.ask(settings, tracked, verdict, losses)
         if not verdict.pop("settled", False):
-            verdict = promote(tracked, version["uri"], answer)
+            with watch("promote"):
+                verdict = promote(tracked, version["uri"], answer)
         summary |= {"gate": verdict}
+        add_account(run.path, cost, summary)
         overview.show(summary, links)
         overview.tell_mlflow(tracked, summary, links)
     become = "is the champion now" if verdict["promoted"] else "stays challenger"
@@ -227,6 +237,22 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
         also = f"\n\nSpikes in training:\n\n{spikes_markdown(found)}" if found else ""
         tell(settings.notify, subject, f"{reasons}{also}\n\n{flow_run.ui_url}")
     return summary
+
+
+@contextlib.contextmanager
+def accounted(run_dir: Path, cost: CostSettings, summary: Summary) -> Iterator[None]:
+    """At the end of the block, however it ends, the summary has the account."""
+    try:
+        yield
+    finally:
+        if "account" not in summary:
+            add_account(run_dir, cost, summary)
+
+
+@only_a_look("the account of time")
+def add_account(run_dir: Path, cost: CostSettings, summary: Summary) -> None:
+    """Where the time has gone until now."""
+    summary["account"] = settle(run_dir, cost)
 
 
 def starts_by(settings: PandaSettings, stage: str) -> bool:

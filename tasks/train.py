@@ -17,6 +17,9 @@ from data_prep.plan.reader import open_plan
 from tasks.reporting import StageProgress, show_evaluation, show_pictures
 from tasks.stage import retry_helps, stage
 from training import run_files
+from training.cost.account import FIRST_STEPS, forecast
+from training.cost.budget import stopped_at
+from training.cost.words import in_a_line
 from training.launch import launcher, ownership
 from training.launch.commands import EVALUATE
 from training.launch.events import Event
@@ -24,7 +27,8 @@ from training.launch.exits import ExitReason
 from training.launch.launcher import ExitReport
 from training.launch.run_config import read_config
 from training.run_files import HeldOut, Losses, Trained
-from training.settings import TrainSettings
+from training.settings import CostSettings, TrainSettings
+from training.tracking.looks import only_a_look
 from training.tracking.prometheus import monitored
 
 logger = logging.getLogger(__name__)
@@ -51,7 +55,8 @@ def _training_in_words(trained: Trained) -> str:
     steps = f"{trained['steps']:,} steps, {trained['target_tokens']:,} target tokens"
     if trained["first_loss"] is None:  # nothing to do: the checkpoint was at the end already
         return steps
-    return f"{steps}, loss {trained['first_loss']:.4f} -> {trained['last_loss']:.4f}, {speed:,.0f} tokens/s"
+    stopped = f"; {trained['stopped']}" if trained.get("stopped") else ""
+    return f"{steps}, loss {trained['first_loss']:.4f} -> {trained['last_loss']:.4f}, {speed:,.0f} tokens/s{stopped}"
 
 
 def losses_in_words(losses: Losses) -> str:
@@ -83,6 +88,8 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool, metrics_port: in
         monitor(event)
         if event["event"] == "step":
             progress("train", event["step"], event["steps"], "steps", event["loss"])
+            if event["step"] == FIRST_STEPS:
+                tell_forecast(run_dir, settings, event["steps"])
         if event["event"] == "alive":
             logger.info("%s: %s of %s %s", event["doing"], event["done"], event["total"], event["unit"])
 
@@ -91,6 +98,13 @@ def train(run_dir: Path, settings: TrainSettings, resume: bool, metrics_port: in
     _require_completed("training", report, run_dir)
     show_pictures(run_dir)
     return run_files.read_json(run_dir / run_files.TRAINED)
+
+
+@only_a_look("the forecast")
+def tell_forecast(run_dir: Path, settings: TrainSettings, num_steps: int) -> None:
+    """What all steps will take, and cost."""
+    if expected := forecast(run_dir, num_steps, CostSettings.of(settings)):
+        logger.info("forecast for %s steps: %s", f"{num_steps:,}", in_a_line(*expected))
 
 
 @stage("evaluate", says=losses_in_words, retries=1, retry_delay_seconds=10, retry_condition_fn=lost_through_no_fault)
@@ -113,6 +127,8 @@ def is_trained(run_dir: Path, settings: TrainSettings) -> bool:
         return False
     trained = run_files.read_json(path)
     if "rows_per_step" not in trained:  # of an older run
+        return False
+    if trained.get("stopped") and stopped_at(run_dir, settings.max_gpu_hours) is None:  # it has other hours now
         return False
     num_rows = open_plan(read_config(run_dir / run_files.CONFIG).plan_dir, "train").num_rows
     wanted = settings.total_steps(steps_per_epoch(num_rows, trained["rows_per_step"]))

@@ -27,12 +27,12 @@ FLOORS = {
         "records", "tokens", "plan", "inspection pipeline sample",
     ],
     "training": [
-        "errors settings lean_imports run_files", "rendezvous", "distributed devices", "launch models", "engines",
-        "planning", "trainer", "tracking", "comparison", "export", "registry", "serving",
+        "errors settings lean_imports run_files", "cost", "rendezvous", "distributed devices", "launch models",
+        "engines", "planning", "trainer", "tracking", "comparison", "export", "registry", "serving",
         "worker evaluate compare gpu_check",
     ],
     "configs": ["errors settings", "field_types guide_names", "load", "cli", "docs"],
-    "tasks": ["bar", "stage reporting cluster", "assets prepare train register gate alarm spikes"],
+    "tasks": ["bar account", "stage reporting cluster", "assets prepare train register gate alarm spikes"],
     "flows": ["stack", "parts", "report", "panda_train panda_prepare panda_evaluate watch", "cli", "retention"],
 }  # fmt: skip
 """The rooms of a package, ground floor first: a room imports only rooms of lower floors."""

@@ -19,6 +19,8 @@ METRICS = "metrics.jsonl"  # a line a step
 EVALUATIONS = "evaluations.jsonl"  # a line each time the held-out loss is computed
 SPIKES = "spikes.jsonl"  # a line each time loss or gradient norm was out of the ordinary
 SYSTEM = "system.jsonl"  # a line each ten seconds: the load of the machine
+TIME = "time.jsonl"  # a line each time the run turns to something else
+STOP = "stop.json"  # the step after which max_gpu_hours has ended training
 CHECKPOINTS = "checkpoints"  # what is needed to resume
 MODEL = "model"  # what is deployed
 TRAINED = "train.json"  # the worker's summary; training has come to its end
@@ -27,6 +29,7 @@ GATE_JOB = "gate-job.json"  # what the gate is to compare
 GATE = "gate.json"  # what it has found, and what was decided
 APPROVAL = "approval.json"  # what a person was asked, and the answer
 CORPUS_APPROVAL = "corpus-approval.json"  # the same, of the corpus
+ACCOUNT = "account.jsonl"  # a line each time the run ends: where its time went, what it cost
 OUTCOME = "outcome.json"  # why the run failed
 PAGE = "report.html"  # all of it for people
 SUMMARY = "summary.json"  # the last file: without it the run is not done
@@ -126,6 +129,8 @@ class Trained(TypedDict):
     best_step: NotRequired[int | None]
     spikes: NotRequired[int]
     steps_without_update: NotRequired[int]
+    total_steps: NotRequired[int]
+    stopped: NotRequired[str]  # why it ended before all its steps were done; empty where they were
 
 
 class Moved(TypedDict):
@@ -168,6 +173,14 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise damaged(path, error) from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The whole lines of a .jsonl file; a last line that a killed run left unfinished is not one."""
+    if not path.is_file():
+        return []
+    text = path.read_text(encoding="utf-8")
+    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
 
 
 def read_as(path: Path, make: Callable[..., Made]) -> Made:

@@ -191,8 +191,36 @@ class SpikeSettings(Settings):
     )
 
 
+class CostSettings(Settings):
+    """Cost: hours of the GPUs, and their price"""
+
+    max_gpu_hours: float | None = Field(
+        None,
+        gt=0,
+        allow_inf_nan=False,
+        description="Training ends after the last step that leaves time, within so many GPU-hours of the whole run, "
+        "earlier starts included, for the checkpoint, evaluation, registration and gate (without GPUs: hours of its "
+        "ranks). None = no limit.",
+    )
+    price_per_gpu_hour: float | None = Field(
+        None,
+        ge=0,
+        allow_inf_nan=False,
+        examples=[2.5],
+        description="What a GPU costs an hour (without GPUs: a rank); None = the reports show no price.",
+    )
+    currency: str = Field("USD", pattern=r"^[A-Z]{3}$", description="Of the price: three letters, as in ISO 4217.")
+
+
 class TrainSettings(
-    ModelSettings, LoraSettings, OptimizerSettings, BatchSettings, EngineSettings, CheckpointSettings, SpikeSettings
+    ModelSettings,
+    LoraSettings,
+    OptimizerSettings,
+    BatchSettings,
+    EngineSettings,
+    CheckpointSettings,
+    SpikeSettings,
+    CostSettings,
 ):
     """All that the training worker needs to know."""
 

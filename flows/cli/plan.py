@@ -87,7 +87,7 @@ def _training(plan: RunPlan) -> list[tuple[str, str]]:
         rows.append(("disk for checkpoints and model", _gigabytes(plan.needs.disk_bytes)))
     if plan.checkpoint:
         rows.append(("a checkpoint", _checkpoint_in_words(plan.checkpoint)))
-    return [*rows, ("duration", _duration(plan))]
+    return [*rows, ("duration", _duration(plan)), *_cost(plan)]
 
 
 def _checkpoint_in_words(checkpoint: CheckpointCost) -> str:
@@ -121,6 +121,17 @@ def _duration(plan: RunPlan) -> str:
     if not plan.speed:
         return "unknown: no earlier run; give --tokens_per_second"
     return f"{plan.hours:.2f} h at {plan.speed.tokens_per_second:,.0f} tokens/s ({plan.speed.source})"
+
+
+def _cost(plan: RunPlan) -> list[tuple[str, str]]:
+    """Hours of the devices that train, their price, and whether they are within the limit."""
+    hours, limit = plan.device_hours, plan.settings.max_gpu_hours
+    if hours is None or not plan.data.corpus_bytes:
+        return []
+    name = "GPU-hours" if plan.target.is_gpu else "rank-hours (CPU)"
+    over = f"; max_gpu_hours={limit:g} will end training before" if limit is not None and hours > limit else ""
+    price = [] if plan.price is None else [("price of training", f"{plan.price:,.2f} {plan.settings.currency}")]
+    return [(f"{name} of training", f"{hours:,.4g}{over}"), *price]
 
 
 def _memory(needs: Needs, checkpointing: bool) -> list[tuple[str, str, str]]:

@@ -31,6 +31,8 @@ from flows.parts import preflight
 from flows.parts.run_dir import Summary
 from flows.stack.prefect_home import address
 from flows.stack.prefect_server import connected, unusable
+from training.cost.marks import has_own_process
+from training.cost.words import in_a_line, in_words
 from training.run_files import Losses, Registered
 from training.settings import TrackingSettings
 from training.tracking.redact import public_link, redact_text
@@ -53,6 +55,7 @@ def run(line: CommandLine, loaded: Loaded) -> int:
     use_sample_corpus_if_nothing_else(loaded)
     preflight.check(loaded.settings, chosen(loaded))
     require_somebody_to_ask(loaded)
+    has_own_process.set(True)
     summary = call_flow(as_parameters(line))
     if line.switches.json:
         print_json(summary)
@@ -124,7 +127,7 @@ def everything_sent() -> Iterator[None]:
 
 
 def show(summary: Summary, settings: PandaSettings) -> None:
-    """Data report, losses, model, a text it generates, seconds per stage, and where to look further."""
+    """Data report, losses, model, a text it generates, where the time went, where to look further, the cost."""
     console = stdout_console()
     if summary["outcome"]["name"] != "Completed":
         console.print(f"[bold]{summary['outcome']['name']}[/bold]: {summary['outcome']['message']}")
@@ -137,12 +140,16 @@ def show(summary: Summary, settings: PandaSettings) -> None:
         _print_model(console, summary["model"])
     if "gate" in summary:
         _print_gate(console, summary["gate"])
-    if "seconds" in summary:
+    if "account" in summary:
+        _print_table(console, "Time and cost", in_words(summary["account"]))
+    elif "seconds" in summary:
         _print_table(console, "Seconds", [(stage, f"{took:.1f}") for stage, took in summary["seconds"].items()])
     if "run_dir" in summary:
-        console.print(f"Run directory: {summary['run_dir']}\nTo look at this run:", markup=False)
-        for command in ui_commands(settings, summary):
-            console.print(f"  {command}", markup=False, soft_wrap=True)
+        _print_where(console, settings, summary)
+    if "account" in summary:
+        account = summary["account"]
+        line = in_a_line(account["wall_seconds"], account, f"goodput {account['goodput']:.1%}")
+        console.print(f"This took {line}", markup=False)
 
 
 def _print_data(console: Console, summary: Summary) -> None:
@@ -179,6 +186,12 @@ def ui_commands(settings: PandaSettings, summary: Summary) -> list[str]:
     mlflow = f"mlflow ui --backend-store-uri {shlex.quote(redact_text(uri))}    # http://127.0.0.1:5000{pages}"
     link = public_link(uri)
     return [prefect, f"{link}{pages} (MLflow)" if link else mlflow]
+
+
+def _print_where(console: Console, settings: PandaSettings, summary: Summary) -> None:
+    console.print(f"Run directory: {summary['run_dir']}\nTo look at this run:", markup=False)
+    for command in ui_commands(settings, summary):
+        console.print(f"  {command}", markup=False, soft_wrap=True)
 
 
 def _losses(losses: Losses) -> list[tuple[str, str]]:

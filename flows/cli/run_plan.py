@@ -119,6 +119,17 @@ class RunPlan:
     def hours(self) -> float | None:
         return self.course.tokens / self.speed.tokens_per_second / 3600 if self.speed else None
 
+    @property
+    def device_hours(self) -> float | None:
+        """Of all ranks together, in training."""
+        return None if self.hours is None else self.hours * self.target.ranks
+
+    @property
+    def price(self) -> float | None:
+        """Of these hours, in `currency`; None where no price is given."""
+        rate, hours = self.settings.price_per_gpu_hour, self.device_hours
+        return None if rate is None or hours is None else rate * hours
+
 
 def make_plan(settings: PandaSettings, asked: Asked = Asked()) -> RunPlan:
     """Look at the data, the model and earlier runs."""
@@ -287,6 +298,8 @@ def as_json(plan: RunPlan) -> dict[str, Any]:
         "exact": None if plan.exact is None else _exact_as_json(plan.exact, target),
         "speed": asdict(plan.speed) if plan.speed else None,
         "hours": plan.hours,
+        "device_hours": plan.device_hours,
+        "price": plan.price,
     }
 
 

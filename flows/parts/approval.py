@@ -30,6 +30,7 @@ from training import run_files
 from training.comparison import approval
 from training.comparison.approval import APPROVED, NO_ANSWER, REFUSED, WAITING, Approval
 from training.comparison.job import Answered, GateResult
+from training.cost import marks
 from training.run_files import CorpusAlarm, Losses
 from training.tracking.run import TrackedRun
 
@@ -110,6 +111,7 @@ def _ask(settings: PandaSettings, question: _Question, path: Path, champion: str
             f"{question.about} waits for approval",
             f"{question.text}\n\nWithout an answer in {hours}: no.",
         )
+    marks.turn_to(path.parent, marks.WAITING)
     answered = _wait(asked, question, settings.approval_timeout_hours * 3600)
     if answered.answer == NO_ANSWER:
         answered = replace(answered, comment=f"in {hours}")

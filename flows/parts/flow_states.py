@@ -3,13 +3,8 @@
 In: the summary, or the error that ended the run. Out: a state. Names: Completed, Prepared, Stopped, Evaluated,
 SkippedNoNewData, NotApproved (all of type Completed); SkippedStillRunning, Cancelled; UserError, DataError, NonFinite,
 OutOfMemory, LostRank, Infrastructure (of type Failed). Cost: none.
-
-Seconds of each stage of a run. In: `with watch(stage):`. Out: `watch.seconds`. Cost: none.
 """
 
-import contextlib
-import time
-from collections.abc import Iterator
 from typing import Any
 
 from prefect.client.schemas.objects import State
@@ -37,7 +32,8 @@ class EarlyExit(Exception):
     report = ExitReport(ExitReason.completed)
 
     def __init__(self, name: str, message: str, summary: Summary):
-        self.name, self.summary = name, with_outcome(summary, name, message)
+        self.name, self.summary = name, summary  # itself: what is added while the run ends is told as well
+        summary |= {"outcome": {"name": name, "message": message}}
         super().__init__(message)
 
 
@@ -68,18 +64,3 @@ def completed(summary: Summary) -> State[Any]:
 def _message(summary: Summary) -> str:
     model = summary["model"]
     return f"{model['name']} version {model['version']}, {losses_in_words(summary['losses'])}"
-
-
-class Stopwatch:
-    """Wall-clock seconds by stage, rounded to milliseconds, in the order the stages ran."""
-
-    def __init__(self) -> None:
-        self.seconds: dict[str, float] = {}
-
-    @contextlib.contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        started = time.monotonic()
-        try:
-            yield
-        finally:
-            self.seconds[stage] = round(time.monotonic() - started, 3)

@@ -14,6 +14,7 @@ from flows.parts.run_dir import Summary
 from tasks.reporting import alarm_markdown, spikes_markdown
 from training.comparison.job import GateResult
 from training.comparison.report import comparison_markdown
+from training.cost.words import in_words
 from training.registry.versions import Registry
 from training.run_files import Losses, Trained
 from training.tracking.run import TrackedRun
@@ -55,6 +56,8 @@ def story(summary: Summary, links: dict[str, str] | None = None) -> str:
         sections.append(f"## Corpus alarm\n\n{alarm_markdown(summary['corpus_alarm'])}")
     if "training" in summary:
         sections.append(f"## Training\n\n{_table(('what', 'number'), _training(summary['training']))}")
+    if "account" in summary:
+        sections.append(f"## Time and cost\n\n{_table(('what', 'how much'), in_words(summary['account']))}")
     if "spikes" in summary:
         sections.append(f"## Spikes\n\n{spikes_markdown(summary['spikes'])}")
     if "losses" in summary:
@@ -113,6 +116,8 @@ def _training(trained: Trained) -> list[tuple[str, str]]:
     rows = [("steps", f"{trained['steps']:,}"), ("target tokens", f"{trained['target_tokens']:,}")]
     if trained["first_loss"] is not None:
         rows.append(("loss", f"{trained['first_loss']:.4f} → {trained['last_loss']:.4f}"))
+    if stopped := trained.get("stopped"):
+        rows.append(("ended early", stopped))
     return [*rows, ("duration", f"{trained['seconds']:,.0f} s")]
 
 

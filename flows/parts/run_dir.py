@@ -25,6 +25,7 @@ from configs.settings import PandaSettings, UnattendedSettings
 from data_prep import in_use
 from data_prep.plan.report import DataReport
 from training import run_files
+from training.cost.account import Account
 from training.launch import ownership
 from training.launch.exits import ExitReason
 from training.run_files import CorpusAlarm, Losses, Registered, Spike, Trained
@@ -37,7 +38,10 @@ logger = logging.getLogger(__name__)
 
 AFTER_DATA = ("train", "evaluate", "register", "gate")
 """Stages that go on in a run directory that is there."""
-NOT_THE_WORK = {"run_name", "resume", "paths", "prepare_workers", "prepare_cluster", *UnattendedSettings.model_fields}
+NOT_THE_WORK = {
+    *("run_name", "resume", "paths", "prepare_workers", "prepare_cluster", "price_per_gpu_hour", "currency"),
+    *UnattendedSettings.model_fields,
+}
 """What may differ between a run and the one it goes on with."""
 
 
@@ -65,6 +69,7 @@ class Summary(TypedDict, total=False):
     losses: Losses
     model: Registered
     gate: "GateResult"
+    account: Account
     outcome: Outcome
 
 
@@ -109,9 +114,12 @@ def begun_by(flow_run: str, settings: PandaSettings) -> RunDir | None:
     """The directory of a run that is started again after a crash: it was the last to write there."""
     if not flow_run:
         return None
-    return next(
-        (run for run in _runs(settings)[::-1] if ownership.owner_of(run.path).get("flow_run") == flow_run), None
-    )
+    return next((run for run in _runs(settings)[::-1] if is_of(run, flow_run)), None)
+
+
+def is_of(run: RunDir, flow_run: str) -> bool:
+    """Whether that flow run was the last to write there."""
+    return bool(flow_run) and ownership.owner_of(run.path).get("flow_run") == flow_run
 
 
 def finished_by(flow_run: str, settings: PandaSettings) -> Summary | None:

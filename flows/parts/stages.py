@@ -21,9 +21,10 @@ from data_prep.records.shard import RecordsResult
 from data_prep.store import fingerprint
 from data_prep.tokens.tokenize import TokensResult
 from flows.parts.champion import champion_directory
-from flows.parts.flow_states import EarlyExit, Stopwatch
+from flows.parts.flow_states import EarlyExit
 from flows.parts.run_dir import AFTER_DATA, RunDir, Summary
 from tasks import assets
+from tasks.account import Stopwatch
 from tasks.prepare import base_model, plan, shard, tokenize, tokenizer
 from training import run_files
 from training.models.hub import base_checkpoint
@@ -41,6 +42,7 @@ from training.tracking.tags import (
     PLAN_TAG,
     SOURCE_NAME_TAG,
     SOURCE_TYPE_TAG,
+    STOPPED_TAG,
     TARGET_TOKENS_TAG,
 )
 
@@ -159,6 +161,7 @@ def run_metadata(settings: PandaSettings, corpus: str, plan: PlanResult) -> RunM
         CONFIG_TAG: config_hash(settings),
         FLOW_RUN_TAG: str(flow_run.id or ""),
         FLOW_RUN_URL_TAG: str(flow_run.ui_url or ""),
+        STOPPED_TAG: "",
     }
     reports = {run_files.DATA_REPORT: plan.report, run_files.CORPUS_REPORT: corpus_files(Path(plan.path))}
     return RunMetadata(settings.model_dump(mode="json"), datasets, reports, tags)

@@ -5,6 +5,7 @@ highest of each stretch, so that a spike is never thinned away. Cost: linear.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from markupsafe import Markup
@@ -75,8 +76,8 @@ def intervals(title: str, rows: list[Interval]) -> Markup:
     return _figure(title, Markup(), parts, WIDE, height)
 
 
-def shares(title: str, parts: dict[str, float], unit: str) -> Markup:
-    """One bar cut into parts, and what each is."""
+def shares(title: str, parts: dict[str, float], show: Callable[[float], str]) -> Markup:
+    """One bar cut into parts, and what each is; a part keeps its colour when others are empty."""
     total = sum(parts.values())
     if total <= 0:
         return Markup()
@@ -85,12 +86,12 @@ def shares(title: str, parts: dict[str, float], unit: str) -> Markup:
             number % COLOURS, value / total, name
         )
         for number, (name, value) in enumerate(parts.items())
+        if value
     )
     names = Markup(" ").join(
-        Markup('<span class="key c{}">{} {:,.1f} {} ({:.0%})</span>').format(
-            number % COLOURS, name, value, unit, value / total
-        )
+        Markup('<span class="key c{}">{} {} ({:.0%})</span>').format(number % COLOURS, name, show(value), value / total)
         for number, (name, value) in enumerate(parts.items())
+        if value
     )
     return Markup('<figure><figcaption>{} {}</figcaption><div class="bar">{}</div></figure>').format(
         title, names, pieces

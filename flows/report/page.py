@@ -23,6 +23,7 @@ from flows.report.charts import Interval
 from flows.report.facts import Facts, collect
 from training import run_files
 from training.comparison.job import Answer, GateResult
+from training.cost.words import duration, parts, totals
 from training.tracking.looks import only_a_look
 from training.tracking.plots import data_uri
 
@@ -62,6 +63,7 @@ def render(facts: Facts, links: dict[str, str], ended: str = "") -> str:
         lstrip_blocks=True,
     )  # fmt: skip
     environment.filters["number"] = lambda value: f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    account = facts.summary.get("account")
     return environment.get_template("page.html.j2").render(
         facts=facts,
         summary=facts.summary,
@@ -73,7 +75,8 @@ def render(facts: Facts, links: dict[str, str], ended: str = "") -> str:
         speed_chart=charts.lines("Target tokens per second,", {"last": facts.speed}, from_zero=True),
         mfu_chart=charts.lines("Model FLOPs utilisation,", {"last": facts.utilisation}, from_zero=True),
         gain_chart=charts.intervals("Gain in nats per target token, right of the line is better", gains(facts.gate)),
-        time_chart=charts.shares("Where the time went:", facts.summary.get("seconds", {}), "s"),
+        time_chart=charts.shares("Where the time went:", parts(account), duration) if account else Markup(),
+        cost=totals(account) if account else [],
         answers=answers(facts.gate),
         roles=[role for role in ROLES if facts.gate and role in facts.gate.get("answers", {})],
         examples=[Markup(as_html(one)) for one in facts.data.examples] if facts.data else [],

@@ -30,8 +30,8 @@ from training.models.build import copy_tokenizer, load_model, vocabulary_size
 from training.planning import memory
 from training.planning.hardware import GB, Hardware, first_gpu
 from training.planning.model_shape import config_from, measure
+from training.run_files import read_lines
 from training.settings import TrainSettings
-from training.trainer.metrics import read_lines
 
 EVENTS = "events.json"  # what the ranks of the run of "training" said
 STEPS = 8

@@ -70,6 +70,11 @@ def num_local_ranks(settings: EngineSettings, machine: Machine) -> int:
     return settings.num_processes or machine.num_gpus or 2
 
 
+def num_ranks(settings: EngineSettings, machine: Machine) -> int:
+    """Ranks of all machines together; 0 where only the hostfile tells."""
+    return 0 if settings.hostfile else settings.nodes * num_local_ranks(settings, machine)
+
+
 def direct_commands(
     run_dir: Path, settings: EngineSettings, machine: Machine, resume: bool, worker: str
 ) -> list[Command]:

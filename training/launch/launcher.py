@@ -25,11 +25,13 @@ from pathlib import Path
 import yaml
 
 from training import run_files
+from training.cost.marks import DOWN, LOAD, holding, turn_to
 from training.launch import ownership
 from training.launch.commands import (
     WORKER,
     Command,
     num_oom_kills,
+    num_ranks,
     python_path,
     rank_commands,
     this_machine,
@@ -92,8 +94,13 @@ def launch_worker(worker: str, run_dir: Path, settings: TrainSettings, listener:
     started = time.monotonic()
     halvings = 0
     while True:
-        commands = rank_commands(run_dir, settings, this_machine(), resume, worker)
-        report = run_commands(commands, settings, listener)
+        machine = this_machine()
+        commands = rank_commands(run_dir, settings, machine, resume, worker)
+        turn_to(run_dir, LOAD)
+        with holding(run_dir, num_ranks(settings, machine)):
+            report = run_commands(commands, settings, listener)
+        if report.reason is not ExitReason.completed:
+            turn_to(run_dir, DOWN)
         smaller = report.reason is ExitReason.out_of_memory and shrink_micro_batch(run_dir, settings)
         if not smaller:
             seconds = time.monotonic() - started
@@ -109,7 +116,8 @@ def use(
 ) -> ExitReport:
     """Use RUN/model in as many processes as the ranks, and owned like them; `module` writes what it finds."""
     commands = using_commands(module, run_dir, settings, this_machine(), arguments)
-    return run_commands(commands, settings, Listener(lambda event: None, on_log))
+    with holding(run_dir, len(commands)):
+        return run_commands(commands, settings, Listener(lambda event: None, on_log))
 
 
 def smaller_micro_batch(micro_batch: int, accumulation: int) -> tuple[int, int] | None:

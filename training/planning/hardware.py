@@ -3,6 +3,7 @@
 In: nothing. Out: `Hardware`; what NVIDIA's tool says of the GPUs of this machine. Cost: a call of ``nvidia-smi``.
 """
 
+import os
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -73,10 +74,15 @@ def first_gpu() -> tuple[float | None, bool]:
 
 
 def query_gpus(*fields: str) -> list[list[float | None]]:
-    """Numbers of each GPU by nvidia-smi's names (None: it has none); [] where it is not there or does not answer."""
+    """Numbers of each GPU that ranks may use, by nvidia-smi's names (None: it has none).
+
+    [] where the tool is not there or does not answer.
+    """
     if not shutil.which("nvidia-smi"):
         return []
-    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    only = [f"--id={visible}"] if visible else []
+    command = ["nvidia-smi", *only, f"--query-gpu={','.join(fields)}", "--format=csv,noheader,nounits"]
     try:
         text = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout
     except (OSError, subprocess.SubprocessError):

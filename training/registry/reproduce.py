@@ -77,7 +77,11 @@ def reproduce(
     config: dict[str, Any], recorded: dict[int, float], recorded_environment: dict[str, Any],
     cache_dir: Path, on_log: Callable[[str], None],
 ) -> Reproduced:  # fmt: skip
-    """Train as many steps again as `recorded` has. `config`: RUN/config.yaml with paths of this machine."""
+    """Train as many steps again as `recorded` has. `config`: RUN/config.yaml with paths of this machine.
+
+    Where `max_gpu_hours` has ended the run is known from its losses; the clock is not asked again.
+    """
+    config = {**config, "max_gpu_hours": None}
     settings = TrainSettings(**{name: config[name] for name in TrainSettings.model_fields if name in config})
     with run_directory(config, cache_dir) as run_dir:
         again = train_first(run_dir, settings, max(recorded), on_log)

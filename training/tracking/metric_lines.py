@@ -1,17 +1,18 @@
 """The lines of a run's metric files as MLflow's metrics.
 
-In: lines of metrics.jsonl, evaluations.jsonl, system.jsonl. Out: `Metric`s of the run or a model. Cost: none.
+In: lines of metrics.jsonl, evaluations.jsonl, system.jsonl, account.jsonl. Out: `Metric`s of the run or a model.
+Cost: none.
 """
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from training.run_files import EVALUATIONS, METRICS, SYSTEM
+from training.run_files import ACCOUNT, EVALUATIONS, METRICS, SYSTEM
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric
 
-SERIES = {METRICS: "", EVALUATIONS: "eval/", SYSTEM: ""}  # file -> prefix of its metrics
+SERIES = {METRICS: "", EVALUATIONS: "eval/", SYSTEM: "", ACCOUNT: ""}  # file -> prefix of its metrics
 
 
 def metrics_of(line: dict[str, Any], prefix: str, started_ms: int, **of: str) -> "Iterator[Metric]":

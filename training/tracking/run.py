@@ -74,9 +74,13 @@ class TrackedRun:
 
     def describe(self, markdown: str) -> None:
         """Set what MLflow shows as the description of the run; sent with the next news."""
+        self.tag({NOTE_TAG: redact_text(markdown)[:MAX_NOTE_CHARS]})
+
+    def tag(self, tags: dict[str, str]) -> None:
+        """Set tags of the run; sent with the next news."""
         with _sending:
             record = run_record.read_known(self.run_dir)
-            record.tags[NOTE_TAG] = redact_text(markdown)[:MAX_NOTE_CHARS]
+            record.tags |= tags
             record.sent_facts = False
             run_record.write(self.run_dir, record)
 

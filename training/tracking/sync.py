@@ -32,7 +32,7 @@ if TYPE_CHECKING:
 
 ARTIFACTS = (
     run_files.CONFIG, run_files.METRICS, run_files.EVALUATIONS, run_files.EVALUATION, run_files.GATE, run_files.TRAINED,
-    run_files.SUMMARY, run_files.PAGE,
+    run_files.SUMMARY, run_files.PAGE, run_files.TIME,
 )  # fmt: skip
 ARTIFACTS_DIR = "mlartifacts"
 URI_VARIABLES = ("MLFLOW_TRACKING_URI", "MLFLOW_REGISTRY_URI")

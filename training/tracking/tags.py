@@ -14,6 +14,8 @@ CONFIG_TAG = "panda.config"  # hash of the settings
 TARGET_TOKENS_TAG = "panda.target_tokens"  # of the corpus
 EVAL_LOSS_TAG = "eval_loss."  # + source of the held-out records, or `all`
 
+STOPPED_TAG = "panda.stopped"  # why training ended before all its steps were done; empty where they were
+
 CHECKPOINT_TAG = "panda.checkpoint"  # of a logged model: the directory of the checkpoint
 KEY_TAG = "panda.key"  # what is registered: hash of the run and the step
 STEP_TAG = "panda.step"  # optimizer steps behind the weights; versions of earlier code have none

@@ -61,6 +61,7 @@ class Progress:
     evaluations_without_gain: int = 0
     spikes: int = 0
     steps_without_update: int = 0  # of `step`: passed over because of a spike, or gone back behind
+    stopped: str = ""  # why training has ended before all its steps were done
     recent: list[tuple[float, float]] = field(default_factory=list)  # (loss, gradient norm): what limits follow from
 
     def add(self, loss: float, grad_norm: float, tokens: int, target_tokens: int, seconds: float) -> None:

@@ -24,6 +24,10 @@ from torch import Tensor
 
 from data_prep.plan.reader import Plan
 from training import run_files
+from training.cost import budget
+from training.cost.budget import Budget
+from training.cost.marks import EVALUATE, SAVE, TRAIN, WARM_UP, mark
+from training.cost.words import duration
 from training.distributed import Ranks
 from training.engines.engine import Engine
 from training.launch.events import emit, step_done
@@ -35,7 +39,7 @@ from training.settings import TIME_TO_SAVE, TrainSettings
 from training.trainer import checkpoint, evaluation
 from training.trainer.batches import BatchSchedule, prefetch
 from training.trainer.checkpoint import Progress
-from training.trainer.metrics import Clock, Flops, JsonLines, duration, memory_peak_bytes
+from training.trainer.metrics import Clock, Flops, JsonLines, memory_peak_bytes
 from training.trainer.saver import Saver, Writing
 from training.trainer.schedule import Factor
 from training.trainer.spikes import NO_LIMITS, Limits, culprits, in_words, limits_after, names
@@ -104,6 +108,11 @@ class Run:
         """`save_steps`, or ten times in a run."""
         return self.settings.save_steps or max(1, math.ceil(self.batch_schedule.total_steps / 10))
 
+    def turn_to(self, part: str, step: int) -> None:
+        """Say in time.jsonl what begins now, after so many steps."""
+        if self.ranks.is_first:
+            mark(self.directory, {"time": time.time(), "part": part, "step": step})
+
     def work(self, step: int, limits: Limits = NO_LIMITS) -> StepWork:
         """What a step has to do."""
         micro_batch = self.settings.per_gpu_train_batch_size
@@ -129,9 +138,15 @@ def train(run: Run, progress: Progress) -> Progress:
         run.stop.obey_together()
         if not progress.step and not progress.eval_before:
             progress.eval_before = evaluate(run, progress, evaluations)
-        while progress.step < run.batch_schedule.total_steps:
+        hours, progress.stopped = run.settings.max_gpu_hours, ""
+        limit = Budget.of(run.directory, hours, run.ranks.world_size) if hours else None
+        first_step = progress.step + 1
+        run.turn_to(WARM_UP, progress.step)
+        while progress.step < run.batch_schedule.total_steps and not _stopped(run, progress, limit):
             limits = _limits(run, progress)
             record = one_step(run, progress, batches, limits)
+            if progress.step == first_step:
+                run.turn_to(TRAIN, progress.step)
             if metrics is not None:
                 _report(run, progress, record, metrics)
             if limits.exceeded_by(record["loss"], record["grad_norm"]):
@@ -291,6 +306,25 @@ def _after_step(run: Run, progress: Progress, evaluations: JsonLines | None) -> 
     return early
 
 
+def _stopped(run: Run, progress: Progress, limit: Budget | None) -> bool:
+    """Whether `max_gpu_hours` ends training here; then the checkpoint is begun. All ranks together.
+
+    Without a step there would be nothing to register, so one is made in any case.
+    """
+    if limit is None or not progress.step:
+        return False
+    _, until_saved = run.saver.seconds_until(progress.step)
+    last = limit.is_last(progress.step, time.time(), progress.seconds / progress.step, until_saved)
+    if not run.ranks.max(float(last and run.ranks.is_first))[0]:
+        return False
+    progress.stopped = budget.in_words(progress.step, run.batch_schedule.total_steps, limit.hours)
+    if run.ranks.is_first:
+        limit.stop(progress.step)
+        log.info("%s", progress.stopped)
+    save(run, progress)
+    return True
+
+
 def _early_stop(run: Run, progress: Progress, result: HeldOut) -> bool:
     """Remember the best held-out loss; True when it has not fallen for `early_stop_patience` evaluations."""
     if evaluation.ALL not in result:
@@ -315,11 +349,13 @@ def evaluate(run: Run, progress: Progress, evaluations: JsonLines | None) -> Hel
         obey(run, progress)
         return run.engine.forward(batch, "each")
 
+    run.turn_to(EVALUATE, progress.step)
     module = run.engine.module
     module.eval()
     batch_size = run.settings.per_gpu_eval_batch_size
     result = evaluation.held_out_losses(losses, run.validation, batch_size, run.ranks)
     module.train()
+    run.turn_to(TRAIN, progress.step)
     total = result.get(evaluation.ALL)
     if evaluations is not None and total:
         evaluations.write(step=progress.step, eval_loss=total["loss"], perplexity=total["perplexity"], sources=result)
@@ -355,7 +391,9 @@ def save(run: Run, progress: Progress) -> None:
             }
         )
 
+    run.turn_to(SAVE, progress.step)
     run.saver.save(run.engine, progress, complete)
+    run.turn_to(TRAIN, progress.step)
 
 
 def _report(run: Run, progress: Progress, record: StepRecord, metrics: JsonLines) -> None:

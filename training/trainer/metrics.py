@@ -19,7 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from training.run_files import Spans
+from training.run_files import Spans, read_lines
 
 SPANS = ("data", "forward", "backward", "step")
 
@@ -142,18 +142,3 @@ class JsonLines:
         assert self._file is not None, "used outside of its context"
         self._file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
         self._file.flush()
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The whole lines of a file; a last line that a killed run left unfinished is not one."""
-    if not path.is_file():
-        return []
-    text = path.read_text(encoding="utf-8")
-    return [json.loads(line) for line in text[: text.rfind("\n") + 1].splitlines()]
-
-
-def duration(seconds: float) -> str:
-    """1:02:03, or 2:03 below an hour."""
-    minutes, rest = divmod(int(seconds + 0.5), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -21,6 +21,7 @@ from data_prep.targets import load_target
 from data_prep.tokenizer import load_tokenizer
 from data_prep.tokens.templates import served_template
 from training import run_files
+from training.cost.marks import EVALUATE, LOAD, SAVE, mark
 from training.devices import compute_dtype, load_dtype
 from training.distributed import Ranks
 from training.engines.build import build_engine
@@ -51,6 +52,9 @@ T = TypeVar("T")
 
 def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
     """Train, evaluate, save the model, say how it went. All ranks together."""
+    if ranks.is_first:
+        gpus = ranks.device.type == "cuda"
+        mark(config.run_dir, {"time": time.time(), "part": LOAD, "devices": ranks.world_size, "gpus": gpus})
     newest = checkpoint.newest(config.run_dir / run_files.CHECKPOINTS, ranks)
     if newest and not resume:
         raise CheckpointError(f"{newest} is there already: --resume goes on from it; or choose another run directory")
@@ -62,6 +66,8 @@ def train_run(config: RunConfig, ranks: Ranks, resume: bool) -> None:
         run.saver.newest_step, run.saver.seconds = progress.step, checkpoint.seconds_of(newest)
         log.info("resumed from %s", newest)
     if ranks.is_first:
+        if resume:
+            mark(config.run_dir, {"time": time.time(), "resumed_from": progress.step})
         run_files.write_json(config.run_dir / SCHEDULE, {"rows_per_step": progress.rows_per_step})
         steps = run.batch_schedule.total_steps
         checkpoint.discard_after(run.checkpoints, progress.step)
@@ -134,13 +140,16 @@ def _check_disk(config: RunConfig, model: nn.Module) -> None:
 
 def finish(config: RunConfig, run: Run, progress: Progress) -> None:
     """Deploy the last or best weights, evaluate them, write the summary."""
+    run.turn_to(SAVE, progress.step)
     if config.settings.keep_best and progress.best_step is not None:
         run.saver.wait()
         checkpoint.load(run.engine, run.checkpoints / checkpoint.name_of(progress.best_step))
     file = metrics.JsonLines(config.run_dir / run_files.EVALUATIONS, progress.step - 1)
     with file if run.ranks.is_first else nullcontext() as evaluations:
         after = loop.evaluate(run, progress, evaluations)
+    run.turn_to(EVALUATE, progress.step)
     sample = loop.evaluate_sample(run)
+    run.turn_to(SAVE, progress.step)
     save_model(config, run, progress)
     run.saver.wait()
     if run.ranks.is_first:

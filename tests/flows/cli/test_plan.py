@@ -124,7 +124,19 @@ def test_estimates_come_near_and_numbers_are_exact_afterwards(workplace):
     assert exact.course.steps == -(-planned.report["rows"] // rows_per_step)
     assert exact.course.padding == pytest.approx(padding(planned.path, chosen), abs=1e-12)
     assert exact.hours == pytest.approx(planned.report["tokens"] / 1000 / 3600)
+    assert exact.device_hours == pytest.approx(2 * exact.hours) and exact.price is None
     assert estimated.data.tokens == pytest.approx(planned.report["tokens"], rel=1), "the right size"
+
+
+def test_what_the_training_costs_and_that_its_hours_will_not_do(workplace, capsys):
+    prepare_as(settings())
+    words = ["--tokens_per_second", "1", "--price_per_gpu_hour", "2", "--currency", "EUR", "--max_gpu_hours", "1"]
+    assert main(["plan", *words]) == 0
+    printed = " ".join(capsys.readouterr().out.split())
+    plan = make_plan(settings(price_per_gpu_hour=2.0), Asked(tokens_per_second=1.0))
+    assert plan.price == pytest.approx(2 * 2 * plan.course.tokens / 3600)
+    assert f"price of training {plan.price:,.2f} EUR" in printed
+    assert f"rank-hours (CPU) of training {plan.device_hours:,.4g}; max_gpu_hours=1 will end training before" in printed
 
 
 def test_estimates_from_a_sample_of_the_records(workplace):

@@ -10,6 +10,7 @@ from data_prep.errors import CorpusError
 from flows.report import charts, page
 from flows.report.charts import Interval
 from flows.report.facts import Facts, collect
+from training.cost.words import duration
 
 HOSTILE = '</td><script>alert("1")</script><img src=x onerror=alert(1)>'
 SLICE = {"against": "champion", "slice": "all", "records": 40, "loss": 1.5, "perplexity": 4.5, "reference_loss": 1.6,
@@ -23,6 +24,8 @@ DATA = {"records_in": 12, "accepted": 9, "rejected": {"empty_target": 2}, "dropp
         "sources": {"instruction": {"records": 7, "epochs": 1.0, "tokens": 900, "share": 1.0}}}  # fmt: skip
 MODEL = {"name": "panda", "version": 2, "uri": "models:/panda/2", "prompt": "?", "sample": "!"}
 TRAINED = {"steps": 3, "seconds": 5.0, "first_loss": 3.0, "last_loss": 1.0}
+ACCOUNT = {"wall_seconds": 100.0, "part_seconds": {"train": 60.0, "load": 20.0, "repeated": 15.0, "down": 5.0},
+           "goodput": 0.6, "gpu_hours": 0.25, "price": 1.5, "currency": "EUR", "energy_kwh": 0.1}  # fmt: skip
 LOSSES = {"before": {"all": 3.0}, "after": {"all": 1.5}}
 
 
@@ -50,7 +53,8 @@ def run_dir(tmp_path):
 
 
 def whole(run_dir) -> str:
-    summary = {"data": DATA, "training": TRAINED, "losses": LOSSES, "model": MODEL, "seconds": {"train": 5.0}}
+    trained = {**TRAINED, "stopped": "max_gpu_hours=2 ended training"}
+    summary = {"data": DATA, "training": trained, "losses": LOSSES, "model": MODEL, "account": ACCOUNT}
     links = {"MLflow run": "[abc](http://127.0.0.1:5000/#/runs/abc)", "directory": f"`{run_dir}`"}
     return page.render(collect(run_dir, summary), links)
 
@@ -58,6 +62,9 @@ def whole(run_dir) -> str:
 def test_the_story_is_told(run_dir):
     text = whole(run_dir)
     for part in ("9 of 12 records", "3.0000 → 1.5000", "champion", "panda reproduce models:/panda/2", "empty_target",
+                 "max_gpu_hours=2 ended training", "training 1:00 (60%)", "lost to restarts 20.0 s (20%)",
+                 "20.0 s, 15.0 s of it in steps that were made again, 5.0 s until the next start",
+                 "60.0%", "1.50 EUR", "0.1 kWh",
                  "+0.0200 to +0.2000", 'class="better"',
                  '<a href="http://127.0.0.1:5000/#/runs/abc">abc</a>'):  # fmt: skip
         assert part in text, part
@@ -109,5 +116,9 @@ class TestCharts:
         assert [kind for kind in ("better", "open", "worse") if f'line class="{kind}"' in drawn] == ["open", "worse"]
 
     def test_shares_name_all_parts(self):
-        assert "train 3.0 s (75%)" in charts.shares("time", {"train": 3.0, "gate": 1.0}, "s")
-        assert charts.shares("time", {}, "s") == ""
+        assert "train 3.0 s (75%)" in charts.shares("time", {"train": 3.0, "gate": 1.0}, duration)
+        assert charts.shares("time", {}, duration) == ""
+
+    def test_an_empty_part_is_not_shown_and_changes_no_colour(self):
+        drawn = charts.shares("time", {"train": 3.0, "load": 0.0, "gate": 1.0}, duration)
+        assert "load" not in drawn and 'class="key c2">gate' in drawn

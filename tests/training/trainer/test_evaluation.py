@@ -10,8 +10,9 @@ import torch
 from data_prep.plan.reader import open_plan
 from tests.support.tiny import write_counting_plan
 from tests.training.trainer.test_checkpoint import RANKS
+from training.run_files import read_lines
 from training.trainer.evaluation import held_out_losses, summary
-from training.trainer.metrics import Clock, JsonLines, duration, read_lines
+from training.trainer.metrics import Clock, JsonLines
 
 
 def test_summary_by_hand():
@@ -60,8 +61,3 @@ def test_clock_adds_up_spans():
     assert set(taken) == {"seconds_data", "seconds_forward", "seconds_backward", "seconds_step"}
     assert taken["seconds_forward"] > 0 == taken["seconds_data"]
     assert clock.take()["seconds_forward"] == 0
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0:00"), (75, "1:15"), (3723, "1:02:03")])
-def test_duration(seconds, text):
-    assert duration(seconds) == text
