@@ -215,7 +215,6 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
         until(settings, "evaluate", summary)
         with watch("register"):
             version = register(settings, tracked, prepared, version_tags(known, losses))
-        assets.version_registered(version, prepared.plan)
         summary |= {"model": version, "mlflow_run_id": tracked.run_id}
         links |= show_links(run.path, tracked, version) or {}
         until(settings, "register", summary)
@@ -267,7 +266,9 @@ def register(settings: PandaSettings, tracked: TrackedRun, prepared: Prepared, t
     parent = with_retries(lambda: parent_of(Registry(tracked.uri), start))
     tags |= {PARENT_TAG: parent} if parent else {}
     prompt = sample_prompt(Path(prepared.plan.path), prepared.tokenizer_dir, Path(settings.cache_dir))
-    return register_model(tracked, model_name(settings.registered_model_name, settings.model), tags, prompt)
+    version = register_model(tracked, model_name(settings.registered_model_name, settings.model), tags, prompt)
+    assets.version_registered(version, prepared.plan)
+    return version
 
 
 panda_train = flow_of_settings(
