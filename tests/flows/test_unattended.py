@@ -12,9 +12,11 @@ from uuid import UUID
 
 import pytest
 from prefect.client.schemas.actions import DeploymentUpdate, WorkPoolCreate
+from prefect.events.filters import EventFilter
 from prefect.states import Crashed
 
 from flows.parts.policy import CORPUS_EVENT_TAG
+from tasks.assets import MATERIALIZED
 from tests.support.stack import LONG, Stack, num_steps, running_stack, wait_for
 from training.registry.versions import Registry
 from training.tracking.sync import connect
@@ -60,6 +62,26 @@ def test_links_lead_to_mlflow_and_back(stack, first, registry):
     assert f"/runs/{version.run_id}" in stack.artifacts(first)["links"]
     tags = connect(registry.uri).get_run(version.run_id).data.tags
     assert tags["prefect.flow_run_url"].endswith(f"/flow-run/{first}")
+
+
+def test_corpus_plan_and_version_are_told_as_assets(stack, first):
+    wait_for(lambda: f"panda://models/{MODEL}/1" in made(stack), 60, "the asset event of the version")
+    of = made(stack)
+    (plan,) = of[f"panda://models/{MODEL}/1"]
+    assert plan.startswith("panda://plans/")
+    (corpus,) = of[plan]
+    assert corpus.startswith("panda://corpora/") and of[corpus] == []
+
+
+def made(stack: Stack) -> dict[str, list[str]]:
+    """Asset -> the assets it was made of."""
+    wanted = EventFilter.model_validate({"event": {"name": [MATERIALIZED]}})
+    with stack.client() as client:
+        events = client.read_events(wanted, limit=50).events
+    return {
+        event.resource.id: [one.id for one in event.related if one.get("prefect.resource.role") == "asset"]
+        for event in events
+    }
 
 
 class TestNextVersion:
