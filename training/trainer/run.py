@@ -33,6 +33,7 @@ from training.launch.run_config import RunConfig
 from training.lean_imports import UNUSED, without
 from training.models import build, weight_files
 from training.models.loss import CausalLMLoss, causal_model
+from training.models.principal import write_as_plain
 from training.planning.memory import disk_bytes
 from training.trainer import checkpoint, loop, metrics, packing_check
 from training.trainer.batches import batch_schedule
@@ -179,6 +180,8 @@ def _write_adapter(run: Run, progress: Progress, directory: Path) -> None:
     weights = {name: value for name, value in gathered if run.ranks.is_first}
     if run.ranks.is_first:
         run.engine.module.model.save_pretrained(directory, state_dict=weights)  # type: ignore[operator]  # peft's
+        if run.settings.init_lora_weights == "pissa":
+            write_as_plain(run.engine.module.model, directory)
 
 
 def _write_weights(run: Run, progress: Progress, directory: Path) -> None:
