@@ -13,7 +13,7 @@ when the adapter is written; memory of one of them.
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,7 +25,6 @@ from torch import Tensor, nn
 
 from training.devices import any_device
 from training.errors import ModelError
-from training.launch.heartbeat import Heartbeat
 from training.models.deferred import Value, Values
 from training.models.hub import ADAPTER
 
@@ -102,10 +101,12 @@ def _adapted(model: nn.Module) -> Iterator[tuple[str, Any]]:
             yield name, layer
 
 
-def write_as_plain(model: Any, directory: Path) -> None:
-    """Make the adapter in a directory, trained from the principal parts of this model, one for the base as it was."""
+def write_as_plain(model: Any, directory: Path, alive: Callable[[int], None] = lambda done: None) -> None:
+    """Make the adapter in a directory, trained from the principal parts of this model, one for the base as it was.
+
+    :param alive: hears how many layers are done
+    """
     tensors = load_file(directory / WEIGHTS)
-    alive = Heartbeat("writing the adapter", len(model.principal), "layers")
     for done, (name, parts) in enumerate(model.principal.items()):
         alive(done)
         a, b = f"{name}.lora_A.weight", f"{name}.lora_B.weight"

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -181,7 +181,8 @@ def _write_adapter(run: Run, progress: Progress, directory: Path) -> None:
     if run.ranks.is_first:
         run.engine.module.model.save_pretrained(directory, state_dict=weights)  # type: ignore[operator]  # peft's
         if run.settings.init_lora_weights == "pissa":
-            write_as_plain(run.engine.module.model, directory)
+            model: Any = run.engine.module.model
+            write_as_plain(model, directory, Heartbeat("writing the adapter", len(model.principal), "layers"))
 
 
 def _write_weights(run: Run, progress: Progress, directory: Path) -> None:
