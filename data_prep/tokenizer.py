@@ -10,7 +10,7 @@ Cost: loading 0.1 s for 49k entries; training 2 s a 10 MB.
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,6 +76,11 @@ def load_tokenizer(directory: Path, cache_dir: Path | None = None) -> LoadedToke
         special_names={name: text for name in _NAMES if isinstance(text := _token_text(config.get(name)), str)},
         chat_template=_chat_template(directory, config),
     )
+
+
+def ids_of(core: Tokenizer, tokens: Iterable[str]) -> list[int]:
+    """Ids of whole tokens; of those that it does not know none."""
+    return [known for token in tokens if (known := core.token_to_id(token)) is not None]
 
 
 def train_tokenizer(records: Any, vocab_size: int, cache_dir: Path) -> Path:

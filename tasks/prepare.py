@@ -12,7 +12,7 @@ from data_prep.tokens.tokenize import TokensResult
 from tasks.cluster import on_cluster
 from tasks.reporting import StageProgress, show_prepared, show_report
 from tasks.stage import stage
-from training.models.delta import model_directory
+from training.bases.start import model_directory
 from training.models.hub import description
 from training.settings import ModelSettings
 from training.tracking.looks import only_a_look

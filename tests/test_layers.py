@@ -28,7 +28,7 @@ FLOORS = {
     ],
     "training": [
         "errors settings lean_imports run_files", "cost", "rendezvous", "distributed devices", "launch models",
-        "engines", "planning", "trainer", "tracking", "comparison", "export", "registry", "serving",
+        "engines bases", "planning", "trainer", "tracking", "comparison", "export", "registry", "serving",
         "worker evaluate compare gpu_check",
     ],
     "configs": ["errors settings", "field_types guide_names", "load", "cli", "docs"],
@@ -36,7 +36,7 @@ FLOORS = {
     "flows": ["stack", "parts", "report", "panda_train panda_prepare panda_evaluate watch", "cli", "retention"],
 }  # fmt: skip
 """The rooms of a package, ground floor first: a room imports only rooms of lower floors."""
-TRAINS = {"trainer", "engines", "models", "planning", "launch", "worker"}
+TRAINS = {"trainer", "engines", "models", "bases", "planning", "launch", "worker"}
 USES_WHAT_WAS_TRAINED = {"tracking", "registry", "comparison", "export", "serving"}
 MAX_MODULES = 12
 SOURCES = [path for package in MAY_IMPORT for path in sorted((ROOT / package).rglob("*.py"))]

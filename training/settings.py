@@ -32,6 +32,11 @@ class ModelSettings(Settings):
         description="What a delta checkpoint (weights minus a base, such as llama-panda-zh-7b-delta) is added to: a "
         "directory, a folder below ./pretrained-models, or a hub id.",
     )
+    add_tokens: list[Annotated[str, Field(min_length=1)]] | None = Field(
+        None,
+        description="New tokens, such as [<tool>, </tool>], that the tokenizer keeps whole from then on. Their rows of "
+        "embedding and output layer start as the mean of the old ones; beside an adapter only these rows are trained.",
+    )
     architecture: dict[str, Any] | None = Field(
         None,
         description="Hugging Face config (with `model_type`) of a model initialised from scratch, or a `_target_` node "
@@ -58,6 +63,30 @@ class LoraSettings(Settings):
     lora_target_modules: list[str] | None = Field(
         None, description="Names of the linear layers that get an adapter; None = all of them but the head."
     )
+    use_rslora: bool = Field(
+        False,
+        description="Scale the adapter by alpha / sqrt(r), so that high ranks learn as well (arXiv 2312.03732).",
+    )
+    use_dora: bool = Field(
+        False,
+        description="Train the length of every row of an adapted weight apart from its direction (arXiv 2402.09353).",
+    )
+    init_lora_weights: Literal["kaiming", "pissa"] = Field(
+        "kaiming",
+        description="What the adapter starts from: random numbers that change nothing (kaiming), or the largest parts "
+        "of the weights, which leave the base (pissa; arXiv 2404.02948). Deployed it fits the base as it was, at twice "
+        "the rank.",
+    )
+    modules_to_save: list[str] | None = Field(
+        None,
+        description="Names of modules that are trained whole beside the adapter, such as [embed_tokens, lm_head]; "
+        "those that share a weight are trained as one.",
+    )
+    trainable_token_indices: list[Annotated[int, Field(ge=0)]] | None = Field(
+        None,
+        description="Ids of tokens whose rows of embedding and output layer are trained beside the adapter; the other "
+        "rows stay as they are.",
+    )
     use_quant: bool = Field(
         False,
         description="Keep the frozen weights in 4 bits (nf4, double quantisation; arXiv 2305.14314) below an adapter.",
@@ -73,6 +102,12 @@ class OptimizerSettings(Settings):
     use_nvlamb: bool = Field(False, description="LAMB with NVIDIA's gradient pre-normalisation (arXiv 1904.00962).")
     bit_training: bool = Field(False, description="Optimizer states in 8 bits (bitsandbytes AdamW or LAMB).")
     learning_rate: float = Field(1e-3, gt=0, description="Peak learning rate.")
+    loraplus_lr_ratio: float = Field(
+        1.0,
+        ge=1,
+        description="LoRA+: the learning rate of each adapter's B is so many times that of all else "
+        "(arXiv 2402.12354); 1 = LoRA.",
+    )
     lr_scheduler: Annotated[str | dict[str, Any], name_or_target(*SCHEDULES)] = Field(
         "warmup", description="linear, cosine, constant, poly, warmup (constant after warm-up), or a `_target_` node."
     )

@@ -124,8 +124,9 @@ def _load_fast(core: Tokenizer) -> Any:
     except (ImportError, ValueError, RuntimeError) as error:
         logger.info("fastokens does not support this tokenizer (%s); tokenizers is used", error)
         return None
-    encoded = _encode_fast(fast, DIFFICULT)
-    same = encoded is not None and _equal(encoded, encode_reference(core, DIFFICULT))
+    added = [f"a{token.content} {token.content}b" for token in core.get_added_tokens_decoder().values()]
+    encoded = _encode_fast(fast, DIFFICULT + added)
+    same = encoded is not None and _equal(encoded, encode_reference(core, DIFFICULT + added))
     if not same:
         logger.info("fastokens gives other ids than tokenizers on difficult strings; tokenizers is used")
     return fast if same else None

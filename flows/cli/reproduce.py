@@ -20,7 +20,7 @@ from flows.cli.console import stdout_console
 from flows.cli.registry import Verb, parse_verb
 from flows.cli.run import print_json
 from training import run_files
-from training.models.delta import model_directory
+from training.bases.start import model_directory
 from training.models.hub import base_checkpoint
 from training.registry.lineage import config_of, describe, plan_of
 from training.registry.reproduce import Reproduced, ReproduceError, num_ranks, recorded_losses, reproduce

@@ -40,7 +40,8 @@ OWNERS_ALONE = {"trust_remote_code", "hostfile", "gate_benchmarks"}  # the last:
 MAPPINGS = {"reader", "template", "optimizer", "lr_scheduler", "callbacks", "architecture", "gate_metrics"}
 HARMLESS = {
     *("run_name", "notify", "experiment_name", "registered_model_name"),  # names, most of them of a given form
-    *("mixture", "columns", "lora_target_modules", "adam_betas", "currency"),
+    *("mixture", "columns", "lora_target_modules", "adam_betas", "modules_to_save", "trainable_token_indices"),
+    *("add_tokens", "currency"),
 }
 """Beside these, a setting is a number, a switch or one of a few words. A test holds every field to one of the sets."""
 

@@ -27,6 +27,7 @@ from tasks import assets
 from tasks.account import Stopwatch
 from tasks.prepare import base_model, plan, shard, tokenize, tokenizer
 from training import run_files
+from training.bases.tokens import with_tokens
 from training.models.hub import base_checkpoint
 from training.registry.lineage import corpus_files
 from training.run_files import Losses
@@ -106,7 +107,7 @@ def starting_point(settings: PandaSettings) -> Path | None:
     """The directory of the weights to start from; None = from scratch."""
     champion = champion_directory(settings)
     if champion:
-        return champion
+        return with_tokens(champion, settings.add_tokens or [], Path(settings.cache_dir))
     return base_model(settings) if base_checkpoint(settings) else None
 
 

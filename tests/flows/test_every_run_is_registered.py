@@ -11,14 +11,17 @@ import shutil
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from prefect.settings import temporary_settings
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from configs.settings import PandaSettings
 from data_prep.errors import CorpusError, PandaError
+from data_prep.plan.reader import open_plan
 from flows.cli import run as report
 from flows.cli.run import call_flow
 from flows.panda_evaluate import panda_evaluate
@@ -30,6 +33,7 @@ from tests.support.tiny_models import save_tokenizer
 from tests.training.registry.test_register import older_key
 from training import evaluate
 from training.launch import commands, launcher
+from training.launch.run_config import read_config
 from training.registry import loaded_back
 from training.registry.promotion import promote
 from training.registry.versions import Registry, Version
@@ -170,6 +174,21 @@ def test_first_and_second_version(corpus, bos, kind, folder):
         assert {row["against"] for row in gate["slices"]} == (against if held_out else set())
         assert not gate["problems"] and bool(summary["losses"]["after"]) == held_out
         promote(here, model["uri"], despite_gate=True)
+
+
+def test_new_tokens_are_in_the_version_and_its_records(folder):
+    """From the corpus to what is loaded back: one word for the tokenizer, a row of each end for the adapter."""
+    asked = {"use_lora": True, "lora_r": 2, "use_dora": True, "add_tokens": ["is the number after"]}
+    summary = run(folder, "documents only", True, run_name="tokens", registered_model_name="tokens", **asked)
+    assert summary["gate"]["records"] >= 15 and not summary["gate"]["problems"] and summary["model"]["sample"]
+    run_dir = Path(summary["run_dir"])
+    num_old = len(AutoTokenizer.from_pretrained(folder / "bos=True"))
+    version = AutoTokenizer.from_pretrained(run_dir / "model")
+    assert len(version) == num_old + 1 and version("3 is the number after 2").input_ids.count(num_old) == 1
+    ids = open_plan(Path(read_config(run_dir / "config.yaml").plan_dir), "train").batch(np.array([0])).input_ids
+    assert (ids == num_old).any()
+    rows = {name for name in load_file(run_dir / "model" / "adapter_model.safetensors") if "tokens_delta" in name}
+    assert len(rows) == 2, "embedding and output layer"
 
 
 def test_that_nothing_is_held_out_is_said_wherever_losses_are_shown(folder, capsys):

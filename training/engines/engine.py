@@ -20,6 +20,7 @@ from training.models.loss import CausalLMLoss, causal_model
 from training.models.shards import Piece
 
 WEIGHT = "weight"  # key of the parameter itself, float32, beside its optimizer state
+LR_RATIO = "lr_ratio"  # key of a group of parameters
 
 
 class Stored(Protocol):
@@ -106,5 +107,6 @@ def share(value: Tensor, ranks: Ranks) -> Piece:
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, learning_rate: float) -> None:
+    """Of every group of parameters that of all, times its own ratio where it has one."""
     for group in optimizer.param_groups:
-        group["lr"] = learning_rate
+        group["lr"] = learning_rate * group.get(LR_RATIO, 1.0)

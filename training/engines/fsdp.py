@@ -4,10 +4,10 @@ In: a `CausalLMLoss`, settings, ranks. Out: an `Engine`. Every decoder layer is 
 one), so are embedding and output layer unless they are tied, and the rest is the root unit: weights are gathered for a
 unit at a time, gradients and optimizer states exist only as shards. FSDP2 averages gradients over the ranks (undone
 through `averaging`). bfloat16: shards are float32, layers compute in bfloat16, gradients are summed in float32. Those
-of an adapter are kept whole until the last micro-batch of a step and reduced once; those of a whole model would not fit
-beside it, so every micro-batch reduces them. Optimizers see `DTensor`s, whose norms are global, so LAMB works. Frozen
-4-bit weights are sharded as bytes. Cost: each rank reads its shards from the files; a 4-bit weight is quantised whole
-by every rank, which keeps its part.
+of an adapter are kept whole until the last micro-batch of a step and reduced once; those of a whole model (or of whole
+modules beside an adapter) would not fit beside it, so every micro-batch reduces them. Optimizers see `DTensor`s, whose
+norms are global, so LAMB works. Frozen 4-bit weights are sharded as bytes. Cost: each rank reads its shards from the
+files; a 4-bit weight is quantised whole by every rank, which keeps its part.
 """
 
 import math
@@ -36,7 +36,7 @@ from training.engines.optimizers import build_optimizer, restored_states, whole
 from training.launch.heartbeat import Heartbeat
 from training.models.attention import PLAIN
 from training.models.deferred import Value, Values, check_filled, make_shardable, replace
-from training.models.loss import CausalLMLoss, causal_model
+from training.models.loss import CausalLMLoss, causal_model, layers_of
 from training.models.shards import Piece
 from training.settings import TrainSettings
 
@@ -68,8 +68,9 @@ class FsdpEngine:
         shard(module, ranks, Values() if values is None else values, precision)
         optimizer = build_optimizer(module.named_parameters(), settings)
         return cls(
-            module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)), holds_gradients=settings.use_lora
-        )
+            module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)),
+            holds_gradients=settings.use_lora and not settings.modules_to_save,
+        )  # fmt: skip
 
     @property
     def averaging(self) -> float:
@@ -180,20 +181,24 @@ def _parts(module: CausalLMLoss, device: torch.device) -> Iterator[nn.Module]:
 def _smaller(module: nn.Module, limit: int) -> Iterator[nn.Module]:
     """The modules of one that has more numbers than the limit, taken apart until each has no more or is one matrix.
 
-    Norms stay with the layer, and the adapters of a matrix that is taken out.
+    Norms stay with the layer, and the adapters of a matrix that is taken out; but those of DoRA look at their matrix.
     """
     if sum(parameter.numel() for parameter in module.parameters()) <= limit:
         return
     for child in module.children():
-        if any(parameter.dim() > 1 for parameter in child.parameters()) and not isinstance(child, nn.ModuleDict):
+        if getattr(child, "lora_magnitude_vector", None):
+            yield child
+        elif any(parameter.dim() > 1 for parameter in child.parameters()) and not isinstance(child, nn.ModuleDict):
             yield from list(_smaller(child, limit)) or [child]
 
 
 def _untied_ends(module: CausalLMLoss) -> list[nn.Module]:
     """Embedding and output layer, as units of their own: whole only while they are needed. Tied ones are the root's."""
-    embedding: Any = causal_model(module.model).get_input_embeddings()
-    head = module.head  # None where the model's own forward pass computes it
-    return [] if head is None or head.weight is embedding.weight else [embedding, head]
+    causal = causal_model(module.model)
+    embeddings, heads = layers_of(causal.get_input_embeddings()), layers_of(causal.get_output_embeddings())
+    if module.head is None or heads[-1].weight is embeddings[-1].weight:  # None: computed by the model itself
+        return []
+    return [*embeddings, *heads]
 
 
 def _fill_shard(parameter: Any, value: Value, ranks: Ranks) -> None:

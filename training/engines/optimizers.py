@@ -1,8 +1,9 @@
 """Optimizers by name, and which parameters decay.
 
 In: settings and named parameters. Out: a torch optimizer. Matrices decay; norms and biases (fewer than two dimensions)
-do not. AdamW is torch's fused kernel (CPU and GPU), Adafactor is torch's, LAMB is ours; 8-bit states are
-bitsandbytes', imported only when asked for (up to 15 s on a cold disk). Cost: two states a parameter.
+do not; B of adapters may have a learning rate of their own. AdamW is torch's fused kernel (CPU and GPU), Adafactor is
+torch's, LAMB is ours; 8-bit states are bitsandbytes', imported only when asked for (up to 15 s on a cold disk). Cost:
+two states a parameter.
 """
 
 import math
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from data_prep.targets import load_target
-from training.engines.engine import WEIGHT, Stored
+from training.engines.engine import LR_RATIO, WEIGHT, Stored
 from training.settings import OptimizerSettings
 
 
@@ -84,13 +85,26 @@ def whole(value: Tensor) -> Tensor:
 Groups = list[dict[str, Any]]
 
 
-def parameter_groups(parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float) -> Groups:
-    """Trainable parameters in two groups: matrices with decay, norms and biases without."""
-    trainable = [parameter for _, parameter in parameters if parameter.requires_grad]
-    matrices = [parameter for parameter in trainable if _dimensions(parameter) >= 2]
-    rest = [parameter for parameter in trainable if _dimensions(parameter) < 2]
-    groups = [{"params": matrices, "weight_decay": weight_decay}, {"params": rest, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
+def parameter_groups(
+    parameters: Iterable[tuple[str, nn.Parameter]], weight_decay: float, ratio_of_b: float = 1.0
+) -> Groups:
+    """Trainable parameters: matrices with decay, norms and biases without; B of adapters apart where it is faster.
+
+    :param ratio_of_b: learning rate of these over that of all others (LoRA+, arXiv 2402.12354)
+    """
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            faster = ratio_of_b != 1 and ".lora_B." in name
+            groups.setdefault((faster, _dimensions(parameter) < 2), []).append(parameter)
+    return [
+        {
+            "params": groups[faster, flat],
+            "weight_decay": 0.0 if flat else weight_decay,
+            LR_RATIO: ratio_of_b if faster else 1.0,
+        }
+        for faster, flat in sorted(groups)
+    ]
 
 
 def _dimensions(parameter: nn.Parameter) -> int:
@@ -148,7 +162,7 @@ def build_optimizer(
     parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings
 ) -> torch.optim.Optimizer:
     """The optimizer that the settings name. A `_target_` node is called with the groups and `lr`."""
-    groups = parameter_groups(parameters, settings.weight_decay)
+    groups = parameter_groups(parameters, settings.weight_decay, settings.loraplus_lr_ratio)
     if isinstance(settings.optimizer, dict):
         return load_target(settings.optimizer, "optimizer")(groups, lr=settings.learning_rate)
     return BUILDERS[settings.optimizer, settings.bit_training](groups, settings)

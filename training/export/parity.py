@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from training.devices import any_device
+from training.export.streamed import streamed
 from training.models.build import empty_deployed
-from training.models.streamed import streamed
 
 log = logging.getLogger(__name__)
 

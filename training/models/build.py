@@ -20,10 +20,12 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedConfig, PreTrainedModel
 
 from data_prep.targets import load_target
+from data_prep.tokenizer import ids_of, load_tokenizer
 from training.devices import any_device, uses_bf16
 from training.errors import ModelError
 from training.lean_imports import silence_vain_warnings
 from training.models import attention
+from training.models.adapter import add_adapter, magnitudes, room_for_lengths
 from training.models.deferred import Values, deferring
 from training.models.drawn import drawn
 from training.models.hub import base_of
@@ -64,7 +66,8 @@ def empty_model(
     keep_differentiable(causal)
     _check_vocabulary(causal, tokenizer_dir)
     causal.config.use_cache = False
-    model = add_adapter(causal, settings, values) if settings.use_lora else causal
+    rows = ids_of(load_tokenizer(Path(tokenizer_dir)).core, settings.add_tokens) if settings.add_tokens else []
+    model = add_adapter(causal, settings, values, rows) if settings.use_lora else causal
     if settings.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train(), values
@@ -135,27 +138,6 @@ def four_bits(dtype: torch.dtype) -> Any:
     )
 
 
-def add_adapter(model: nn.Module, settings: TrainSettings, values: Values | None = None) -> nn.Module:
-    """A LoRA adapter (arXiv 2106.09685) on all linear layers but the head, or on the named ones; the rest is frozen.
-
-    :param values: of the parameters that are empty
-    """
-    from peft import LoraConfig, get_peft_model
-
-    config = LoraConfig(
-        r=settings.lora_r,
-        lora_alpha=settings.lora_alpha,  # type: ignore[arg-type]  # annotated int, used as a number
-        lora_dropout=settings.lora_dropout,
-        target_modules=settings.lora_target_modules or "all-linear",
-        task_type="CAUSAL_LM",
-    )
-    try:
-        with (values or Values()).standing_in():
-            return get_peft_model(model, config)
-    except ValueError as error:
-        raise ModelError(f"lora_target_modules={settings.lora_target_modules}: {error}") from error
-
-
 def _with_attention(settings: TrainSettings, build: Callable[[str | None], PreTrainedModel]) -> PreTrainedModel:
     """Build with the attention asked for; `auto`: FlashAttention if it fits, else by segment, else the model's own.
 
@@ -195,7 +177,7 @@ def special_tokens(tokenizer_dir: str) -> dict[str, int | None]:
 def num_embeddings(model: PreTrainedModel) -> int:
     """Rows of the embedding: at least the tokenizer's tokens."""
     embedding: Any = model.get_input_embeddings()
-    return embedding.weight.shape[0]
+    return getattr(embedding, "original_module", embedding).weight.shape[0]  # below what peft trains of it
 
 
 def _check_vocabulary(model: PreTrainedModel, tokenizer_dir: str) -> None:
@@ -328,10 +310,10 @@ def put_adapter(empty: Empty, name: str, directory: Path) -> None:
     from peft import PeftModel
 
     try:
-        with empty.values.standing_in():
+        with empty.values.standing_in(), magnitudes(room_for_lengths):
             if hasattr(empty.model, "peft_config"):
                 empty.model.load_adapter(directory, adapter_name=name)
             else:
                 empty.model = PeftModel.from_pretrained(empty.model, directory, adapter_name=name)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, IndexError) as error:
         raise ModelError(f"{directory}: no adapter of this model ({error})") from error

@@ -3,7 +3,8 @@
 In: a call of transformers' `from_pretrained`. Out: the model it would give, the parameters empty, and their `Values`:
 read when an engine is ready to keep its part. A value is mapped from its file, so a rank that keeps a slice reads a
 slice, and no process ever holds more than its share and one tensor. Everything else is as transformers makes it:
-buffers are computed, tied weights are one, what the files lack is drawn from the seed, 4-bit layers wait for weights.
+buffers are computed, tied weights are one (also where the files have both), what the files lack is drawn from the seed,
+4-bit layers wait for weights.
 
 transformers names the tensors (`rename_source_key`). Where it also joins or splits them (experts of some mixtures,
 files that are 4-bit already), it loads the whole model in its own way, and a warning says so.
@@ -15,6 +16,7 @@ import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,9 +67,16 @@ class Values(dict[nn.Parameter, Value]):
         return {name: self[parameter] for name, parameter in module.named_parameters() if parameter in self}
 
     @contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """Within it, empty parameters look as if they were on the CPU: peft puts adapters where the weights are."""
+    def standing_in(self, copies_are_empty: bool = False) -> Iterator[None]:
+        """Within it, empty parameters look as if they were on the CPU: peft puts adapters where the weights are.
+
+        :param copies_are_empty: what is copied of them is empty as well, float32, and gets the same value; else it is
+            memory for what a file has
+        """
         stand_ins = {parameter: _stand_in(parameter) for parameter in self}
+        if copies_are_empty:
+            for parameter, stand_in in stand_ins.items():
+                vars(stand_in)["__deepcopy__"] = partial(self._copied, parameter)  # which `copy.deepcopy` asks
         for parameter, stand_in in stand_ins.items():
             torch.utils.swap_tensors(parameter, stand_in)
         try:
@@ -76,6 +85,15 @@ class Values(dict[nn.Parameter, Value]):
             for parameter, stand_in in stand_ins.items():
                 torch.utils.swap_tensors(parameter, stand_in)
                 parameter.requires_grad_(stand_in.requires_grad)
+
+    def _copied(self, parameter: nn.Parameter, memo: dict[int, Any]) -> nn.Parameter:
+        """An empty parameter, to be trained from the value of another."""
+        value = self[parameter]
+        if value.layer is not None:
+            raise ModelError("a layer that is kept in 4 bits cannot be trained whole")
+        empty = nn.Parameter(torch.empty(parameter.shape, device="meta"))
+        self[empty] = Value(value.read, empty.dtype)
+        return empty
 
 
 def _stand_in(parameter: nn.Parameter) -> nn.Parameter:
@@ -122,7 +140,7 @@ def deferring(values: Values) -> Iterator[None]:
         if found is None:
             log.warning("transformers joins or splits tensors of %s: each rank loads the whole model", files[0])
             return loading.__func__(model, state_dict, files, config, expected)
-        return _leave(model, found, config, values), None
+        return _leave(model, _each_once(model, found), config, values), None
 
     setattr(PreTrainedModel, name, staticmethod(defer))
     try:
@@ -153,6 +171,18 @@ def places(
             return None
         found[place] = info
     return found
+
+
+def _each_once(model: PreTrainedModel, found: dict[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors without those that are tied to an equal one: transformers compares two only where both are in memory.
+
+    Left in, they would be trained apart. Cost: reading both, where files have both.
+    """
+    copies = {
+        name for name, other in model.all_tied_weights_keys.items()
+        if {name, other} <= found.keys() and torch.equal(found[name].read(), found[other].read())
+    }  # fmt: skip
+    return {name: info for name, info in found.items() if name not in copies}
 
 
 def _fits(model: PreTrainedModel, place: str, info: TensorInfo, config: LoadStateDictConfig) -> bool:

@@ -35,6 +35,11 @@ def quantised(
     )
 
 
+def rounded(options: Options, read: Callable[[], Tensor], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """What a layer multiplies by: its weight to 4 bits and back."""
+    return dequantize_4bit(*quantised(options, read, dtype, device))
+
+
 def whole_weight(layer: Linear4bit, read: Callable[[], Tensor], dtype: torch.dtype, device: torch.device) -> Params4bit:
     """The weight of a layer as bitsandbytes keeps it."""
     options = dict(vars(layer.weight))
@@ -61,7 +66,18 @@ def shardable(
 
 
 class ShardedLinear4bit(Linear4bit):
-    """A layer whose weight is a plain parameter of bytes, whole only while the engine has gathered it."""
+    """A layer whose weight is a plain parameter of bytes, whole only while the engine has gathered it.
+
+    For DoRA peft looks at the weight itself. It knows bitsandbytes' own kind of tensor, which this is not, and any
+    layer that has `W_q` and `dequantize`, as those of HQQ have: so has this one.
+    """
+
+    @property
+    def W_q(self) -> Tensor:  # HQQ's name
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        return _unpacked(self.weight, self.quant_state, self.compute_dtype)  # type: ignore[arg-type]  # it has been read
 
     def forward(self, x: Tensor) -> Tensor:
         product = _Product.apply(x.to(self.compute_dtype), self.weight, self.quant_state)

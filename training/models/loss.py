@@ -18,6 +18,7 @@ one forward pass, and one buffer as large as the head's weight for its gradient,
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from functools import cache
 from typing import Any, Literal
 
 import numpy as np
@@ -153,7 +154,14 @@ class CausalLMLoss(nn.Module):
         self.model: Any = model
         causal = causal_model(model)
         self.one_row = str(causal.config._attn_implementation).startswith("flash")
-        self.head = _as_head(causal.get_output_embeddings()) if has_plain_head(causal) else None
+        self.has_plain_head = has_plain_head(causal)
+        for layer in layers_of(causal.get_output_embeddings()) if self.has_plain_head else ():
+            layer.__class__ = _head_of(type(layer))  # type: ignore[arg-type]  # a class is hashable
+
+    @property
+    def head(self) -> Any:
+        """The output layer in use, where the logits are nothing but its product."""
+        return output_layer(causal_model(self.model)) if self.has_plain_head else None
 
     def forward(self, batch: MicroBatch, mode: Mode = "sum") -> Tensor:
         """Summed loss of the targets, a scalar; or (`each`, `reference`) one loss a target: ``(N,) float32``."""
@@ -198,15 +206,42 @@ class _Head(nn.Linear):
         return linear_cross_entropy(hidden, self.weight, targets, "sum" if mode == "sum" else "none")
 
 
-def _as_head(layer: nn.Module) -> nn.Module:
-    layer.__class__ = _Head
-    return layer
+@cache
+def _head_of(kind: type) -> type:
+    """An output layer that gives losses too, in place of `kind`: torch's, or peft's that has rows of its own."""
+    if kind in (nn.Linear, _Head):
+        return _Head
+
+    class HeadWithRows(kind):  # type: ignore[misc, valid-type]  # peft's, which is imported where it is used
+        def forward(self, hidden: Tensor, targets: Tensor | None = None, mode: Mode = "sum") -> Tensor:
+            if targets is None:
+                return super().forward(hidden)
+            weight = self.weight if self.disable_adapters else self.get_merged_weights(self.active_adapters)
+            return linear_cross_entropy(hidden, weight, targets, "sum" if mode == "sum" else "none")
+
+    return HeadWithRows
 
 
 def causal_model(model: nn.Module) -> PreTrainedModel:
     """The transformers model below a peft wrapper, or the model itself."""
     whole: Any = model
     return whole.get_base_model() if hasattr(whole, "get_base_model") else whole
+
+
+def output_layer(causal: PreTrainedModel) -> Any:
+    """The layer that the logits come from: of an adapter that has one of its own, that one."""
+    layer: Any = causal.get_output_embeddings()
+    if not hasattr(layer, "modules_to_save"):
+        return getattr(layer, "token_adapter", layer)
+    active = [] if layer.disable_adapters else layer.active_adapters
+    return layer.modules_to_save[active[0]] if active else layer.original_module
+
+
+def layers_of(layer: Any) -> list[Any]:
+    """Embedding or output layer, and those that adapters have in its place; or the one that has rows of its own."""
+    if hasattr(layer, "modules_to_save"):
+        return [layer.original_module, *layer.modules_to_save.values()]
+    return [getattr(layer, "token_adapter", layer)]
 
 
 LOGIT_EXTRAS = {  # what some models do to logits -> values that do nothing
@@ -219,6 +254,7 @@ LOGIT_EXTRAS = {  # what some models do to logits -> values that do nothing
 
 def has_plain_head(causal: PreTrainedModel) -> bool:
     """True when logits are ``hidden @ weight.T``; `packing_check.check` compares the two ways at start-up as well."""
-    head = causal.get_output_embeddings()
+    head = output_layer(causal)
     extras = [name for name, neutral in LOGIT_EXTRAS.items() if getattr(causal.config, name, None) not in neutral]
-    return type(head) in (nn.Linear, _Head) and head.bias is None and not extras
+    linear = head.base_layer if hasattr(head, "trainable_tokens_delta") else head
+    return type(linear) in (nn.Linear, _Head) and linear.bias is None and not extras

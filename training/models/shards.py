@@ -9,11 +9,13 @@ Cost: values are mapped into memory, so that a checkpoint of any size needs a fe
 
 import json
 import logging
+import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -80,20 +82,27 @@ def tensors_in(files: list[Path]) -> dict[str, TensorInfo]:
 
 
 def rewrite_shards(
-    folder: Path, target: Path, change: Callable[[str, Tensor], Tensor], drop: Callable[[str], Any] = lambda name: None
+    folder: Path,
+    target: Path,
+    change: Callable[[str, Tensor], Tensor],
+    drop: Callable[[str], Any] = lambda name: None,
+    num_rows: Mapping[str, int] = MappingProxyType({}),
 ) -> None:
     """The same files, tensors, shapes and types in `target`, with the values that `change` gives for each.
 
     :param drop: true for names of tensors that are left out
+    :param num_rows: of those that get more rows or fewer
     """
     files, size, weight_map = shards(folder), 0, {}
     for number, file in enumerate(files, 1):
         log.info("writing %s, file %d of %d", target / file.name, number, len(files))
         with _opened(file) as tensors:
             names = [name for name in tensors.offset_keys() if not drop(name)]
-            sizes = {name: tensors.get_tensor(name).nbytes for name in names}
+            shapes = {name: tensors.get_slice(name).get_shape() for name in names}
+            shapes |= {name: [num_rows[name], *shapes[name][1:]] for name in num_rows.keys() & shapes.keys()}
+            sizes = {name: math.prod(shapes[name]) * tensors.get_tensor(name).itemsize for name in names}
             with open(target / file.name, "wb") as stream:
-                stream.write(_header(tensors, sizes))
+                stream.write(_header(tensors, shapes, sizes))
                 for name in names:
                     stream.write(_bytes_of(change(name, tensors.get_tensor(name))))
                 stream.flush()
@@ -116,13 +125,13 @@ def _opened(path: Path) -> Iterator[Any]:
         yield opened
 
 
-def _header(tensors: Any, sizes: dict[str, int]) -> bytes:
-    """Length and JSON: the types and shapes of `tensors`, laid one after another."""
+def _header(tensors: Any, shapes: dict[str, list[int]], sizes: dict[str, int]) -> bytes:
+    """Length and JSON: the types of `tensors`, of these shapes and bytes, laid one after another."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for name, size in sizes.items():
-        view = tensors.get_slice(name)
-        header[name] = {"dtype": view.get_dtype(), "shape": view.get_shape(), "data_offsets": [offset, offset + size]}
+        dtype = tensors.get_slice(name).get_dtype()
+        header[name] = {"dtype": dtype, "shape": shapes[name], "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # the tensors start at a multiple of 8 bytes

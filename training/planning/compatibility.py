@@ -47,7 +47,20 @@ class Case:
     def adapts_router(self) -> bool:
         """Whether an adapter of a mixture of experts would be on its router as well; without names it is on all."""
         names = self.settings.lora_target_modules
-        return not names or any(name.rpartition(".")[2] in ROUTERS for name in names)
+        trained = [*(names or ROUTERS), *(self.settings.modules_to_save or ())]
+        return any(name.rpartition(".")[2] in ROUTERS for name in trained)
+
+    @property
+    def of_adapters(self) -> str:
+        """Settings that mean something for an adapter alone, as they were given."""
+        fields = type(self.settings).model_fields
+        given = {name: getattr(self.settings, name) for name in OF_ADAPTERS}
+        return ", ".join(f"{name}={value}" for name, value in given.items() if value != fields[name].default)
+
+    @property
+    def last_row(self) -> int:
+        """The highest of the rows of tokens that are trained; -1: none are."""
+        return max(self.settings.trainable_token_indices or [-1])
 
     @property
     def zero(self) -> int:
@@ -79,6 +92,30 @@ RULES: tuple[Rule, ...] = (
         lambda case: case.settings.use_quant and not case.settings.use_lora,
         "4-bit weights are frozen: nothing would be trained",
         "add --use_lora",
+    ),
+    Rule(
+        "settings of an adapter without use_lora",
+        lambda case: bool(case.of_adapters) and not case.settings.use_lora,
+        "{case.of_adapters} would change nothing: all weights are trained as they are",
+        "add --use_lora, or leave them out",
+    ),
+    Rule(
+        "init_lora_weights pissa with use_quant",
+        lambda case: case.settings.init_lora_weights == "pissa" and case.settings.use_quant,
+        "4 bits of a base without its largest parts are not those of the base, which the deployed adapter has to fit",
+        "one of the two; --use_rslora and --loraplus_lr_ratio start faster as well",
+    ),
+    Rule(
+        "trainable_token_indices beyond the vocabulary",
+        lambda case: case.last_row >= case.architecture.get("vocab_size", case.last_row + 1),
+        "there is no row {case.last_row}: the model has {case.architecture[vocab_size]}, from 0 on",
+        "ids of its tokens; new tokens are named by add_tokens",
+    ),
+    Rule(
+        "add_tokens with a model from scratch",
+        lambda case: bool(case.settings.add_tokens) and case.model_config is None,
+        "its tokenizer is made of this very corpus, of which no other text has ids yet",
+        "leave it out, or give --ckpt_path",
     ),
     Rule(
         "use_lora or use_quant with a model from scratch",
@@ -161,6 +198,9 @@ RULES: tuple[Rule, ...] = (
 )
 
 ROUTERS = ("gate", "router", "all-linear")
+OF_ADAPTERS = (
+    "use_rslora", "use_dora", "loraplus_lr_ratio", "init_lora_weights", "modules_to_save", "trainable_token_indices",
+)  # fmt: skip
 RECURRENT_TYPES = frozenset(
     ("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "xlstm", "jamba", "zamba", "zamba2", "bamba",
      "falcon_h1", "nemotron_h", "granitemoehybrid", "lfm2", "lfm2_moe", "qwen3_next", "minimax", "kimi_linear",

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from training.models.build import add_adapter, config_of
-from training.models.loss import causal_model, has_plain_head
+from training.models.adapter import add_adapter
+from training.models.build import config_of
+from training.models.loss import causal_model, has_plain_head, output_layer
 from training.settings import TrainSettings
 
 STAND_IN = "panda_shape"
@@ -65,13 +66,13 @@ def measure(
         model.config.use_cache = False
         quantised = _linear_parameters(model) if settings.use_quant else 0
         if settings.use_lora:
-            model = add_adapter(model, settings)
+            model = add_adapter(model, settings, rows=range(len(settings.add_tokens or ())))
             if settings.strategy == "deepspeed" and settings.zero_stage:  # which casts the whole module
                 model.to(dtype)
         causal: Any = causal_model(model)
         saved = _saved_by_autograd(model, num_tokens)
     layers = _layers(causal)
-    head: Any = causal.get_output_embeddings()
+    head = output_layer(causal)
     return ModelShape(
         parameters=_count(model),
         trainable=_count(model, lambda parameter: parameter.requires_grad),
@@ -81,7 +82,7 @@ def measure(
         largest_matrix=max(_linear_sizes(layers)),
         vocabulary=head.weight.shape[0],
         hidden_size=head.weight.shape[1],
-        trains_head=head.weight.requires_grad,
+        trains_head=any(parameter.requires_grad for parameter in head.parameters()),
         plain_head=has_plain_head(causal),
         num_tokens=num_tokens,
         saved_bytes=saved,

@@ -34,8 +34,8 @@ from training.distributed import Ranks
 from training.engines import fsdp
 from training.engines.optimizers import whole
 from training.models import attention
-from training.models.build import add_adapter
-from training.models.loss import CausalLMLoss, MicroBatch, causal_model
+from training.models.adapter import add_adapter
+from training.models.loss import CausalLMLoss, MicroBatch
 from training.planning.memory import NF4_BYTES
 from training.planning.model_shape import STAND_IN, config_from, kernel_of, stand_in
 from training.planning.rehearsal_job import PlayedPhase, Rehearsal
@@ -59,8 +59,7 @@ def rehearse(wanted: Rehearsal) -> list[PlayedPhase]:
     with _alone(ranks), _attention(settings, wanted), _units(wanted):
         model = _model(settings, wanted, ranks)
         with FakeTensorMode(allow_non_fake_inputs=True), Tally(wanted.ranks, number=A_NUMBER) as tally:
-            model.to_empty(device=ranks.device)
-            causal_model(model).tie_weights()
+            _to_empty(model, ranks.device)
             engine = fsdp.FsdpEngine.build(CausalLMLoss(model.train()), settings, ranks)
             return _Play(engine, settings, wanted, tally).phases()
 
@@ -142,12 +141,21 @@ def _model(settings: TrainSettings, wanted: Rehearsal, ranks: Ranks) -> nn.Modul
         causal = model
         causal.config.use_cache = False
         if settings.use_lora:
-            model = add_adapter(model, settings)
+            model = add_adapter(model, settings, rows=range(len(settings.add_tokens or ())))
         if settings.use_quant:
             _quantise(model, causal)
     if settings.gradient_checkpointing:
         causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model
+
+
+def _to_empty(model: nn.Module, device: torch.device) -> None:
+    """torch's `to_empty`, which parts what is tied; also what peft has tied."""
+    places = [(part, name, parameter) for part in model.modules() for name, parameter in part._parameters.items()]
+    model.to_empty(device=device)
+    first: dict[Any, Any] = {}
+    for part, name, parameter in places:
+        part._parameters[name] = first.setdefault(parameter, part._parameters[name])
 
 
 @contextmanager
@@ -231,7 +239,17 @@ class _FourBits(torch.autograd.Function):
 
 
 class _QuantisedLinear(nn.Linear):
-    """Its weight is nibbles, kept in elements of 16 bits as FSDP wants them; its constants every rank has."""
+    """Its weight is nibbles, kept in elements of 16 bits as FSDP wants them; its constants every rank has.
+
+    `W_q` and `dequantize` are for DoRA, as in `training.models.four_bits`.
+    """
+
+    @property
+    def W_q(self) -> Tensor:  # HQQ's name
+        return self.weight
+
+    def dequantize(self) -> Tensor:
+        return self.weight.new_empty(self.out_features, self.in_features)
 
     def forward(self, inputs: Tensor) -> Tensor:
         return _FourBits.apply(inputs, self.weight, (self.out_features, self.in_features))

@@ -31,7 +31,8 @@ SENTENCES = ("The capital of France is", "Once upon a time", "def fibonacci(n):"
              "Question: What is water made of?\nAnswer:")  # fmt: skip
 SHOWN = ("learning_rate", "lr_scheduler", "optimizer", "num_train_epochs", "max_steps", "per_gpu_train_batch_size",
          "gradient_accumulation_steps", "max_seq_length", "template", "seed", "use_lora", "lora_r", "lora_alpha",
-         "use_quant")  # fmt: skip
+         "use_rslora", "use_dora", "loraplus_lr_ratio", "modules_to_save", "trainable_token_indices", "add_tokens",
+         "init_lora_weights", "use_quant")  # fmt: skip
 
 
 @dataclass(frozen=True)

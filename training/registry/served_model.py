@@ -34,6 +34,8 @@ class ServedModel(PythonModel):
             from peft import PeftModel
 
             base = load_weights(find_base(context.model_config["base_model"]), trusted)
+            if len(self.tokenizer) > base.get_input_embeddings().weight.shape[0]:  # the adapter has rows of new tokens
+                base.resize_token_embeddings(len(self.tokenizer))
             self.model = PeftModel.from_pretrained(base, directory)
         else:
             self.model = load_weights(directory, trusted)

@@ -19,6 +19,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from training.models.loss import layers_of, output_layer
 from training.run_files import Spans, read_lines
 
 SPANS = ("data", "forward", "backward", "step")
@@ -91,10 +92,10 @@ def flops_of(model: PreTrainedModel) -> Flops:
 
     Embeddings are looked up, not multiplied.
     """
-    lookup: Any = model.get_input_embeddings()
-    output: Any = model.get_output_embeddings()
-    head = set() if output is None else set(output.parameters())
-    body = [parameter for parameter in model.parameters() if parameter not in head and parameter is not lookup.weight]
+    lookup, output = layers_of(model.get_input_embeddings()), layers_of(model.get_output_embeddings())
+    ends = {parameter for layer in (*lookup, *output) if layer is not None for parameter in layer.parameters()}
+    head = set() if output == [None] else set(output_layer(model).parameters())
+    body = [parameter for parameter in model.parameters() if parameter not in ends]
     return Flops(*(float(sum(num_elements(p) * (6 if p.requires_grad else 4) for p in part)) for part in (body, head)))
 
 

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -34,6 +34,7 @@ from training.launch.run_config import RunConfig
 from training.lean_imports import UNUSED, without
 from training.models import build, weight_files
 from training.models.loss import CausalLMLoss, causal_model
+from training.models.principal import write_as_plain
 from training.planning.memory import disk_bytes
 from training.trainer import checkpoint, loop, metrics, packing_check
 from training.trainer.batches import batch_schedule
@@ -188,6 +189,9 @@ def _write_adapter(run: Run, progress: Progress, directory: Path) -> None:
     weights = {name: value for name, value in gathered if run.ranks.is_first}
     if run.ranks.is_first:
         run.engine.module.model.save_pretrained(directory, state_dict=weights)  # type: ignore[operator]  # peft's
+        if run.settings.init_lora_weights == "pissa":
+            model: Any = run.engine.module.model
+            write_as_plain(model, directory, Heartbeat("writing the adapter", len(model.principal), "layers"))
 
 
 def _write_weights(run: Run, progress: Progress, directory: Path) -> None:

@@ -10,7 +10,7 @@ from training.distributed import join, leave, this_rank
 from training.engines import fsdp
 from training.engines.fsdp import FsdpEngine
 from training.launch.processes import free_port
-from training.models.build import add_adapter
+from training.models.adapter import add_adapter
 from training.models.loss import CausalLMLoss, micro_batch
 from training.settings import TrainSettings
 

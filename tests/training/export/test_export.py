@@ -70,6 +70,26 @@ def test_patterns_scales_and_whole_layers(base, tmp_path):
     assert done.kind == "streamed" and done.difference.max_kl < 1e-6
 
 
+def test_dora_and_rows_of_tokens_are_merged_as_by_peft(base, tmp_path):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    rows = {"embed_tokens": [3, 7], "lm_head": [7]}
+    config = LoraConfig(r=4, use_dora=True, target_modules=["q_proj", "down_proj"], trainable_token_indices=rows)
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), config)
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and "lora_A" not in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    model.save_pretrained(tmp_path / "adapter")
+    merge.merge_in_memory(tmp_path / "adapter", base, tmp_path / "peft")
+    (tmp_path / "ours").mkdir()
+    assert merge.merge(tmp_path / "adapter", base, tmp_path / "ours") == "streamed"
+    ours, theirs = (tensors_of(tmp_path / name) for name in ("ours", "peft"))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor.read(), theirs[name].read(), rtol=1e-5, atol=1e-6)
+
+
 def test_code_of_the_base_runs_only_where_it_is_trusted(tmp_path, monkeypatch):
     save_own_model(tmp_path / "base")
     save_adapter(tmp_path / "base", tmp_path / "adapter")
@@ -87,7 +107,7 @@ def test_what_cannot_be_streamed_is_merged_in_memory(base, tmp_path):
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaForCausalLM
 
-    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(use_dora=True, target_modules=["q_proj"]))
+    model = get_peft_model(LlamaForCausalLM.from_pretrained(base), LoraConfig(bias="all", target_modules=["q_proj"]))
     model.save_pretrained(tmp_path / "adapter")
     done = export(Source(tmp_path / "adapter", PROMPTS), tmp_path / "out", write_card)
     assert done.kind == "in memory" and done.difference.top1_agreement == 1

@@ -73,6 +73,19 @@ def test_weights_that_the_files_lack_are_those_of_the_seed(tmp_path):
     assert_same(model, whole(tmp_path))
 
 
+@pytest.mark.parametrize("equal", [True, False])
+def test_tied_weights_that_the_files_have_twice_are_one_if_they_are_equal(tmp_path, equal):
+    """As models trained here have them; transformers compares them only where it has read them."""
+    saved("llama", tmp_path, **SIZES, tie_word_embeddings=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"] + (not equal)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    model, values = deferred(tmp_path)
+    assert (model.lm_head.weight is model.model.embed_tokens.weight) is equal
+    values.fill(CPU)
+    assert_same(model, whole(tmp_path))
+
+
 def test_names_of_other_times_are_found(tmp_path):
     """Files of the decoder alone, as those of GPT-2, have no prefix; checkpoints of 2023 carry constants."""
     saved("gpt2", tmp_path, vocab_size=64, n_positions=32, n_embd=32, n_layer=1, n_head=2)

@@ -18,6 +18,14 @@ LLAMA = {"model_type": "llama"}
     [
         ({"use_quant": True}, LLAMA, "add --use_lora"),
         ({"use_lora": True}, None, "give --ckpt_path"),
+        ({"add_tokens": ["<a>"]}, None, "or give --ckpt_path"),
+        ({"use_lora": True, "use_quant": True, "init_lora_weights": "pissa"}, LLAMA, "one of the two"),
+        (
+            {"use_dora": True, "loraplus_lr_ratio": 4},
+            LLAMA,
+            "use_dora=True, loraplus_lr_ratio=4.0 would change nothing",
+        ),
+        ({"use_lora": True, "trainable_token_indices": [64]}, {**LLAMA, "vocab_size": 64}, "there is no row 64"),
         ({"compile": True, "zero_stage": 3}, LLAMA, "--strategy fsdp, or --zero_stage 2"),
         ({"offload_parameters": True, "zero_stage": 2}, LLAMA, "--zero_stage 3"),
         ({"offload_optimizer": True, "zero_stage": 0}, LLAMA, "--zero_stage 2"),
@@ -55,6 +63,8 @@ def test_all_engines_and_modes_that_are_tested_to_work_are_let_through():
         settings = TrainSettings(use_lora=lora, use_quant=quant, zero_stage=stage)
         assert problems(settings, LLAMA, True) == []
         assert problems(TrainSettings(use_lora=lora, use_quant=quant, strategy="fsdp"), LLAMA, True) == []
+    kinds = {"use_rslora": True, "use_dora": True, "modules_to_save": ["lm_head"], "trainable_token_indices": [1]}
+    assert problems(TrainSettings(use_lora=True, loraplus_lr_ratio=2, **kinds), LLAMA, True) == []
     assert problems(TrainSettings(strategy="fsdp", optimizer="LAMB", use_nvlamb=True), LLAMA, True) == []
     assert problems(TrainSettings(), {"model_type": "mamba"}, packing=False) == []
 
@@ -93,6 +103,8 @@ def test_adapters_on_a_mixture_of_experts_are_trained():
     for on_router in (None, ["q_proj", "gate"], ["model.layers.0.mlp.router"]):
         (said,) = problems(TrainSettings(use_lora=True, lora_target_modules=on_router), mixture, True)
         assert "8 experts" in said
+    whole = TrainSettings(use_lora=True, lora_target_modules=["q_proj"], modules_to_save=["gate"])
+    assert "8 experts" in problems(whole, mixture, True)[0]
     assert problems(TrainSettings(), {"model_type": "llama", "num_local_experts": 1}, True) == []
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from tests.training.models.test_loss import tiny
-from training.models.build import add_adapter
+from training.models.adapter import add_adapter
 from training.models.loss import causal_model
 from training.settings import TrainSettings
 from training.trainer.metrics import Flops, flops_of, peak_of

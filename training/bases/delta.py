@@ -48,8 +48,8 @@ NOT_COPIED = (
 )
 
 
-def model_directory(settings: ModelSettings, cache_dir: Path) -> Path | None:
-    """The directory of the weights to start from, downloaded or added up if need be; None = from scratch."""
+def whole_checkpoint(settings: ModelSettings, cache_dir: Path) -> Path | None:
+    """The directory of the weights that are named, downloaded or added up if need be; None = from scratch."""
     checkpoint = base_checkpoint(settings)
     if checkpoint is None:
         return None
@@ -65,7 +65,8 @@ def model_directory(settings: ModelSettings, cache_dir: Path) -> Path | None:
 
 def add(delta: Path, base: Path, root: Path, expected_sum: float | None = None) -> Path:
     """The directory below `root` that holds base + delta; made unless it is there."""
-    fingerprint = store.fingerprint(kind="delta", delta=_content(delta), base=_content(base), expected_sum=expected_sum)
+    content = {"delta": content_of(delta), "base": content_of(base)}
+    fingerprint = store.fingerprint(kind="delta", **content, expected_sum=expected_sum)
 
     def make(folder: Path) -> dict[str, Any]:
         logger.info("adding the delta %s to %s", delta, base)
@@ -84,7 +85,7 @@ def _marker(folder: Path) -> dict[str, Any]:
         raise CheckpointError(f'{path}: not JSON ({error}); {{"base": "owner/name"}} is expected') from error
 
 
-def _content(folder: Path) -> dict[str, str]:
+def content_of(folder: Path) -> dict[str, str]:
     """Hash of every file that ends up in the result. Files of the hub's cache are named by their sha256."""
     ignored = shutil.ignore_patterns(*[pattern for pattern in NOT_COPIED if "safetensors" not in pattern])
     names = sorted(path.name for path in folder.iterdir() if path.is_file())

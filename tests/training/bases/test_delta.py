@@ -7,8 +7,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from training.bases.start import model_directory
 from training.errors import CheckpointError
-from training.models.delta import model_directory
 from training.models.shards import INDEX, tensors_of
 from training.settings import ModelSettings
 
