@@ -118,7 +118,7 @@ def index_type(count: int) -> type:
 
 
 def _write(file: BinaryIO, part: np.ndarray) -> None:
-    view = memoryview(np.ascontiguousarray(part)).cast("B")
+    view = np.ascontiguousarray(part).data.cast("B")
     while len(view):
         view = view[file.write(view) :]
 
