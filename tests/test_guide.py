@@ -20,7 +20,10 @@ from flows.cli.main import TRAIN_SWITCHES, VERBS
 from tests.support import stand_ins
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ("docs/zh/guide.md", "README.zh.md", "docs/how-to.md", "docs/coming-from.md")
+GUIDES = (
+    "docs/zh/guide.md", "README.zh.md", "docs/how-to.md", "docs/zh/how-to.md", "docs/coming-from.md",
+    "docs/how-it-works.md",
+)  # fmt: skip
 FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"^# ([\w./-]+\.(?:yaml|py))\n")
 STATED_BY_THE_GUIDE = """
@@ -139,6 +142,18 @@ def test_every_setting_that_another_one_is_translated_to_exists(workplace, monke
         assert name in PandaSettings.model_fields, name
         if value:
             configure("train.py", "", [f"{name}={value}"], TRAIN_SWITCHES)
+
+
+def test_the_chinese_how_to_is_in_step_with_the_english_one():
+    """The same ways in the same order: commands, files, and what is shown of code."""
+    english, chinese = (ROOT / name for name in ("docs/how-to.md", "docs/zh/how-to.md"))
+    assert commands("docs/how-to.md") == commands("docs/zh/how-to.md")
+    counts = [len(re.findall(r"^## ", path.read_text(encoding="utf-8"), re.MULTILINE)) for path in (english, chinese)]
+    assert counts[0] == counts[1] > 10
+    indented = [
+        re.findall(r"^    .*$", FENCE.sub("", path.read_text(encoding="utf-8")), re.M) for path in (english, chinese)
+    ]
+    assert indented[0] == indented[1] != []
 
 
 def test_every_verb_exists():

@@ -49,7 +49,7 @@ def _write(made: Path, folder: Path, core: Tokenizer, tokens: list[str]) -> dict
     (made / TOKENIZER_FILE).write_text(core.to_str(pretty=True), encoding="utf-8")
     num_rows = _write_rows(made, folder, num_old, ids)
     _write_vocabulary(made / "config.json", num_rows)
-    return {"base": str(folder), "tokens": dict(zip(tokens, ids, strict=True)), "rows": num_rows}
+    return {"base": str(folder.absolute()), "tokens": dict(zip(tokens, ids, strict=True)), "rows": num_rows}
 
 
 def _write_rows(made: Path, folder: Path, num_old: int, ids: list[int]) -> int:

@@ -80,9 +80,15 @@ def plan_of(version: Version, config: dict[str, Any], cache_dir: Path | None = N
 
 
 def parent_of(registry: Registry, model_dir: str | None) -> str | None:
-    """The version whose weights lie in `model_dir`: the model of a run, an exported one, or files of the registry."""
+    """The version whose weights lie in `model_dir`: the model of a run, an exported one, or files of the registry.
+
+    A checkpoint that was made of another one, with new tokens, has the parent of that one.
+    """
     if model_dir is None:
         return None
+    manifest = Path(model_dir) / store.MANIFEST
+    if manifest.is_file() and (base := run_files.read_json(manifest).get("base")):
+        return parent_of(registry, base)
     marker, record = Path(model_dir) / MARKER, Path(model_dir).parent / run_files.TRACKING
     if marker.is_file():
         return run_files.read_json(marker)["version"]

@@ -16,6 +16,7 @@ from data_prep.plan.reader import open_plan
 from tests.support.corpora import NAME, NUMBERS, ROWS_PER_STEP, Project, add_version
 from tests.support.mlflow_fixtures import server
 from tests.support.ranks_here import alone
+from training.bases.tokens import with_tokens
 from training.compare import run_job, unseen
 from training.comparison import approval, heldout
 from training.comparison.job import read_job
@@ -279,4 +280,6 @@ def test_through_a_server_the_champion_is_fetched_once(project):
         assert fetched.parent == project.cache_dir / "registry" and (fetched / "model.safetensors").is_file()
         assert second.verdict["reasons"][0].startswith(f"better than the champion models:/{NAME}/1")
         assert lineage.parent_of(registry, str(fetched)) == first.version.uri
+        grown = with_tokens(fetched, ["<tool>"], project.cache_dir)
+        assert grown != fetched and lineage.parent_of(registry, str(grown)) == first.version.uri
         assert promotion.rollback(registry, NAME)[0].version == 1
