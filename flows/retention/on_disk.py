@@ -16,6 +16,7 @@ import yaml
 from data_prep import store
 from data_prep.errors import PandaError
 from flows.retention.policy import (
+    BASE,
     CHECKPOINTS,
     FETCHED,
     NEAR_DUPLICATES,
@@ -33,7 +34,7 @@ from training.tracking import run_record
 
 FETCHED_DIR = "registry"  # in the cache: files of versions whose MLflow keeps them elsewhere
 STORES = {"tokenizers": TOKENIZER, "near_duplicates": NEAR_DUPLICATES, "tokens": TOKENS, "plans": PLAN,
-          "records": RECORDS}  # fmt: skip
+          "records": RECORDS, "models": BASE}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -106,9 +107,10 @@ def items_of_run(run: Run, rank: int, needs: set[Key], ranked: set[Key], keep: s
 
 
 def data_of(config: dict[str, Any]) -> frozenset[Key]:
-    """Plan, tokenizer and the plan it replays, of a configuration."""
+    """Plan, tokenizer, the weights it starts from and the plan it replays, of a configuration."""
     paths = config.get("paths", {})
     named = [(PLAN, paths.get("plan_dir")), (PLAN, config.get("replay_of")), (TOKENIZER, paths.get("tokenizer_dir"))]
+    named += [(BASE, paths.get("model_dir"))]
     return frozenset(Key(kind, resolved(place)) for kind, place in named if place)
 
 

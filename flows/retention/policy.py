@@ -15,10 +15,10 @@ DAY = 24 * 3600.0
 ANCESTRY = "needed by"
 
 VERSION, CHECKPOINTS, RUN, MODEL, MLFLOW_RUN = "version", "checkpoints", "run", "model", "mlflow run"
-PLAN, TOKENS, RECORDS, TOKENIZER = "plan", "tokens", "records", "tokenizer"
+PLAN, TOKENS, RECORDS, TOKENIZER, BASE = "plan", "tokens", "records", "tokenizer", "made base"
 NEAR_DUPLICATES, FETCHED, FLOW_RUN = "near duplicates", "fetched model", "prefect run"
-KINDS = (VERSION, CHECKPOINTS, RUN, MODEL, MLFLOW_RUN, PLAN, TOKENS, RECORDS, TOKENIZER, NEAR_DUPLICATES, FETCHED,
-         FLOW_RUN)  # fmt: skip
+KINDS = (VERSION, CHECKPOINTS, RUN, MODEL, MLFLOW_RUN, PLAN, TOKENS, RECORDS, TOKENIZER, BASE, NEAR_DUPLICATES,
+         FETCHED, FLOW_RUN)  # fmt: skip
 """In the order in which they go."""
 NEWEST_FLOW_RUNS = 10  # of each deployment and end: `flows.watch` tells by them how long one takes, and what is missing
 

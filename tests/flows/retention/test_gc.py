@@ -10,8 +10,9 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
+import yaml
 
-from data_prep import in_use
+from data_prep import in_use, store
 from flows.cli.main import main
 from flows.retention import remove
 from tests.support.mlflow_fixtures import empty_database, output_dir
@@ -157,6 +158,19 @@ def test_what_another_output_directory_needs_of_the_cache_stays(project, capsys,
     (other / "run-1" / "config.yaml").write_text(json.dumps(config))
     in_use.note_user(project.cache_dir, other)
     assert names(gc(project, capsys, "--yes"), "plan") and (project.cache_dir / "plans" / first).is_dir()
+
+
+def test_weights_that_were_made_for_a_run_stay_as_long_as_it_does(project, capsys):
+    """A base with its delta, or with new tokens."""
+    made = {}
+    for number in (1, 6):
+        config = project.output_dir / f"run-{number:03}" / "config.yaml"
+        base = store.build(project.cache_dir / "models", f"{number:032}", lambda folder: {"base": "elsewhere"}).path
+        made[number], content = base, yaml.safe_load(config.read_text())
+        content["paths"]["model_dir"] = str(base)
+        config.write_text(yaml.safe_dump(content))
+    assert names(gc(project, capsys, "--yes"), "made base") == {made[1].name}
+    assert made[6].is_dir() and not made[1].exists()
 
 
 def test_a_run_that_another_mlflow_knows_stays(project, capsys):
