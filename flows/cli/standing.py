@@ -100,6 +100,8 @@ def _became(run: RunDir) -> str:
     where = f"step {last['step']}, loss {last['loss']:.4f}" if last else "no step yet"
     if record and record.status == run_record.RUNNING and record.is_owner_alive:
         return f"runs: {where}"
+    if record and record.status == run_record.FINISHED:
+        return f"ended where until_stage said ({where}); it goes on with --resume --run_name {run.name}"
     if run.outcome.exists():
         ended = run_files.read_json(run.outcome)
         return f"{ended['reason']}: {_short(ended['message'])} ({where})"

@@ -104,7 +104,7 @@ def open_run(settings: TrackingSettings, run_dir: Path, facts: RunMetadata) -> I
     try:
         with following(tracked), system_metrics.sampling(run_dir):
             yield tracked
-        status = "FINISHED"
+        status = run_record.FINISHED
     except BaseException as error:
         status = status_of(error)
         raise

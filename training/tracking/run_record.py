@@ -19,7 +19,7 @@ import psutil
 
 from training import run_files
 
-RUNNING = "RUNNING"
+RUNNING, FINISHED = "RUNNING", "FINISHED"
 HELD_OUT, HELD_OUT_CONTEXT = "held-out", "validation"  # the data set that losses of models are measured on
 
 

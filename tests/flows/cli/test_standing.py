@@ -71,9 +71,14 @@ def test_the_last_runs_and_what_became_of_them(project, capsys):
         "bb  Completed: panda version 1",
     ]
     add_run(project, "eeeee", METRICS=steps, TRACKING=running)  # by this process
-    add_run(project, "ffffff", SUMMARY=[])
-    first, second, _ = json.loads(standing(capsys, "--json").splitlines()[-1])["runs"]
-    assert first.startswith("ffffff  cannot be read (") and second == "eeeee  runs: step 2, loss 2.5000"
+    stopped = {**running, "status": run_record.FINISHED}
+    add_run(project, "eeeeee", METRICS=steps, TRACKING=stopped)
+    assert json.loads(standing(capsys, "--json").splitlines()[-1])["runs"][0] == (
+        "eeeeee  ended where until_stage said (step 2, loss 2.5000); it goes on with --resume --run_name eeeeee"
+    )
+    add_run(project, "fffffff", SUMMARY=[])
+    first, _, second = json.loads(standing(capsys, "--json").splitlines()[-1])["runs"]
+    assert first.startswith("fffffff  cannot be read (") and second == "eeeee  runs: step 2, loss 2.5000"
 
 
 def test_a_corpus_that_has_changed(project, capsys):
