@@ -32,6 +32,8 @@ def with_tokens(folder: Path, tokens: Sequence[str], cache_dir: Path) -> Path:
 
     :raises CheckpointError: its embedding is not found.
     """
+    if not tokens:
+        return folder
     core = load_tokenizer(folder, cache_dir).core
     unknown = [token for token in dict.fromkeys(tokens) if core.token_to_id(token) is None]
     if not unknown:
