@@ -63,7 +63,7 @@ def updates(client: SyncPrefectClient) -> dict[str, list[ReceivedEvent]]:
     wanted = EventFilter.model_validate({
         "occurred": {"since": now("UTC") - REMEMBERED},
         "event": {"name": [CORPUS_UPDATED]},
-        "resource": {"id": [f"{CORPUS}*"]},
+        "resource": {"id_prefix": [CORPUS]},
     })  # fmt: skip
     found: dict[str, list[ReceivedEvent]] = {}
     for event in sorted(client.read_events(wanted, limit=PAGE).events, key=lambda event: event.received):

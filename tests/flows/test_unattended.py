@@ -146,13 +146,26 @@ def waiting(stack: Stack) -> list:
     return [run for run in stack.scheduled_runs() if run.state.name == "AwaitingConcurrencySlot"]
 
 
+TEN_EVENTS = """
+import asyncio
+from prefect.events import Event
+from prefect.events.clients import get_events_client
+
+async def main():
+    async with get_events_client() as client:
+        for _ in range(10):
+            resource = {"prefect.resource.id": "panda.corpus.feed"}
+            await client.emit(Event(event="panda.corpus.updated", resource=resource))
+
+asyncio.run(main())
+"""
+
+
 def test_ten_events_start_one_run(stack, first, grown):
     """What a feed says when it has brought something; the settings are those of the paused schedule it names."""
     stack.schedule_verb("add", "feed", "--cron", "0 3 1 1 *", "--conf_path", grown, "--until_stage", "plan")
     stack.schedule_verb("pause", "feed")
-    emit = "from prefect.events import emit_event\nfor _ in range(10):\n    emit_event('panda.corpus.updated', "
-    emit += "resource={'prefect.resource.id': 'panda.corpus.feed'})\n"
-    subprocess.run([sys.executable, "-c", emit], cwd=stack.project, env=stack.env, check=True)
+    subprocess.run([sys.executable, "-c", TEN_EVENTS], cwd=stack.project, env=stack.env, check=True)
     wait_for(lambda: by_event(stack), 120, "a run that an event has started")
     run = by_event(stack)[0]
     assert run.parameters == {"conf_path": grown, "until_stage": "plan"}
