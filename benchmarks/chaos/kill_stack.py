@@ -56,7 +56,7 @@ def kill_stack(seed: int, ground: Path) -> Round:
     draw, found, folder = random.Random(seed), Round(), ground / f"stack-{seed}"
     folder.mkdir()
     path = f"{ROOT}:{folder / 'project'}"
-    with running_stack(folder, PYTHONPATH=path, PREFECT_LOGGING_TO_API_WHEN_MISSING_FLOW="ignore") as stack:
+    with running_stack(folder, PYTHONPATH=path) as stack:
         (stack.project / "slow.py").write_text(PAUSE)
         whole = _undisturbed(stack)
         conf = _configuration(stack, "short")
