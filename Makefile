@@ -20,7 +20,7 @@ ifneq ($(if $(BUILT),$(filter-out $(BUILT),$(NAMED)),none),)
 .PHONY: $(BIN)/python $(INSTALLED)
 endif
 
-.PHONY: help install demo up down status test test-fast test-extra chaos gpu-check check lock docs clean
+.PHONY: help install demo up down status test test-fast test-extra bench chaos gpu-check check lock docs clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/' | expand -t 14
@@ -63,6 +63,11 @@ test-fast: $(INSTALLED)  ## the tests that take seconds
 test-extra: $(INSTALLED)  ## the tests of optional parts; installs them, and wants PostgreSQL on this machine
 	$(PIP) install --quiet -c requirements.lock 'lm-eval>=0.4.13' 'psycopg[binary]>=3.3' 's3fs>=2026.9' 'moto[s3,server]>=5.2'
 	$(BIN)/python -m pytest -m extra
+
+bench: $(INSTALLED)  ## all benchmarks, an hour of a quiet machine: docs/benchmarks.md (REAL=corpora CHECKPOINT=dir)
+	@test -n "$(REAL)" -a -n "$(CHECKPOINT)" || { echo "make bench REAL=DIR CHECKPOINT=DIR: real corpora (DIR/instruction_tuning, DIR/pretraining) and a pretrained checkpoint"; exit 1; }
+	$(PIP) install --quiet -c requirements.lock 'datatrove' 'trl'
+	$(BIN)/python -m benchmarks --real $(REAL) --checkpoint $(CHECKPOINT)
 
 chaos: $(INSTALLED)  ## break everything for MINUTES= (10) from SEED= (1) on, and print what was lost, wrong, orphaned, untyped
 	-$(PIP) install --quiet 'atheris>=3'

@@ -17,6 +17,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+from benchmarks.rows import Row, say
 from benchmarks.throttled import RATE
 from tests.support import tiny
 from training.launch.events import event_of
@@ -60,10 +61,11 @@ def show(events: list[Any], size: int) -> None:
     for event in written:
         stall, seconds = event["stall_seconds"], event["seconds"]
         print(f"{event['after_step']:10} {seconds:10.2f} s {stall:6.3f} s {100 * stall / seconds:5.2f} %")
+    waited, written_in = (statistics.median(event[key] for event in written) for key in ("stall_seconds", "seconds"))
+    say(Row(f"stall of a checkpoint of {size / 1e6:.0f} MB", waited, "writing it", written_in, "s", at_most=0.05))
     beside, alone = steps_by_writing(events)
     if beside and alone:
-        medians = [statistics.median(steps) for steps in (beside, alone)]
-        print(f"median step: {medians[0]:.3f} s while writing ({len(beside)}), {medians[1]:.3f} s else ({len(alone)})")
+        say(Row("step while writing", statistics.median(beside), "step alone", statistics.median(alone), "s"))
 
 
 def steps_by_writing(events: list[Any]) -> tuple[list[float], list[float]]:

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 import yaml
 
+from benchmarks.rows import Row, say
 from data_prep.pipeline import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 
@@ -68,14 +69,11 @@ def bare(given: argparse.Namespace) -> None:
     for _ in range(given.steps):
         times["ours"].append(timed(ours)[:2])
         times["bare"].append(timed(theirs)[:2])
-    for column, unit in enumerate(("wall", "CPU")):
-        ratios = [a[column] / b[column] for a, b in zip(times["ours"], times["bare"], strict=True)]
-        medians = {name: statistics.median(pair[column] for pair in pairs) for name, pairs in times.items()}
-        print(
-            f"{unit}: ours {medians['ours']:.2f} s, bare {medians['bare']:.2f} s a step; ratio of medians "
-            f"{medians['ours'] / medians['bare']:.3f}, median of ratios {statistics.median(ratios):.3f} (goal <= 1.05)"
-        )
-    print(f"data: {100 * ours.data_share():.3f} % of the step (goal < 1 %)")
+    wall = {name: statistics.median(pair[0] for pair in pairs) for name, pairs in times.items()}
+    cpu = statistics.median(a[1] / b[1] for a, b in zip(times["ours"], times["bare"], strict=True))
+    say(Row("optimizer step", wall["ours"], "bare PyTorch loop", wall["bare"], "s", at_most=1.05, cpu_ratio=cpu))
+    data = ours.data_share() * wall["ours"]
+    say(Row("waiting for data in a step", data, "step", wall["ours"], "s", at_most=0.01))
 
 
 def timed(step: Callable[[], int]) -> tuple[float, float, int]:
@@ -179,11 +177,11 @@ def against_trl(given: argparse.Namespace) -> None:
         output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
         rates[name] = json.loads(output.splitlines()[-1])
         print(name, {unit: round(rate, 1) for unit, rate in rates[name].items()}, flush=True)
-    for name in ("trl-default", "trl-packed"):
-        ratios = {unit: rates["ours-alone"][unit] / rates[name][unit] for unit in rates[name]}
-        print(
-            f"ours : {name}: " + ", ".join(f"{unit} {ratio:.2f}" for unit, ratio in ratios.items()) + " (goal >= 1.5)"
-        )
+    wall, cpu = "target_tokens_per_second", "target_tokens_per_cpu_second"
+    for name, called in (("trl-default", "TRL's defaults"), ("trl-packed", "TRL, fastest settings")):
+        ours, theirs = rates["ours-alone"], rates[name]
+        cpu_ratio = ours[cpu] / theirs[cpu]
+        say(Row("target tokens", ours[wall], called, theirs[wall], "1/s", at_least=1.5, cpu_ratio=cpu_ratio))
 
 
 def report(steps: list[tuple[float, float, int]]) -> None:

@@ -1,6 +1,7 @@
 """What tests of several folders share."""
 
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -8,9 +9,34 @@ import pytest
 
 from flows.stack import prefect_server as server
 from flows.stack.prefect_home import AUTH_STRING
+from tests.support.prefect_database import new_home
 from tests.support.tokenizers import bytes_dir, bytes_tokenizer, llama_dir, llama_tokenizer, smollm2_dir
 
+# Several tests run at once: threads of torch that wait for each other would spend the processors on that.
+os.environ["OMP_NUM_THREADS"] = "1"
+# As on a user's machine: what one of the many processes has compiled the others need not compile again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
+
 __all__ = ["bytes_dir", "bytes_tokenizer", "llama_dir", "llama_tokenizer", "smollm2_dir"]  # fixtures
+
+
+class AtOnce:
+    """A failure is shown when it happens: a run of many minutes that is ended from outside has told what it knew."""
+
+    def __init__(self, terminal: pytest.TerminalReporter) -> None:
+        self.terminal = terminal
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.terminal.ensure_newline()
+            self.terminal.section(f"{report.when} of {report.nodeid}", sep="_")
+            self.terminal.write_line(report.longreprtext)
+
+
+def pytest_sessionstart(session):
+    if not hasattr(session.config, "workerinput"):  # not in a process of xdist
+        session.config.pluginmanager.register(AtOnce(session.config.pluginmanager.getplugin("terminalreporter")))
 
 
 @dataclass(frozen=True)
@@ -32,7 +58,7 @@ class Server:
 @pytest.fixture(scope="session")
 def prefect_server(tmp_path_factory):
     """One light Prefect server for many runs, so that each does not start its own (6 s); own database, own port."""
-    home = tmp_path_factory.mktemp("prefect")
+    home = new_home(tmp_path_factory.mktemp("prefect"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PREFECT_HOME", str(home))
         patch.setenv("PREFECT_PROFILES_PATH", str(home / "profiles.toml"))

@@ -23,6 +23,7 @@ from tests.flows.test_every_run_is_registered import (  # noqa: F401  # fixtures
     save_base,
 )
 from tests.support import warm
+from tests.support.prefect_database import new_home
 from training import run_files
 from training.registry.versions import Registry
 from training.tracking.sync import connect
@@ -103,7 +104,8 @@ def test_what_a_kill_has_cost_is_named(tmp_path):
         sys.executable, str(ROOT / "train.py"), "--json", "--model", "panda-tiny", "--run_name", "killed",
         "--max_steps", "40", "--save_steps", "4", "--stop_deadline_seconds", "0.01", *SMALL,
     ]  # fmt: skip
-    where = {"cwd": tmp_path, "env": {**os.environ, **warm.environment(), "PREFECT_HOME": str(tmp_path / "prefect")}}
+    home = new_home(tmp_path / "prefect")
+    where = {"cwd": tmp_path, "env": {**os.environ, **warm.environment(), "PREFECT_HOME": str(home)}}
     steps = tmp_path / "outputs" / "killed" / run_files.METRICS
     with subprocess.Popen(command, **where, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         while process.poll() is None and len(run_files.read_lines(steps)) < 7:
@@ -111,7 +113,7 @@ def test_what_a_kill_has_cost_is_named(tmp_path):
         process.send_signal(signal.SIGKILL)
     killed = time.time()
     time.sleep(2)
-    done = subprocess.run([*command, "--resume"], **where, capture_output=True, text=True, check=False, timeout=500)
+    done = warm.run([*command, "--resume"], where["cwd"], where["env"], 500)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     lines = run_files.read_lines(steps.with_name(run_files.TIME))

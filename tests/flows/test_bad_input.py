@@ -6,15 +6,14 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import warm
+
 ROOT = Path(__file__).parents[2]
 
 
 def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run train.py as a user would, from another directory."""
-    return subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), *arguments],
-        cwd=folder, capture_output=True, text=True, check=False, timeout=120,
-    )  # fmt: skip
+    return warm.run([sys.executable, str(ROOT / "train.py"), *arguments], folder, timeout=120)
 
 
 @pytest.fixture

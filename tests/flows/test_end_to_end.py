@@ -2,7 +2,6 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -21,11 +20,8 @@ SMALL = ["--max_seq_length", "128", "architecture.num_hidden_layers=2", "archite
 
 def train(folder: Path, *arguments: str) -> tuple[dict, str]:
     """Run train.py from another directory with a Prefect database of its own; returns (summary, stderr)."""
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "train.py"), "--json", *arguments],
-        cwd=folder, capture_output=True, text=True, check=False, timeout=550,
-        env={**os.environ, **warm.environment(), "PREFECT_HOME": str(folder / "prefect")},
-    )  # fmt: skip
+    env = {**os.environ, **warm.environment(), "PREFECT_HOME": str(folder / "prefect")}
+    done = warm.run([sys.executable, str(ROOT / "train.py"), "--json", *arguments], folder, env, 550)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
@@ -151,12 +147,8 @@ def test_second_run_reuses_prepared_data_and_adds_a_version(first, folder):
 
 @pytest.mark.distributed
 def test_the_first_losses_are_reproduced_bit_by_bit(first, folder):
-    command = "import sys; from flows.cli.main import main; sys.exit(main())"
-    arguments = ["reproduce", first["model"]["uri"], "--steps", "3", "--json"]
-    done = subprocess.run(
-        [sys.executable, "-c", command, *arguments],
-        cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    command = [sys.executable, "-m", "flows.cli.main", "reproduce", first["model"]["uri"], "--steps", "3", "--json"]
+    done = warm.run(command, folder, {**os.environ, **warm.environment()})
     assert done.returncode == 0, done.stderr
     again = json.loads(done.stdout.splitlines()[-1])
     assert again["bitwise"] and again["data_rebuilt"] and again["steps"] == [1, 2, 3] and not again["environment"]
@@ -178,7 +170,7 @@ def test_from_stage_repeats_only_what_follows(first, folder):
 def test_a_resumed_run_has_the_settings_it_had(first, folder):
     command = [sys.executable, str(ROOT / "train.py"), "--resume", "--run_name", Path(first["run_dir"]).name]
     command += ["--learning_rate", "0.5", "--print_config"]
-    shown = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True).stdout.splitlines()
+    shown = warm.run(command, folder).stdout.splitlines()
     origins = {line.split(":")[0]: line.split("# ")[-1] for line in shown}
     config = f"{first['run_dir']}/config.yaml"
     assert (origins["max_steps"], origins["learning_rate"], origins["until_stage"]) == (config, "flag", "flag")
@@ -213,9 +205,7 @@ def test_an_adapter_on_four_bits_is_registered_and_merged_into_whole_weights(fir
     version = summary["model"]["uri"]
     assert version == "models:/four-bits/1"
     command = [sys.executable, "-m", "flows.cli.main", "export", version, "exported", "--json"]
-    done = subprocess.run(
-        command, cwd=folder, capture_output=True, text=True, check=False, env={**os.environ, "PYTHONPATH": str(ROOT)}
-    )
+    done = warm.run(command, folder)
     assert done.returncode == 0, done.stderr
     exported = json.loads(done.stdout.splitlines()[-1])
     assert exported["kind"] == "streamed" and exported["difference"]["top1_agreement"] == 1

@@ -19,6 +19,7 @@ import pytest
 
 from tests.support import warm
 from tests.support.kept import MADE_IN, unpack
+from tests.support.prefect_database import new_home
 
 ROOT = Path(__file__).parents[2]
 VERSION = "models:/panda-panda-tiny/1"
@@ -45,10 +46,8 @@ def folder(tmp_path_factory) -> Path:
 
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
-    done = subprocess.run(
-        [sys.executable, *command], cwd=folder, capture_output=True, text=True, check=False, timeout=550,
-        env={**os.environ, **warm.environment(), "PREFECT_HOME": str(folder / "prefect")},
-    )  # fmt: skip
+    env = {**os.environ, **warm.environment(), "PREFECT_HOME": str(new_home(folder / "prefect"))}
+    done = warm.run([sys.executable, *command], folder, env, 550)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

@@ -4,13 +4,11 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 from uuid import UUID
@@ -19,6 +17,9 @@ import psutil
 import yaml
 
 from data_prep.sample import write_sample
+from tests.support import warm
+from tests.support.prefect_database import new_home
+from tests.support.receiver import receiving
 from training.launch.processes import free_port
 
 ROOT = Path(__file__).parents[2]
@@ -62,9 +63,7 @@ class Stack:
         return self.folder / "project"
 
     def _run(self, command: list[str], timeout: float) -> subprocess.CompletedProcess:
-        return subprocess.run(
-            command, cwd=self.project, env=self.env, capture_output=True, text=True, check=False, timeout=timeout
-        )
+        return warm.run(command, self.project, self.env, timeout)
 
     def config(self, name: str, **settings: Any) -> str:
         """A configuration file, the value of the parameter conf_path."""
@@ -180,21 +179,8 @@ class Stack:
     @contextmanager
     def webhook(self, name: str = "test") -> Iterator[tuple[str, list[dict[str, str]]]]:
         """(Name of a notification block, what was sent to it)."""
-        received: list[dict[str, str]] = []
-
-        class Receiver(BaseHTTPRequestHandler):
-            def do_POST(self) -> None:
-                received.append(json.loads(self.rfile.read(int(self.headers["Content-Length"]))))
-                self.send_response(200)
-                self.end_headers()
-
-            def log_message(self, *_: Any) -> None:
-                pass
-
-        server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield self.block(name, server.server_address[1]), received
-        server.shutdown()
+        with receiving() as (port, received):
+            yield self.block(name, port), received
 
     def block(self, name: str, port: int, path: str = "") -> str:
         """A notification block for a receiver at this port; returns what the setting `notify` calls it."""
@@ -309,7 +295,7 @@ def new_stack(folder: Path) -> Stack:
     (project / "panda.toml").write_text(f'allowed_roots = ["{folder}"]\n')
     env = {
         **os.environ,
-        "PREFECT_HOME": str(folder / "prefect"),
+        "PREFECT_HOME": str(new_home(folder / "prefect")),
         "PREFECT_PROFILES_PATH": str(folder / "prefect" / "profiles.toml"),
         "PREFECT_API_URL": f"http://127.0.0.1:{free_port()}/api",
         "OMP_NUM_THREADS": "1",

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 from tests.support import warm
+from tests.support.prefect_database import new_home
 
 ROOT = Path(__file__).parents[2]
 BASES = ("huggyllama/llama-7b", "huggyllama/llama-65b")
@@ -75,11 +76,13 @@ def run(folder: Path, command: list[str], timeout_seconds: float = 900) -> subpr
     programs = {"python": [sys.executable], "panda": [sys.executable, "-m", "flows.cli.main"]}
     words = [*programs.get(command[0], [command[0]]), *command[1:]]
     words = [str(ROOT / "train.py") if word == "train.py" else word for word in words]
-    ours = warm.environment() if command[0] == "python" else {"PYTHONPATH": str(ROOT)}
+    ours = warm.environment() if command[0] in programs else {"PYTHONPATH": str(ROOT)}
     environment = {
         **os.environ, **ours, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "120",
-        "PREFECT_HOME": str(folder / ".prefect"),
+        "PREFECT_HOME": str(new_home(folder / ".prefect")),
     }  # fmt: skip
+    if words[0] == sys.executable:
+        return warm.run(words, folder, environment, timeout_seconds)
     return subprocess.run(
         words, cwd=folder, env=environment, check=False, capture_output=True, text=True, timeout=timeout_seconds
     )

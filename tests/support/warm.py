@@ -8,11 +8,16 @@ instead of 6. What is tested of starting itself (the launcher, torchrun, imports
 Programs that tests start (`train.py`, a worker of Prefect) get their ranks so as well, where they are given
 `environment()`: the supervisor is forked here, and forks its ranks. Two things differ: marks in the environment of a
 rank are not seen in /proc, and the supervisor is no child of the program.
+
+Commands (`train.py`, `panda`, `prefect`) are run by `run`, as `subprocess.run` would: forked from a process that has
+imported the large libraries and nothing of this project; Prefect reads its settings when they are first asked for.
 """
 
 import contextlib
+import gc
 import importlib
 import json
+import logging
 import os
 import runpy
 import select
@@ -22,10 +27,13 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+
+from training import lean_imports
 
 ROOT = Path(__file__).parents[2]
 CLIENT = Path(__file__).parent / "warm_path"
@@ -34,6 +42,12 @@ OF_RANKS = (
     "training.engines.deepspeed", "training.engines.fsdp", "training.engines.inference",
     "transformers.models.llama.modeling_llama", "peft", "bitsandbytes",
 )  # fmt: skip
+OF_COMMANDS = (
+    "prefect.engine", "prefect.cli", "prefect.client.orchestration", "mlflow", "mlflow.pyfunc", "sqlalchemy", "pandas",
+    "matplotlib.pyplot", "pyarrow.compute", "scipy.stats", "torch", "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.tokenization_auto", "peft", "safetensors.torch", "hydra", "rich.progress",
+)  # fmt: skip
+PROJECT = {"configs", "data_prep", "flows", "tasks", "training"}
 
 
 class Process:
@@ -69,19 +83,22 @@ class Process:
 class Nursery:
     """The side of the tests: asks for processes, and hears of their end."""
 
-    def __init__(self, *preloaded: str) -> None:
+    def __init__(self, *preloaded: str, without: Sequence[str] = ()) -> None:
         self.ended: dict[int, int] = {}
         self.socket = str(Path(tempfile.mkdtemp(prefix="nursery")) / "socket")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "tests.support.warm", self.socket, *preloaded],
-            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            [sys.executable, "-m", "tests.support.warm", self.socket, ",".join(without), *preloaded],
+            cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "DO_NOT_TRACK": "1"},
             stdin=subprocess.PIPE, stdout=subprocess.PIPE,
         )  # fmt: skip
         assert self._read() == {"ready": True}
 
-    def start(self, module: str, arguments: list[str], env: dict[str, str], log: Path) -> Process:
-        """`python -m MODULE ARGUMENTS` in the project's directory, its output appended to the log."""
-        job = {"module": module, "arguments": arguments, "env": env, "log": str(log)}
+    def start(self, module: str, arguments: list[str], env: dict[str, str], log: Path, **files: str) -> Process:
+        """`python -m MODULE ARGUMENTS` in the project's directory, its output appended to the log.
+
+        :param files: `cwd`, another directory; `stdin`, a file to read; `errors`, another file for stderr
+        """
+        job = {"module": module, "arguments": arguments, "env": env, "log": str(log), **files}
         self.process.stdin.write(json.dumps(job).encode() + b"\n")
         self.process.stdin.flush()
         while "started" not in (told := self._read()):
@@ -107,7 +124,34 @@ class Nursery:
 @cache
 def ranks() -> Nursery:
     """For all that train, evaluate and compare."""
-    return Nursery(*OF_RANKS)
+    return Nursery(*OF_RANKS, without=lean_imports.UNUSED)
+
+
+@cache
+def commands() -> Nursery:
+    """For `run`."""
+    return Nursery(*OF_COMMANDS)
+
+
+def run(
+    command: list[str], cwd: Path, env: dict[str, str] | None = None, timeout: float | None = None, stdin: str = ""
+) -> subprocess.CompletedProcess[str]:
+    """`subprocess.run(command, ..., capture_output=True, text=True)` of `[sys.executable, "-m", MODULE, ...]` or of a
+    script: `[sys.executable, PATH, ...]`.
+    """
+    assert command[0] == sys.executable
+    module, arguments = (command[2], command[3:]) if command[1] == "-m" else (command[1], command[2:])
+    with tempfile.TemporaryDirectory() as folder:
+        given, said, errors = (Path(folder, name) for name in ("stdin", "stdout", "stderr"))
+        given.write_text(stdin)
+        env = dict(os.environ if env is None else env)
+        process = commands().start(module, arguments, env, said, errors=str(errors), stdin=str(given), cwd=str(cwd))
+        try:
+            code = process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            raise
+        return subprocess.CompletedProcess(command, code, said.read_text(), errors.read_text())
 
 
 def environment() -> dict[str, str]:
@@ -125,13 +169,13 @@ class Become(Exception):  # how a forked process leaves the stack of its parent
 
 def main() -> None:
     """The nursery: import, then fork whenever asked. Its stdout is for what it tells, not for its children."""
-    from training.lean_imports import UNUSED, without
-
     told = os.dup(1)
     os.dup2(2, 1)
-    with without(*UNUSED):
-        for name in sys.argv[2:]:
+    hidden, *preloaded = sys.argv[2:]
+    with lean_imports.without(*filter(None, hidden.split(","))):
+        for name in preloaded:
             importlib.import_module(name)
+    gc.freeze()  # what is there is never garbage; children need not look
     try:
         House(told, sys.argv[1]).serve()
     except Become as new:
@@ -246,16 +290,47 @@ def become_supervisor(job: dict[str, Any], files: list[int]) -> None:
 
 
 def become(job: dict[str, Any]) -> None:
-    """What `python -m` would be."""
+    """What `python` would be."""
     os.environ.clear()
     os.environ.update(job["env"])
-    nothing, log = os.open(os.devnull, os.O_RDONLY), os.open(job["log"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    for descriptor, place in ((nothing, 0), (log, 1), (log, 2)):
+    if "cwd" in job:
+        os.chdir(job["cwd"])
+    appended = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    nothing, log = os.open(job.get("stdin", os.devnull), os.O_RDONLY), os.open(job["log"], appended)
+    errors = os.open(job["errors"], appended) if "errors" in job else log
+    for descriptor, place in ((nothing, 0), (log, 1), (errors, 2)):
         os.dup2(descriptor, place)
     sys.argv = [job["module"], *job["arguments"]]
     sys.path[:0] = [os.getcwd(), *job["env"].get("PYTHONPATH", "").split(":")]
+    if "errors" in job:
+        begin_command()
+    if job["module"].endswith(".py"):
+        runpy.run_path(job["module"], run_name="__main__")
+        return
     sys.modules.pop(job["module"], None)  # it is run, not imported
     runpy.run_module(job["module"], run_name="__main__", alter_sys=True)
+
+
+def begin_command() -> None:
+    """As if nothing of this project and no Prefect had been imported."""
+    for name in [name for name in sys.modules if name.partition(".")[0] in PROJECT]:
+        del sys.modules[name]
+    if "PANDA_NURSERY" in os.environ:
+        runpy.run_path(str(CLIENT / "sitecustomize.py"))
+    logging.root.handlers.clear()
+    from prefect import context
+    from prefect.logging.configuration import setup_logging
+
+    get = context.SettingsContext.get
+
+    def read_when_first_asked() -> Any:
+        context.SettingsContext.get = get
+        del context.GLOBAL_SETTINGS_CONTEXT
+        context.refresh_global_settings_context()
+        setup_logging()
+        return get()
+
+    context.SettingsContext.get = read_when_first_asked
 
 
 if __name__ == "__main__":

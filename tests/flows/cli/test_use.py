@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import warm
 from tests.support.tiny_models import save_adapter, save_full_model
 from tests.training.registry.test_register import greedy, tracked_run
 from training.registry.register import register
@@ -37,10 +38,8 @@ def command(outputs: Path, verb: str, *arguments: str) -> list[str]:
     return [sys.executable, "-m", "flows.cli.main", verb, *arguments, *where]
 
 
-def panda(outputs: Path, *arguments: str, stdin: str | None = None) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        command(outputs, *arguments), cwd=ROOT, input=stdin, capture_output=True, text=True, check=False
-    )
+def panda(outputs: Path, *arguments: str, stdin: str = "") -> subprocess.CompletedProcess:
+    return warm.run(command(outputs, *arguments), ROOT, stdin=stdin)
 
 
 def test_export_of_an_adapter(outputs, tmp_path):

@@ -16,6 +16,7 @@ from flows.cli import run
 from flows.stack import old_database, prefect_home, services, up
 from flows.stack.prefect_home import AUTH_STRING, SERVER_AUTH_STRING, URL
 from flows.stack.prefect_server import ServerError, connected, unusable, wait_for_server
+from tests.support import warm
 from tests.support.stack import ROOT
 from training.launch.processes import free_port
 
@@ -138,7 +139,7 @@ def test_two_projects_of_a_user_do_not_meet(neighbour, project, monkeypatch, cap
 def test_prefect_finds_the_server_in_the_projects_directory(neighbour, project):
     directory, _ = neighbour
     command = [sys.executable, "-m", "prefect", "--no-prompt", "work-pool", "ls"]
-    done = subprocess.run(command, cwd=directory, capture_output=True, text=True, check=False)
+    done = warm.run(command, directory)
     assert done.returncode == 0, done.stderr
 
 

@@ -6,7 +6,6 @@ settings is in `tests/flows/test_unattended.py`.
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from prefect.settings import temporary_settings
 from flows.cli.main import main
 from flows.stack import schedules
 from flows.stack.deployments import declared, deploy
+from tests.support import warm
 
 ROOT = Path(__file__).parents[3]
 NAME = "panda-train/default"
@@ -63,20 +63,14 @@ def on_server(client) -> dict[str | None, tuple]:
 
 
 def panda(env, *words: str) -> str:
-    done = subprocess.run(
-        [sys.executable, "-m", "flows.cli.main", "schedule", *words],
-        env=env,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    done = warm.run([sys.executable, "-m", "flows.cli.main", "schedule", *words], ROOT, env)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def prefect(env, *words: str) -> None:
     command = [sys.executable, "-m", "prefect", "--no-prompt", *words]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    done = warm.run(command, ROOT, env)
     assert done.returncode == 0, done.stdout + done.stderr
 
 
