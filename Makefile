@@ -64,10 +64,10 @@ test-extra: $(INSTALLED)  ## the tests of optional parts; installs them, and wan
 	$(PIP) install --quiet -c requirements.lock 'lm-eval>=0.4.13' 'psycopg[binary]>=3.3' 's3fs>=2026.9' 'moto[s3,server]>=5.2'
 	$(BIN)/python -m pytest -m extra
 
-bench: $(INSTALLED)  ## all benchmarks, an hour of a quiet machine: docs/benchmarks.md (REAL=corpora CHECKPOINT=dir)
-	@test -n "$(REAL)" -a -n "$(CHECKPOINT)" || { echo "make bench REAL=DIR CHECKPOINT=DIR: real corpora (DIR/instruction_tuning, DIR/pretraining) and a pretrained checkpoint"; exit 1; }
+bench: $(INSTALLED)  ## all benchmarks, an hour of a quiet machine: docs/benchmarks.md (REAL=corpora)
+	@test -n "$(REAL)" || { echo "make bench REAL=DIR: real corpora, DIR/instruction_tuning and DIR/pretraining"; exit 1; }
 	$(PIP) install --quiet -c requirements.lock 'datatrove' 'trl'
-	$(BIN)/python -m benchmarks --real $(REAL) --checkpoint $(CHECKPOINT)
+	$(BIN)/python -m benchmarks --real $(REAL) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
 chaos: $(INSTALLED)  ## break everything for MINUTES= (10) from SEED= (1) on, and print what was lost, wrong, orphaned, untyped
 	-$(PIP) install --quiet 'atheris>=3'

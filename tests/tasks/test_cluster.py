@@ -17,12 +17,13 @@ from prefect.client.schemas.sorting import FlowRunSort
 from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
 
 from data_prep import store
+from tests.support import warm
 from tests.support.stack import ROOT, wait_for
 from training.launch.processes import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("use_prefect_server")]
 
-NUM_FILES = 1000
+NUM_FILES = 200
 SLOW_READER = """
 import json, time
 
@@ -78,8 +79,8 @@ def log_of(folder: Path, process: subprocess.Popen) -> str:
     return log
 
 
-def start(folder: Path, corpus: Path, **settings: str) -> subprocess.Popen:
-    """`python train.py` up to the plan, with everything it makes below the folder."""
+def train_up_to_the_plan(folder: Path, corpus: Path, **settings: str) -> tuple[list[str], dict[str, str]]:
+    """A command that makes everything below the folder, which is made; its environment."""
     folder.mkdir(exist_ok=True)
     places = {"instruction_tuning_data_dir": corpus, "cache_dir": folder / "cache", "output_dir": folder / "outputs"}
     chosen = {"model": "panda-tiny", "until_stage": "plan", **places, **settings}
@@ -89,19 +90,19 @@ def start(folder: Path, corpus: Path, **settings: str) -> subprocess.Popen:
         "--json",
         *(word for key, value in chosen.items() for word in flag(key, value)),
     ]
-    env = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}", "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=folder, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return command, {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"}
 
 
 def flag(name: str, value: object) -> list[str]:
     return [f"--{name}", str(value)]
 
 
-def end(process: subprocess.Popen) -> dict:
+def prepared(folder: Path, corpus: Path, **settings: str) -> dict:
     """The summary of a run that has to succeed."""
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err
-    return json.loads(out.splitlines()[-1])
+    command, env = train_up_to_the_plan(folder, corpus, **settings)
+    done = warm.run(command, folder, env, 300)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def contents(cache: Path) -> dict[str, str]:
@@ -112,9 +113,9 @@ def contents(cache: Path) -> dict[str, str]:
 
 def test_same_bytes_and_few_tasks(corpus, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
-    end(start(here, corpus))
+    prepared(here, corpus)
     with cluster(tmp_path) as (address, _):
-        summary = end(start(there, corpus, prepare_cluster=address))
+        summary = prepared(there, corpus, prepare_cluster=address)
     assert summary["data"]["records_in"] == 60 * NUM_FILES + 260_000
     assert contents(there / "cache") == contents(here / "cache")
     batches = {f"tokenize: batch {number} of 8" for number in range(1, 9)}
@@ -145,13 +146,15 @@ def test_killed_worker_loses_nothing(tmp_path):
         (folder / "slow_reader.py").symlink_to(tmp_path / "slow_reader.py")
         (folder / "panda.toml").write_text('allowed_targets = ["slow_reader"]')  # workers find it by PYTHONPATH
     reader = '{"_target_": "slow_reader.read"}'
-    end(start(here, corpus, reader=reader))
+    prepared(here, corpus, reader=reader)
     with cluster(tmp_path) as (address, workers):
-        run = start(there, corpus, reader=reader, prepare_cluster=address)
+        command, env = train_up_to_the_plan(there, corpus, reader=reader, prepare_cluster=address)
+        with (tmp_path / "train.log").open("w") as log:
+            run = subprocess.Popen(command, cwd=there, env=env, stdout=log, stderr=log)
         wait_for(lambda: len(units(there)) >= 6, 120, "some units")
         before = units(there)
         workers[0].send_signal(signal.SIGKILL)
-        end(run)
+        assert run.wait(timeout=300) == 0, (tmp_path / "train.log").read_text()
     wait_for(lambda: all(tasks_of_newest_run().values()), 30, "the killed task to be told completed by its successor")
     assert len(before) < 40
     assert before.items() <= units(there).items()
@@ -165,9 +168,9 @@ def units(folder: Path) -> dict[str, int]:
 
 
 def test_no_scheduler_is_said(corpus, tmp_path):
-    process = start(tmp_path, corpus, prepare_cluster=f"tcp://127.0.0.1:{free_port()}")
+    command, env = train_up_to_the_plan(tmp_path, corpus, prepare_cluster=f"tcp://127.0.0.1:{free_port()}")
     started = time.monotonic()
-    _, err = process.communicate(timeout=120)
-    assert process.returncode == 2
-    assert "no Dask scheduler answers there" in err
+    done = warm.run(command, tmp_path, env, 120)
+    assert done.returncode == 2
+    assert "no Dask scheduler answers there" in done.stderr
     assert time.monotonic() - started < 60
