@@ -113,7 +113,7 @@ def test_what_a_kill_has_cost_is_named(tmp_path):
         process.send_signal(signal.SIGKILL)
     killed = time.time()
     time.sleep(2)
-    done = warm.run([*command, "--resume"], where["cwd"], where["env"], 500)
+    done = warm.run([*command, "--resume"], where["cwd"], where["env"], 1500)
     assert done.returncode == 0, done.stderr
     summary = json.loads(done.stdout.splitlines()[-1])
     lines = run_files.read_lines(steps.with_name(run_files.TIME))

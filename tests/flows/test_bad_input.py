@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[2]
 
 def train(folder: Path, *arguments: str) -> subprocess.CompletedProcess:
     """Run train.py as a user would, from another directory."""
-    return warm.run([sys.executable, str(ROOT / "train.py"), *arguments], folder, timeout=120)
+    return warm.run([sys.executable, str(ROOT / "train.py"), *arguments], folder, timeout=600)
 
 
 @pytest.fixture

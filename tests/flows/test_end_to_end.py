@@ -21,7 +21,7 @@ SMALL = ["--max_seq_length", "128", "architecture.num_hidden_layers=2", "archite
 def train(folder: Path, *arguments: str) -> tuple[dict, str]:
     """Run train.py from another directory with a Prefect database of its own; returns (summary, stderr)."""
     env = {**os.environ, **warm.environment(), "PREFECT_HOME": str(folder / "prefect")}
-    done = warm.run([sys.executable, str(ROOT / "train.py"), "--json", *arguments], folder, env, 550)
+    done = warm.run([sys.executable, str(ROOT / "train.py"), "--json", *arguments], folder, env, 1500)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout.splitlines()[-1]), done.stderr
 

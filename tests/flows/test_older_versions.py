@@ -47,7 +47,7 @@ def folder(tmp_path_factory) -> Path:
 
 def run(folder: Path, *command: str) -> subprocess.CompletedProcess:
     env = {**os.environ, **warm.environment(), "PREFECT_HOME": str(new_home(folder / "prefect"))}
-    done = warm.run([sys.executable, *command], folder, env, 550)
+    done = warm.run([sys.executable, *command], folder, env, 1500)
     assert done.returncode == 0, done.stdout + done.stderr
     return done
 

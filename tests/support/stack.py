@@ -25,6 +25,7 @@ from training.launch.processes import free_port
 ROOT = Path(__file__).parents[2]
 OF_THE_PROJECT = ("deploy", "flows", "prefect.toml", "prefect.yaml", "train.py")
 LONG = {"max_steps": 100_000, "save_steps": 5}  # a training that does not end by itself
+PATIENCE = 3  # tests share two cores with others; a fault that makes one wait is told later, not less
 SETTINGS = {
     "model": "panda-tiny",
     "architecture": {"num_hidden_layers": 1, "hidden_size": 32, "intermediate_size": 64, "vocab_size": 512},
@@ -63,7 +64,7 @@ class Stack:
         return self.folder / "project"
 
     def _run(self, command: list[str], timeout: float) -> subprocess.CompletedProcess:
-        return warm.run(command, self.project, self.env, timeout)
+        return warm.run(command, self.project, self.env, PATIENCE * timeout)
 
     def config(self, name: str, **settings: Any) -> str:
         """A configuration file, the value of the parameter conf_path."""
@@ -278,10 +279,10 @@ def num_steps(run: Path | None) -> int:
 
 
 def wait_for(condition: Callable[[], Any], timeout: float, what: str) -> float:
-    """Poll twice a second; returns the seconds it took."""
+    """Poll twice a second; returns the seconds it took. :param timeout: seconds on a machine that does nothing else"""
     started = time.monotonic()
     while not condition():
-        assert time.monotonic() - started < timeout, f"waited {timeout} s for {what}"
+        assert time.monotonic() - started < PATIENCE * timeout, f"waited {PATIENCE * timeout} s for {what}"
         time.sleep(0.5)
     return time.monotonic() - started
 

@@ -3,7 +3,8 @@
 In: a request with `messages` (chat: roles and contents) or `prompt` (one text a row), and the parameters of generation.
 Out: an OpenAI-style chat completion, or one text a row. Imports nothing of this project, so a registered model loads
 wherever its few requirements are installed. Cost: the weights once in memory; of an adapter also its base model, found
-by the reference in the model's configuration, or at $PANDA_BASE_MODEL where that path does not exist.
+by the reference in the model's configuration, or at $PANDA_BASE_MODEL where that path does not exist. torch is imported
+to load, not to register: MLflow runs this file for that, too.
 """
 
 import os
@@ -11,13 +12,14 @@ import re
 import time
 import uuid
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
-import torch
 from mlflow.models import set_model
 from mlflow.pyfunc import PythonModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
+
+if TYPE_CHECKING:
+    import torch
 
 DEFAULTS = {"max_new_tokens": 128, "max_tokens": 0, "temperature": 0.0, "top_p": 1.0}
 
@@ -27,6 +29,9 @@ class ServedModel(PythonModel):
 
     def load_context(self, context: Any) -> None:
         """Load what `context.artifacts["model"]` holds: whole weights, or an adapter and the base it refers to."""
+        import torch
+        from transformers import AutoTokenizer
+
         directory = context.artifacts["model"]
         trusted = bool((context.model_config or {}).get("trust_remote_code"))  # as training did
         self.tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trusted)
@@ -67,7 +72,7 @@ class ServedModel(PythonModel):
             },
         }
 
-    def encode_chat(self, messages: list[dict[str, str]]) -> torch.Tensor:
+    def encode_chat(self, messages: list[dict[str, str]]) -> "torch.Tensor":
         """``(1, num_tokens)`` ids through the tokenizer's chat template; without one, the texts line by line.
 
         A special token that somebody has typed into a message stays text, as in training: it would end his turn.
@@ -91,31 +96,35 @@ class ServedModel(PythonModel):
         """Ids of a text in which no special token counts."""
         return list(self.tokenizer(text, add_special_tokens=add_special_tokens, split_special_tokens=True).input_ids)
 
-    def encode(self, text: str, add_special_tokens: bool = True) -> torch.Tensor:
+    def encode(self, text: str, add_special_tokens: bool = True) -> "torch.Tensor":
         """``(1, num_tokens)`` ids; of an empty text bos, without one eos: a model cannot go on from nothing."""
         return self.as_tensor(self.tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
-    def as_tensor(self, ids: list[int]) -> torch.Tensor:
+    def as_tensor(self, ids: list[int]) -> "torch.Tensor":
         """``(1, num_tokens)``, at least one."""
+        import torch
+
         tokenizer = self.tokenizer
         start = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
         return torch.tensor([ids or [start]], dtype=torch.long)
 
-    @torch.inference_mode()
-    def generate(self, ids: torch.Tensor, options: dict[str, Any], streamer: Any = None) -> tuple[str, int, str]:
+    def generate(self, ids: "torch.Tensor", options: dict[str, Any], streamer: Any = None) -> tuple[str, int, str]:
         """(text, number of new tokens, "stop" or "length") for one prompt of shape ``(1, num_tokens)``."""
+        import torch
+
         limit = int(options["max_tokens"] or options["max_new_tokens"])
-        sampling = float(options["temperature"]) > 0
+        temperature = float(options["temperature"])
+        sampling = {"do_sample": True, "temperature": temperature, "top_p": float(options["top_p"])}
         ids = ids.to(self.model.device)
-        output = self.model.generate(
-            input_ids=ids,
-            attention_mask=torch.ones_like(ids),
-            max_new_tokens=limit,
-            do_sample=sampling,
-            streamer=streamer,
-            pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
-            **({"temperature": float(options["temperature"]), "top_p": float(options["top_p"])} if sampling else {}),
-        )
+        with torch.inference_mode():
+            output = self.model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=limit,
+                streamer=streamer,
+                pad_token_id=self.tokenizer.pad_token_id or self.tokenizer.eos_token_id,
+                **(sampling if temperature > 0 else {"do_sample": False}),
+            )
         new = output[0, ids.shape[1] :]
         reason = "stop" if len(new) and int(new[-1]) == self.tokenizer.eos_token_id else "length"
         return str(self.tokenizer.decode(new, skip_special_tokens=True)), len(new), reason
@@ -151,6 +160,8 @@ def load_weights(directory: str, trusted: bool) -> Any:
 
     Weights that are not in the files would be random numbers, which transformers only mentions: they are an error here.
     """
+    from transformers import AutoModelForCausalLM
+
     loaded: Any = AutoModelForCausalLM.from_pretrained(
         directory,
         dtype="auto",
