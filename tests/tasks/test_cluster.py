@@ -22,7 +22,7 @@ from training.launch.processes import free_port
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.usefixtures("use_prefect_server")]
 
-NUM_FILES = 200
+NUM_FILES = 1000
 SLOW_READER = """
 import json, time
 
