@@ -66,7 +66,7 @@ test-extra: $(INSTALLED)  ## the tests of optional parts; installs them, and wan
 
 bench: $(INSTALLED)  ## all benchmarks, an hour of a quiet machine: docs/benchmarks.md (REAL=corpora)
 	@test -n "$(REAL)" || { echo "make bench REAL=DIR: real corpora, DIR/instruction_tuning and DIR/pretraining"; exit 1; }
-	$(PIP) install --quiet -c requirements.lock 'datatrove' 'trl'
+	$(PIP) install --quiet -c requirements.lock -e '.[bench]'
 	$(BIN)/python -m benchmarks --real $(REAL) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
 
 chaos: $(INSTALLED)  ## break everything for MINUTES= (10) from SEED= (1) on, and print what was lost, wrong, orphaned, untyped

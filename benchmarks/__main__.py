@@ -170,11 +170,10 @@ def draw(rows: list[Row], path: Path) -> None:
     figure, axes = pyplot.subplots(figsize=(9, 0.36 * len(rows) + 1.2), layout="constrained")
     places = range(len(rows), 0, -1)
     for place, row in zip(places, rows, strict=True):
-        ratio = row.ratio if row.cpu_ratio is None else row.cpu_ratio
         goal = row.at_most if row.at_most is not None else row.at_least
-        axes.plot([ratio, goal], [place, place], color="#bbbbbb", linewidth=1, zorder=1)
+        axes.plot([row.judged, goal], [place, place], color="#bbbbbb", linewidth=1, zorder=1)
         axes.plot(goal, place, "|", color="#555555", markersize=14, zorder=2)
-        axes.plot(ratio, place, "o", color="#2b7a4b" if row.met else "#b3261e", zorder=3)
+        axes.plot(row.judged, place, "o", color="#2b7a4b" if row.met else "#b3261e", zorder=3)
     axes.axvline(1, color="#dddddd", zorder=0)
     axes.set_xscale("log")
     axes.set_yticks(list(places), [f"{row.what} : {row.against}" for row in rows], fontsize=8)

@@ -1,8 +1,8 @@
 """How much memory planning takes a record: plans of made units, which are there in seconds whatever their number.
 
-In: numbers of records. Out: a line for each: seconds, peak memory of the process that plans, bytes a record; the last
-beside the first. The units hold hashes, lengths and runs of made examples; their texts are empty and their ids zero,
-which a plan never looks at.
+In: numbers of records. Out: a line for each: seconds, peak memory of the process that plans, bytes a record; what the
+growth from the first to the last says of a billion, and the last beside the first. The units hold hashes, lengths and
+runs of made examples; their texts are empty and their ids zero, which a plan never looks at.
 
     python -m benchmarks.plan_memory --records 1000000 2000000 4000000
 """
@@ -49,6 +49,8 @@ def main() -> None:
     found = [measured(given.work, number) for number in given.records]
     if len(found) > 1:
         most, least = given.records[-1], given.records[0]
+        each = (found[-1] - found[0]) / (most - least)
+        print(f"growth: {each:.0f} bytes a record; {each:.0f} GB for a billion", flush=True)
         what, against = (f"{number / 1e6:g} million records" for number in (most, least))
         say(Row(f"memory to plan {what}", found[-1] / 2**20, against, found[0] / 2**20, "MiB", at_most=1.25))
     shutil.rmtree(given.work)

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -168,6 +169,8 @@ def units(folder: Path) -> dict[str, int]:
 
 def test_no_scheduler_is_said(corpus, tmp_path):
     command, env = train_up_to_the_plan(tmp_path, corpus, prepare_cluster=f"tcp://127.0.0.1:{free_port()}")
-    done = warm.run(command, tmp_path, env, 600)
+    started = time.monotonic()
+    done = warm.run(command, tmp_path, env, 120)
     assert done.returncode == 2
     assert "no Dask scheduler answers there" in done.stderr
+    assert time.monotonic() - started < 60
