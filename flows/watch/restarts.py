@@ -4,8 +4,9 @@ In: a client of the Prefect server. Out: states. A crash is what Prefect's retri
 machine lost. How often is the setting `max_restarts` of the run; the history of its states is the count and keeps every
 reason, and the last crash of too many ends as `CrashedTooOften`. Which directory a run goes on with, RUN/owner.json
 says. A run declared dead because the server was away, whose process lives here, is running again: nothing is lost. One
-that was being cancelled is cancelled, also where the worker has not heard of it. Task runs that nobody works on any
-more end with their run. Cost: three requests a look, two more and a composed configuration a crash.
+that was being cancelled is cancelled, also where the worker has not heard of it, and where nobody worked on it at the
+time. Task runs that nobody works on any more end with their run. Cost: three requests a look, two more and a composed
+configuration a crash.
 """
 
 import logging
@@ -19,6 +20,7 @@ from prefect.client.orchestration import SyncPrefectClient
 from prefect.client.schemas.filters import FlowFilter, FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import TERMINAL_STATES, FlowRun, State, StateType
 from prefect.client.schemas.sorting import FlowRunSort
+from prefect.events.filters import EventFilter
 from prefect.states import Cancelled, Crashed, Failed, Running, Scheduled
 from prefect.types._datetime import now
 from prefect.utilities.urls import url_for
@@ -33,7 +35,8 @@ RESTARTING, GAVE_UP = "AwaitingRestart", "CrashedTooOften"
 RUN_ID = "PREFECT__FLOW_RUN_ID"
 REMEMBERED = timedelta(days=7)  # an older crash is no longer anybody's business
 PAUSES = (5, 30, 120, 600)  # seconds before each restart, the last one for all further ones
-UNHEARD = timedelta(seconds=90)  # a worker that has heard of it has killed what it cancels after 30
+UNHEARD = timedelta(seconds=90)  # a worker has killed what it is to cancel after 30, and a heart beats every 30
+HEARTBEAT = "prefect.flow-run.heartbeat"
 SETTLED = timedelta(seconds=60)  # after its end, news of a run's tasks may still be on their way
 TAKES_OVER = {StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.COMPLETED, StateType.FAILED,
               StateType.CRASHED}  # fmt: skip
@@ -46,7 +49,7 @@ def look(client: SyncPrefectClient, asked: set[UUID]) -> None:
     for run in crashed(client):
         heal(client, run)
     for run in being_cancelled(client):
-        end_cancelled(run, asked)
+        end_cancelled(client, run, asked)
     end_tasks_of_ended_runs(client)
 
 
@@ -75,20 +78,35 @@ def being_cancelled(client: SyncPrefectClient) -> list[FlowRun]:
     )
 
 
-def end_cancelled(run: FlowRun, asked: set[UUID]) -> None:
+def end_cancelled(client: SyncPrefectClient, run: FlowRun, asked: set[UUID]) -> None:
     """A worker hears of a cancellation once, and not at all when its connection is down in that moment.
 
-    Then the process of the flow, if it is here, is asked as the worker would ask it; later it is killed.
+    Then the process of the flow, if it is here, is asked as the worker would ask it; later it is killed. Of a run that
+    waits for its restart, or begins it, a worker does not say that it is cancelled: it has started once.
     """
     assert run.state, "it was found by its state"
     silent = now("UTC") - run.state.timestamp
     if silent < UNHEARD or (run.id in asked and silent < 2 * UNHEARD):
         return
-    for process in marked(RUN_ID, str(run.id)):
-        if _is_engine(process) and is_alive(process.pid):
-            signal_all([process.pid], signal.SIGKILL if run.id in asked else signal.SIGTERM)
-            logger.warning("%s: cancelled %.0f s ago, and still there: ending it", run.name, silent.total_seconds())
+    processes = [process for process in marked(RUN_ID, str(run.id)) if is_alive(process.pid)]
+    for process in filter(_is_engine, processes):
+        signal_all([process.pid], signal.SIGKILL if run.id in asked else signal.SIGTERM)
+        logger.warning("%s: cancelled %.0f s ago, and still there: ending it", run.name, silent.total_seconds())
     asked.add(run.id)
+    if not processes and not is_heard_of(client, run):
+        message = f"cancelled; nobody has worked on it for {UNHEARD.total_seconds():.0f} s"
+        client.set_flow_run_state(run.id, Cancelled(message=message), force=True)
+        logger.info("%s: %s", run.name, message)
+
+
+def is_heard_of(client: SyncPrefectClient, run: FlowRun) -> bool:
+    """Whether it has shown, in the last time, that it lives: it may be on another machine."""
+    wanted = EventFilter.model_validate({
+        "occurred": {"since": now("UTC") - UNHEARD},
+        "event": {"name": [HEARTBEAT]},
+        "resource": {"id": [f"prefect.flow-run.{run.id}"]},
+    })  # fmt: skip
+    return bool(client.read_events(wanted, limit=1).events)
 
 
 def heal(client: SyncPrefectClient, run: FlowRun) -> None:

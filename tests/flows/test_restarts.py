@@ -3,15 +3,19 @@
 import os
 import subprocess
 import sys
+import time
 from datetime import timedelta
 
 import pytest
 from prefect import flow
 from prefect.client.schemas.objects import StateType
+from prefect.events import Event
 from prefect.states import Cancelling, Crashed, Running
+from prefect.types._datetime import now
 
 from flows.watch import restarts
-from flows.watch.restarts import RESTARTING, RUN_ID, being_cancelled, end_cancelled, heal
+from flows.watch.restarts import HEARTBEAT, RESTARTING, RUN_ID, being_cancelled, end_cancelled, heal, is_heard_of
+from tests.support.stack import wait_for
 
 pytestmark = pytest.mark.usefixtures("use_prefect_server")
 
@@ -77,17 +81,32 @@ class TestCancellationThatNobodyHeard:
     def test_it_is_left_to_the_worker_at_first(self, prefect_client, cancelling, engine):
         assert cancelling.id in {run.id for run in being_cancelled(prefect_client)}
         asked = set()
-        end_cancelled(cancelling, asked)
+        end_cancelled(prefect_client, cancelling, asked)
         assert not asked and engine.poll() is None
 
-    def test_then_it_is_asked_once_and_killed_in_the_end(self, cancelling, engine, monkeypatch):
+    def test_then_it_is_asked_once_and_killed_in_the_end(self, prefect_client, cancelling, engine, monkeypatch):
         asked = set()
         monkeypatch.setattr(restarts, "UNHEARD", timedelta(seconds=0.001))
-        end_cancelled(cancelling, asked)
+        end_cancelled(prefect_client, cancelling, asked)
         assert engine.stdout.readline() == "asked\n" and asked == {cancelling.id}
         monkeypatch.setattr(restarts, "UNHEARD", timedelta(hours=1))
-        end_cancelled(cancelling, asked)
+        end_cancelled(prefect_client, cancelling, asked)
         assert engine.poll() is None
         monkeypatch.setattr(restarts, "UNHEARD", timedelta(seconds=0.001))
-        end_cancelled(cancelling, asked)
+        end_cancelled(prefect_client, cancelling, asked)
         assert engine.wait(10) == -9
+
+    def test_what_nobody_works_on_is_cancelled(self, prefect_client, cancelling, monkeypatch):
+        """It was cancelled while it waited for its restart: there is no process that could say so."""
+        monkeypatch.setattr(restarts, "UNHEARD", timedelta(seconds=0.001))
+        end_cancelled(prefect_client, cancelling, set())
+        assert prefect_client.read_flow_run(cancelling.id).state.type is StateType.CANCELLED
+
+    def test_what_lives_on_another_machine_is_not(self, prefect_client, cancelling, monkeypatch):
+        time.sleep(1)  # the heart beats clearly later than somebody cancels
+        beat = Event(event=HEARTBEAT, resource={"prefect.resource.id": f"prefect.flow-run.{cancelling.id}"})
+        prefect_client._client.post("/events", json=[beat.model_dump(mode="json")]).raise_for_status()
+        wait_for(lambda: is_heard_of(prefect_client, cancelling), 20, "the heartbeat")
+        monkeypatch.setattr(restarts, "UNHEARD", now("UTC") - cancelling.state.timestamp)
+        end_cancelled(prefect_client, cancelling, set())
+        assert prefect_client.read_flow_run(cancelling.id).state.type is StateType.CANCELLING

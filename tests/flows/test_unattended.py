@@ -16,6 +16,7 @@ from prefect.events.filters import EventFilter
 from prefect.states import Crashed
 
 from flows.parts.policy import CORPUS_EVENT_TAG
+from flows.watch.restarts import RESTARTING
 from tasks.assets import MATERIALIZED
 from tests.support.stack import LONG, Stack, num_steps, running_stack, wait_for
 from training.registry.versions import Registry
@@ -224,10 +225,18 @@ class TestHeals:
         run_dir = stack.wait_until_training(run, "healed", 6)
         stack.engine(run).send_signal(signal.SIGKILL)
         wait_for(lambda: not stack.processes(run), 60, "the end of all processes")
-        wait_for(
-            lambda: stack.processes(run) and num_steps(run_dir) >= 12, 300, "the training of the run started again"
-        )
+        before = num_steps(run_dir)
+        wait_for(lambda: num_steps(run_dir) >= before + 6, 300, "the training of the run started again")
         assert [path.parent for path in stack.outputs("healed").glob("*/config.yaml")] == [run_dir]
+        stack.cancel(run)
+        stack.wait_for_cancelled(run)
+
+    def test_a_run_cancelled_before_its_restart_is_cancelled(self, stack, first):
+        """Waiting or about to begin: its worker knows that it has started once, and leaves saying so to the process."""
+        run = stack.start(stack.config("waiting", max_restarts=3, **LONG), until_stage="train")
+        stack.wait_until_training(run, "waiting", 1)
+        stack.engine(run).send_signal(signal.SIGKILL)
+        wait_for(lambda: RESTARTING in state_names(stack, run), 120, "the plan to start it again")
         stack.cancel(run)
         stack.wait_for_cancelled(run)
 
@@ -242,6 +251,11 @@ class TestHeals:
         assert stack.engine(run).pid == engine
         stack.cancel(run)
         stack.wait_for_cancelled(run)
+
+
+def state_names(stack: Stack, run: UUID) -> list[str]:
+    with stack.client() as client:
+        return [state.name for state in client.read_flow_run_states(run)]
 
 
 def test_kubernetes_example_is_accepted(stack):
