@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,9 +81,8 @@ def main() -> int:
     given = parser.parse_args()
     checkpoint, results = given.checkpoint or smollm2(), {}
     for name in given.only:
-        words = [word.format(real=given.real, checkpoint=checkpoint) for word in CASES[name]]
         print(f"== {name}", flush=True)
-        results[name] = run(words)
+        results[name] = run(CASES[name], {"real": given.real, "checkpoint": str(checkpoint)})
     failed = [name for name, result in results.items() if result.returncode]
     if list(results) == list(CASES):
         PAGE.write_text(page(results), encoding="utf-8")
@@ -93,14 +93,16 @@ def main() -> int:
     return int(bool(failed))
 
 
-def run(words: list[str]) -> Result:
+def run(words: Sequence[str], places: dict[str, str]) -> Result:
     """One benchmark in a process of its own."""
     with tempfile.NamedTemporaryFile("r", encoding="utf-8") as kept:
         began = time.monotonic()
-        command = [sys.executable, "-m", f"benchmarks.{words[0]}", *words[1:]]
+        arguments = [word.format(**places) for word in words[1:]]
+        command = [sys.executable, "-m", f"benchmarks.{words[0]}", *arguments]
         code = subprocess.run(command, cwd=ROOT, env={**os.environ, FILE: kept.name}, check=False).returncode
         rows = [Row(**json.loads(line)) for line in kept]
-    return Result(" ".join(["python -m", f"benchmarks.{words[0]}", *words[1:]]), rows, time.monotonic() - began, code)
+    shown = [word.format(real="CORPORA", checkpoint="CHECKPOINT") for word in words[1:]]
+    return Result(" ".join(["python -m", f"benchmarks.{words[0]}", *shown]), rows, time.monotonic() - began, code)
 
 
 def page(results: dict[str, Result]) -> str:
@@ -176,6 +178,7 @@ def draw(rows: list[Row], path: Path) -> None:
         axes.plot(row.judged, place, "o", color="#2b7a4b" if row.met else "#b3261e", zorder=3)
     axes.axvline(1, color="#dddddd", zorder=0)
     axes.set_xscale("log")
+    axes.set_ylim(0.3, len(rows) + 0.7)
     axes.set_yticks(list(places), [f"{row.what} : {row.against}" for row in rows], fontsize=8)
     axes.set_xlabel("ours : theirs; a bar marks the goal, green where it is met")
     for side in ("top", "right", "left"):

@@ -192,14 +192,15 @@ def growth(given: argparse.Namespace) -> None:
     for megabytes, engine in ((small, "auto"), (large, "auto"), (small, "reference")):
         data = corpus_of(given, megabytes)
         full, report = prepared(data, given, engine, "cache")
+        by = "" if engine == "auto" else ", tokenizers only"
         say(f"{megabytes} MB, prepare ({', '.join(report['engines'])})", full)
         print(f"   stages {report['seconds']}, {report['records_in']:,} records")
         again, report = prepared(data, given, engine, "cache", fresh=False)
-        beside(f"prepare {megabytes} MB again, nothing new", again, "the first time", full)
+        beside(f"prepare {megabytes} MB again, nothing new{by}", again, "the first time", full)
         print(f"   stages {report['seconds']}")
         write_corpus(given.real, data, max(1, megabytes // 100), seed=1, name="new")
         more, report = prepared(data, given, engine, "cache", fresh=False)
-        beside(f"prepare {megabytes} MB, 1 % more", more, "the first time", full, at_most=0.05)
+        beside(f"prepare {megabytes} MB, 1 % more{by}", more, "the first time", full, at_most=0.05)
         print(f"   stages {report['seconds']}")
         for path in data.rglob("new.*"):
             path.unlink()

@@ -114,7 +114,7 @@ class OurSteps:
         self._records: list[dict] = []
 
     def __call__(self) -> int:
-        self._records.append(self._loop.one_step(self._run, self._progress, self._batches))
+        self._records.append(self._loop.one_step(self._run, self._progress, self._batches)[0])
         return self._records[-1]["target_tokens"]
 
     def data_share(self) -> float:
@@ -158,7 +158,7 @@ def bare_steps(given: argparse.Namespace) -> Callable[[], int]:
     def step() -> int:
         batches, targets = next(remaining)
         for batch in batches:
-            (model(batch) / targets).backward()
+            (model(batch)[0] / targets).backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         optimizer.zero_grad()

@@ -200,8 +200,8 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
             else:
                 trained = trained_before(run.path)
         summary |= {"mlflow_run_id": tracked.run_id, "training": trained, "seconds": watch.seconds}
-        found = spikes.show(run.path)
-        summary |= {"spikes": found} if found else {}
+        found, others = spikes.show(run.path)
+        summary |= {"spikes": found, "standing_out": others}
         if stopped := trained.get("stopped"):
             known.tags[STOPPED_TAG] = stopped
             tracked.tag({STOPPED_TAG: stopped})
@@ -233,7 +233,7 @@ def train_and_register(  # noqa: PLR0913, PLR0917  # what the stages before it h
     if "approval" in verdict and verdict["approval"]["answer"] in (REFUSED, NO_ANSWER):
         raise EarlyExit("NotApproved", f"{subject}: {verdict['reasons'][0]}; {run.path}", summary)
     if settings.notify:
-        also = f"\n\nSpikes in training:\n\n{spikes_markdown(found)}" if found else ""
+        also = f"\n\nSpikes in training:\n\n{spikes_markdown(found, [])}" if found else ""
         tell(settings.notify, subject, f"{reasons}{also}\n\n{flow_run.ui_url}")
     return summary
 

@@ -31,7 +31,7 @@ from training import run_files
 from training.comparison.job import GateResult
 from training.comparison.report import verdict_markdown
 from training.registry.register import with_retries
-from training.run_files import CorpusAlarm, Losses, Registered, Spike
+from training.run_files import CorpusAlarm, Culprit, Losses, Registered, Spike
 from training.tracking.looks import only_a_look
 from training.tracking.plots import data_uri, write_plots
 from training.tracking.redact import public_link, redact_text
@@ -101,18 +101,25 @@ def alarm_in_words(alarm: CorpusAlarm) -> str:
 
 
 @only_a_look("the spikes")
-def show_spikes(spikes: list[Spike]) -> None:
-    """Each spike, what was done about it, and the records that stood out."""
-    create_markdown_artifact(spikes_markdown(spikes), key="spikes", description="Steps out of the ordinary")
+def show_spikes(spikes: list[Spike], others: list[Culprit]) -> None:
+    """Each spike, what was done about it, and the records that stood out; those that did without a spike."""
+    markdown = spikes_markdown(spikes, others)
+    create_markdown_artifact(markdown, key="spikes", description="Steps and records out of the ordinary")
 
 
-def spikes_markdown(spikes: list[Spike]) -> str:
-    """A section a spike."""
-    parts = []
-    for spike in spikes:
-        lines = "".join(f"- `{one['file']}:{one['line']}`: loss {one['loss']:.2f}\n" for one in spike["records"])
-        parts.append(f"### Step {spike['step']}: {spike['says']}\n\n{lines or 'No record stands out.'}\n")
+def spikes_markdown(spikes: list[Spike], others: list[Culprit]) -> str:
+    """A section a spike, and one of the other records."""
+    parts = [
+        f"### Step {spike['step']}: {spike['says']}\n\n{_records(spike['records']) or 'No record stands out.'}\n"
+        for spike in spikes
+    ]
+    if others:
+        parts.append(f"### Records that stand out, in steps that do not\n\n{_records(others)}\n")
     return "\n".join(parts)
+
+
+def _records(records: list[Culprit]) -> str:
+    return "".join(f"- `{one['file']}:{one['line']}`: loss {one['loss']:.2f}\n" for one in records)
 
 
 @only_a_look("the links")

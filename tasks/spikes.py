@@ -1,8 +1,8 @@
 """The spikes of a training, for people and for the next run.
 
-In: the run directory after training. Out: the lines of RUN/spikes.jsonl, shown in the Prefect UI; the records that they
-name, in the file `quarantine`, when the run has come to its end: its own plan is made anew when it goes on, and must
-stay what it was. Cost: one small file.
+In: the run directory after training. Out: the lines of RUN/spikes.jsonl, and the worst records that stood out in other
+steps, shown in the Prefect UI; the records of spikes, in the file `quarantine`, when the run has come to its end: its
+own plan is made anew when it goes on, and must stay what it was. Cost: two small files.
 """
 
 from datetime import UTC, datetime
@@ -11,8 +11,10 @@ from pathlib import Path
 from data_prep.plan import tombstones
 from tasks.reporting import show_spikes
 from training import run_files
-from training.run_files import Spike
+from training.run_files import Culprit, Spike
 from training.tracking.run_record import new_lines
+
+MOST_SHOWN = 20
 
 
 def spikes_of(run_dir: Path) -> list[Spike]:
@@ -20,12 +22,19 @@ def spikes_of(run_dir: Path) -> list[Spike]:
     return [Spike(**line) for line in new_lines(run_dir / run_files.SPIKES, 0)[1]]  # type: ignore[typeddict-item]
 
 
-def show(run_dir: Path) -> list[Spike]:
-    """The spikes, also as an artifact where there are some."""
-    spikes = spikes_of(run_dir)
-    if spikes:
-        show_spikes(spikes)
-    return spikes
+def standing_out(run_dir: Path) -> list[Culprit]:
+    """The worst of the records that stood out in a step that was no spike."""
+    lines = new_lines(run_dir / run_files.STANDING_OUT, 0)[1]
+    records = [Culprit(**one) for line in lines for one in line["records"]]  # type: ignore[typeddict-item]
+    return sorted(records, key=lambda one: -one["loss"])[:MOST_SHOWN]
+
+
+def show(run_dir: Path) -> tuple[list[Spike], list[Culprit]]:
+    """The spikes, and the records that stood out without one; also as an artifact where there are some."""
+    spikes, others = spikes_of(run_dir), standing_out(run_dir)
+    if spikes or others:
+        show_spikes(spikes, others)
+    return spikes, others
 
 
 def put_into_quarantine(run_dir: Path, quarantine: str | None) -> int:

@@ -17,6 +17,7 @@ TRACKING = "tracking.json"  # what MLflow is to know and has been told: training
 LOGS = "logs"  # of the ranks
 METRICS = "metrics.jsonl"  # a line a step
 EVALUATIONS = "evaluations.jsonl"  # a line each time the held-out loss is computed
+STANDING_OUT = "standing_out.jsonl"  # a line a step that was no spike, with records whose loss is out of the ordinary
 SPIKES = "spikes.jsonl"  # a line each time loss or gradient norm was out of the ordinary
 SYSTEM = "system.jsonl"  # a line each ten seconds: the load of the machine
 TIME = "time.jsonl"  # a line each time the run turns to something else
@@ -108,6 +109,13 @@ class Spike(TypedDict):
     done: str  # "warned", "skipped" or "rewound"
     says: str  # all of the above in words
     back_to: NotRequired[int]  # the checkpoint that a rewound run goes on from
+    records: list[Culprit]  # worst first
+
+
+class StandingOut(TypedDict):
+    """A line of standing_out.jsonl."""
+
+    step: int
     records: list[Culprit]  # worst first
 
 

@@ -220,7 +220,7 @@ class SpikeSettings(Settings):
 
     on_spike: Literal["off", "warn", "skip", "rewind"] = Field(
         "warn",
-        description="Loss or gradient norm more than 6 sigma above the last 128 steps (robust): warn = name the "
+        description="Loss or gradient norm more than 6 sigma above the last 128 steps (robust): warn = tell, with the "
         "records that stand out; skip = also make no update in such a step; rewind = also go back to the newest "
         "checkpoint and pass over the rows since. skip and rewind put the records into `quarantine`.",
     )

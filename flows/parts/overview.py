@@ -58,8 +58,9 @@ def story(summary: Summary, links: dict[str, str] | None = None) -> str:
         sections.append(f"## Training\n\n{_table(('what', 'number'), _training(summary['training']))}")
     if "account" in summary:
         sections.append(f"## Time and cost\n\n{_table(('what', 'how much'), in_words(summary['account']))}")
-    if "spikes" in summary:
-        sections.append(f"## Spikes\n\n{spikes_markdown(summary['spikes'])}")
+    spikes, others = summary.get("spikes", []), summary.get("standing_out", [])
+    if spikes or others:
+        sections.append(f"## Spikes\n\n{spikes_markdown(spikes, others)}")
     if "losses" in summary:
         sections.append(f"## Held-out loss per target token\n\n{_losses(summary['losses'])}")
     if "gate" in summary:

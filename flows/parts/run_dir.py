@@ -28,7 +28,7 @@ from training import run_files
 from training.cost.account import Account
 from training.launch import ownership
 from training.launch.exits import ExitReason
-from training.run_files import CorpusAlarm, Losses, Registered, Spike, Trained
+from training.run_files import CorpusAlarm, Culprit, Losses, Registered, Spike, Trained
 from training.tracking import run_record
 
 if TYPE_CHECKING:
@@ -63,6 +63,7 @@ class Summary(TypedDict, total=False):
     data: DataReport
     corpus_alarm: CorpusAlarm
     spikes: list[Spike]
+    standing_out: list[Culprit]
     mlflow_run_id: str | None
     training: Trained
     seconds: dict[str, float]

@@ -168,7 +168,7 @@ class DeepSpeedEngine:
     def averaging(self) -> float:
         return float(self.ranks.world_size)
 
-    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, *arguments: Any, **options: Any) -> Any:
         with torch.autocast(self.ranks.device.type, self.autocast, enabled=self.autocast is not None):
             return self.engine(*arguments, **options)
 

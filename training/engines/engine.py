@@ -10,7 +10,7 @@ M. No rank is asked for what another one has, and nothing is gathered: nor by `h
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -46,8 +46,8 @@ class Engine(Protocol):
         """Gradients come out divided by this."""
         ...
 
-    def forward(self, *arguments, **options) -> Tensor:
-        """Call `CausalLMLoss`, gathering weights as needed. All ranks together."""
+    def forward(self, *arguments, **options) -> Any:
+        """Call `CausalLMLoss`, gathering weights as needed; returns what it returns. All ranks together."""
 
     def backward(self, loss: Tensor, last: bool) -> None:
         """Accumulate gradients; `last` marks the last micro-batch of a step. All ranks together."""

@@ -76,7 +76,7 @@ class FsdpEngine:
     def averaging(self) -> float:
         return float(self.ranks.world_size)
 
-    def forward(self, *arguments: Any, **options: Any) -> Tensor:
+    def forward(self, *arguments: Any, **options: Any) -> Any:
         result = self.module(*arguments, **options)
         if not torch.is_grad_enabled():  # the root unit stays gathered for a backward pass that will not come
             self.module.reshard()  # type: ignore[operator]  # `fully_shard` has made it an FSDPModule

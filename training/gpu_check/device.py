@@ -82,7 +82,7 @@ def attention_kind(kind: str, device: torch.device) -> Found:
     ranks = _Alone(0, 0, 1, device)
     packing_check.check(model, packing_check.Checked(VOCABULARY, True, 2, dtype), ranks)
     batch = packing_check.pack([packing_check.random_segments(VOCABULARY)] * 2).to(device)
-    model(batch).backward()
+    model(batch)[0].backward()
     norm = float(torch.nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None]))
     return Found(f"segments isolated, gradient norm {norm:.3f}", good=norm > 0 and norm < float("inf"))
 

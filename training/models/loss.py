@@ -1,6 +1,6 @@
 """A causal language model that returns losses of target tokens, and the micro-batch it takes.
 
-In: a transformers model (or a peft wrapper), arrays of the reader. Out: the summed loss of a micro-batch, or one loss a
+In: a transformers model (or a peft wrapper), arrays of the reader. Out: the summed loss of a micro-batch and one loss a
 target. Packed segments are isolated because `position_ids` restart and **no attention mask and no cache** is given:
 only then does transformers build the block-diagonal mask. The output layer sees only the hidden states that predict a
 target (label t is predicted by position t - 1)::
@@ -9,7 +9,7 @@ target (label t is predicted by position t - 1)::
 
 An all-padding micro-batch has no targets: its loss and all its gradients are exactly 0.
 
-The output layer and its cross-entropy are one function (`linear_cross_entropy`), so that the logits of all targets
+The output layer and its cross-entropy are one function (`summed_cross_entropy`), so that the logits of all targets
 never exist at once: only those of a chunk, at most `CHUNK_ELEMENTS` numbers. Training computes the gradients of hidden
 states and weight in the forward pass, chunk by chunk, because there the logits are at hand: three matrix products in
 all, as without chunks; recomputing the logits in the backward pass would make it four. Cross-entropy is float32. Cost:
@@ -31,16 +31,19 @@ from data_prep.plan.reader import Batch
 CHUNK_ELEMENTS = 1 << 24  # 64 MiB of float32 logits: 340 targets of a vocabulary of 49k, 131 of 128k
 
 
-def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduction: Literal["sum", "none"]) -> Tensor:
-    """Cross-entropy of ``hidden @ weight.T`` without ever holding all of these logits.
+def summed_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    """Cross-entropy of ``hidden @ weight.T`` for training, without ever holding all of these logits.
 
     :param hidden: ``(num_targets, hidden)``, of the positions that predict a target
     :param weight: ``(vocabulary, hidden)``
     :param targets: ``(num_targets,) int64``
-    :returns: float32; the sum, which has gradients and is 0 without targets; or ("none") one loss a target, without
+    :returns: float32: the sum, which has gradients and is 0 without targets; one loss a target, which has none
     """
-    if reduction == "sum":
-        return _SummedLoss.apply(hidden, weight, targets)
+    return _SummedLoss.apply(hidden, weight, targets)
+
+
+def cross_entropies(hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """One loss a target, without gradients: ``(num_targets,) float32``. As `summed_cross_entropy`."""
     losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
     for chunk in _chunks(len(targets), len(weight)):
         logits = _logits(hidden[chunk], weight)
@@ -50,22 +53,25 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, reduct
 
 class _SummedLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(ctx, hidden: Tensor, weight: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        losses = torch.empty(len(targets), dtype=torch.float32, device=hidden.device)
         grad_hidden = torch.zeros_like(hidden)
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for chunk in _chunks(len(targets), len(weight)):
             logits = _logits(hidden[chunk], weight)
-            total += _loss_and_gradient(logits, targets[chunk])
+            losses[chunk] = _losses_and_gradient(logits, targets[chunk])
+            total += losses[chunk].sum()
             gradient = logits.to(weight.dtype)
             grad_hidden[chunk] = (gradient @ weight).to(hidden.dtype)
             if grad_weight is not None:
                 _add_product(grad_weight, gradient.t(), hidden[chunk].to(weight.dtype))
         ctx.save_for_backward(grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype))
-        return total
+        ctx.mark_non_differentiable(losses)
+        return total, losses
 
     @staticmethod
-    def backward(ctx, grad_total: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx, grad_total: Tensor, _: None) -> tuple[Tensor, Tensor | None, None]:
         grad_hidden, grad_weight = ctx.saved_tensors
         # a float32 scalar times bfloat16 is bfloat16, rounded once
         return grad_hidden * grad_total, None if grad_weight is None else grad_weight * grad_total, None
@@ -88,14 +94,14 @@ def _logits(hidden: Tensor, weight: Tensor) -> Tensor:
     return (hidden.to(weight.dtype) @ weight.t()).float()
 
 
-def _loss_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """Summed cross-entropy; ``logits`` become its gradient in place: softmax minus one at the target."""
+def _losses_and_gradient(logits: Tensor, targets: Tensor) -> Tensor:
+    """Cross-entropies; ``logits`` become the gradient of their sum in place: softmax minus one at the target."""
     rows = torch.arange(len(targets), device=logits.device)
     log_normaliser = logits.logsumexp(dim=1)
-    loss = (log_normaliser - logits[rows, targets]).sum()
+    losses = log_normaliser - logits[rows, targets]
     logits.sub_(log_normaliser.unsqueeze(1)).exp_()
     logits[rows, targets] -= 1
-    return loss
+    return losses
 
 
 Mode = Literal["sum", "each", "reference"]  # reference: each, through the model's own output layer
@@ -111,9 +117,10 @@ class MicroBatch:
     predictors: Tensor  # (N,) int64, flat index b * T + t of the hidden state that predicts a target
     targets: Tensor  # (N,) int64
     sources: Tensor  # (N,) int64, source of each target
+    segments: np.ndarray  # (N,) int64, b * T + the number of the target's segment in its row, from 0
 
     def to(self, device: torch.device) -> "MicroBatch":
-        """The same on another device (inputs only; counts and rows stay)."""
+        """The same on another device (tensors only)."""
         return self._with(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pinned(self) -> "MicroBatch":
@@ -129,6 +136,8 @@ class MicroBatch:
 def micro_batch(batch: Batch, rows: Iterable[int]) -> MicroBatch:
     """Arrays of the reader as tensors, with the positions of the targets worked out."""
     places = np.flatnonzero(batch.labels != -100)  # never column 0: the first token of a segment is no target
+    length = batch.input_ids.shape[1]
+    numbers = np.cumsum(batch.position_ids == 0, axis=1) - 1  # of the segment in its row: it begins at position 0
     return MicroBatch(
         rows=tuple(int(row) for row in rows),
         input_ids=torch.from_numpy(batch.input_ids),
@@ -136,6 +145,7 @@ def micro_batch(batch: Batch, rows: Iterable[int]) -> MicroBatch:
         predictors=torch.from_numpy(places - 1),
         targets=torch.from_numpy(batch.labels.ravel()[places]),
         sources=torch.from_numpy(batch.sources.ravel()[places].astype(np.int64)),
+        segments=numbers.ravel()[places] + places // length * length,
     )
 
 
@@ -163,11 +173,15 @@ class CausalLMLoss(nn.Module):
         """The output layer in use, where the logits are nothing but its product."""
         return output_layer(causal_model(self.model)) if self.has_plain_head else None
 
-    def forward(self, batch: MicroBatch, mode: Mode = "sum") -> Tensor:
-        """Summed loss of the targets, a scalar; or (`each`, `reference`) one loss a target: ``(N,) float32``."""
+    def forward(self, batch: MicroBatch, mode: Mode = "sum") -> Any:
+        """Loss of the targets: (sum, one a target), the first of which has gradients: a scalar and ``(N,) float32``.
+
+        With `each` and `reference` the latter alone.
+        """
         if mode == "reference" or self.head is None:
             losses = self._through_own_head(batch)
-            return losses.sum() if mode == "sum" else losses
+            each = losses.detach()[: len(batch.targets)]
+            return (losses.sum(), each) if mode == "sum" else each
         shape = (1, -1) if self.one_row else batch.input_ids.shape
         hidden = causal_model(self.model).get_decoder()(
             input_ids=batch.input_ids.view(shape),
@@ -179,7 +193,10 @@ class CausalLMLoss(nn.Module):
         return self.head(chosen, batch.targets, mode)
 
     def _through_own_head(self, batch: MicroBatch) -> Tensor:
-        """Each target's loss through the model's own forward pass: logits at the columns that predict in any row."""
+        """Each target's loss through the model's own forward pass: logits at the columns that predict in any row.
+
+        Without a target a single 0, which has gradients.
+        """
         shape = (1, -1) if self.one_row else batch.input_ids.shape
         length = batch.input_ids.view(shape).shape[1]
         columns, place = torch.unique(batch.predictors % length, return_inverse=True)
@@ -199,11 +216,16 @@ class CausalLMLoss(nn.Module):
 class _Head(nn.Linear):
     """The model's output layer, which gives losses too: one module, that engines gather when it is needed."""
 
-    def forward(self, hidden: Tensor, targets: Tensor | None = None, mode: Mode = "sum") -> Tensor:
+    def forward(self, hidden: Tensor, targets: Tensor | None = None, mode: Mode = "sum") -> Any:
         """Logits; with targets their losses."""
         if targets is None:
             return super().forward(hidden)
-        return linear_cross_entropy(hidden, self.weight, targets, "sum" if mode == "sum" else "none")
+        return _losses(hidden, self.weight, targets, mode)
+
+
+def _losses(hidden: Tensor, weight: Tensor, targets: Tensor, mode: Mode) -> Any:
+    """What `CausalLMLoss` returns."""
+    return (summed_cross_entropy if mode == "sum" else cross_entropies)(hidden, weight, targets)
 
 
 @cache
@@ -213,11 +235,11 @@ def _head_of(kind: type) -> type:
         return _Head
 
     class HeadWithRows(kind):  # type: ignore[misc, valid-type]  # peft's, which is imported where it is used
-        def forward(self, hidden: Tensor, targets: Tensor | None = None, mode: Mode = "sum") -> Tensor:
+        def forward(self, hidden: Tensor, targets: Tensor | None = None, mode: Mode = "sum") -> Any:
             if targets is None:
                 return super().forward(hidden)
             weight = self.weight if self.disable_adapters else self.get_merged_weights(self.active_adapters)
-            return linear_cross_entropy(hidden, weight, targets, "sum" if mode == "sum" else "none")
+            return _losses(hidden, weight, targets, mode)
 
     return HeadWithRows
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
@@ -100,7 +101,7 @@ class _Play:
     def _micro_batch(self, last: bool) -> float:
         """Forward and backward; returns what is sent."""
         before = self.tally.sent
-        loss = self.engine.forward(_batch(self.settings.per_gpu_train_batch_size, self.wanted))
+        loss, _ = self.engine.forward(_batch(self.settings.per_gpu_train_batch_size, self.wanted))
         self.engine.backward(loss * self.engine.averaging, last=last)
         return self.tally.sent - before
 
@@ -197,7 +198,8 @@ def _batch(rows: int, wanted: Rehearsal) -> MicroBatch:
     """Full rows of which all that can be a target is one."""
     ids = torch.zeros(rows, wanted.num_tokens, dtype=torch.int64)
     targets = torch.zeros(rows * (wanted.num_tokens - wanted.num_segments), dtype=torch.int64)
-    return MicroBatch(tuple(range(rows)), ids, ids.clone(), targets, targets.clone(), targets.clone())
+    segments = np.zeros(len(targets), np.int64)
+    return MicroBatch(tuple(range(rows)), ids, ids.clone(), targets, targets.clone(), targets.clone(), segments)
 
 
 def _make_states(engine: fsdp.FsdpEngine) -> None:

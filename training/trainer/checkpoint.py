@@ -34,7 +34,7 @@ from training.engines.engine import Engine
 from training.errors import CheckpointError
 from training.launch.heartbeat import Heartbeat
 from training.run_files import HeldOut
-from training.trainer.spikes import WINDOW
+from training.trainer.spikes import WINDOW, Histogram
 from training.trainer.state_files import read_index
 
 FORMAT_VERSION = 2
@@ -63,6 +63,7 @@ class Progress:
     steps_without_update: int = 0  # of `step`: passed over because of a spike, or gone back behind
     stopped: str = ""  # why training has ended before all its steps were done
     recent: list[tuple[float, float]] = field(default_factory=list)  # (loss, gradient norm): what limits follow from
+    segments: Histogram = field(default_factory=list)  # and what segments are compared with
 
     def add(self, loss: float, grad_norm: float, tokens: int, target_tokens: int, seconds: float) -> None:
         """One more step is done."""

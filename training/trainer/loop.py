@@ -13,7 +13,7 @@ import math
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,8 +42,19 @@ from training.trainer.checkpoint import Progress
 from training.trainer.metrics import Clock, Flops, JsonLines, memory_peak_bytes
 from training.trainer.saver import Saver, Writing
 from training.trainer.schedule import Factor
-from training.trainer.spikes import NO_LIMITS, Limits, culprits, in_words, limits_after, names
-from training.trainer.step import NotFinite, StepWork, train_step
+from training.trainer.spikes import (
+    NO_LIMITS,
+    Limits,
+    Usual,
+    culprits,
+    in_words,
+    limits_after,
+    names,
+    spike_of,
+    usual_after,
+    with_step,
+)
+from training.trainer.step import NotFinite, StepResult, StepWork, train_step
 
 NUM_RECORDS_SHOWN = 5
 
@@ -113,7 +124,7 @@ class Run:
         if self.ranks.is_first:
             mark(self.directory, {"time": time.time(), "part": part, "step": step})
 
-    def work(self, step: int, limits: Limits = NO_LIMITS) -> StepWork:
+    def work(self, step: int, limits: Limits = NO_LIMITS, usual: Usual | None = None) -> StepWork:
         """What a step has to do."""
         micro_batch = self.settings.per_gpu_train_batch_size
         return StepWork(
@@ -125,15 +136,16 @@ class Run:
             target_tokens=self.batch_schedule.target_tokens(step),
             learning_rate=self.settings.learning_rate * self.factor(step),
             limits=limits,
+            usual=usual,
         )
 
 
 def train(run: Run, progress: Progress) -> Progress:
     """Train from where `progress` is to the last step, or until held-out loss stops falling."""
     with ExitStack() as stack:
-        names = (run_files.METRICS, run_files.EVALUATIONS, run_files.SPIKES)
+        names = (run_files.METRICS, run_files.EVALUATIONS, run_files.SPIKES, run_files.STANDING_OUT)
         files = [JsonLines(run.directory / name, progress.step) for name in names]
-        metrics, evaluations, spikes = [stack.enter_context(file) if run.ranks.is_first else None for file in files]
+        metrics, evaluations, *found = [stack.enter_context(file) if run.ranks.is_first else None for file in files]
         batches = _micro_batches(run, progress.step)
         run.stop.obey_together()
         if not progress.step and not progress.eval_before:
@@ -144,13 +156,12 @@ def train(run: Run, progress: Progress) -> Progress:
         run.turn_to(WARM_UP, progress.step)
         while progress.step < run.batch_schedule.total_steps and not _stopped(run, progress, limit):
             limits = _limits(run, progress)
-            record = one_step(run, progress, batches, limits)
+            record, result = one_step(run, progress, batches, limits)
             if progress.step == first_step:
                 run.turn_to(TRAIN, progress.step)
             if metrics is not None:
                 _report(run, progress, record, metrics)
-            if limits.exceeded_by(record["loss"], record["grad_norm"]):
-                _answer_spike(run, progress, record, limits, spikes)
+            _look_at(run, progress, result, limits, found)
             if _after_step(run, progress, evaluations):
                 break
     return progress
@@ -166,13 +177,19 @@ def _micro_batches(run: Run, first_step: int) -> Iterator[MicroBatch]:
 
 def _limits(run: Run, progress: Progress) -> Limits:
     """Above these the next step is a spike."""
-    return NO_LIMITS if run.settings.on_spike == "off" else limits_after(progress.recent)
+    if run.settings.on_spike == "off":
+        return NO_LIMITS
+    schedule = run.batch_schedule
+    return limits_after(progress.recent, len(schedule.rows(progress.step)) / schedule.rows_per_step)
 
 
-def one_step(run: Run, progress: Progress, batches: Iterator[MicroBatch], limits: Limits = NO_LIMITS) -> StepRecord:
-    """One optimizer step; `progress` moves on; returns what is measured."""
+def one_step(
+    run: Run, progress: Progress, batches: Iterator[MicroBatch], limits: Limits = NO_LIMITS
+) -> tuple[StepRecord, StepResult]:
+    """One optimizer step; `progress` moves on; returns what is measured, and what else is known of it."""
     began, clock = time.perf_counter(), Clock(run.ranks.device)
-    work = run.work(progress.step, limits if run.settings.on_spike in ("skip", "rewind") else NO_LIMITS)
+    usual = None if run.settings.on_spike == "off" else usual_after(progress.recent, progress.segments)
+    work = run.work(progress.step, limits if run.settings.on_spike in ("skip", "rewind") else NO_LIMITS, usual)
     try:
         result = train_step(run.engine, batches, work, clock, _watch(run, progress, work.num_micro_steps))
     except NotFinite as error:
@@ -180,6 +197,8 @@ def one_step(run: Run, progress: Progress, batches: Iterator[MicroBatch], limits
     rows = run.batch_schedule.rows(progress.step)
     tokens, seconds = int(run.batch_schedule.plan.row_tokens[rows].sum()), time.perf_counter() - began
     progress.add(result.loss, result.grad_norm, tokens, work.target_tokens, seconds)
+    if result.looked:
+        progress.segments = with_step(progress.segments, result.looked.counts)
     record: StepRecord = {
         "step": progress.step,
         "epoch": progress.step / run.batch_schedule.steps_per_epoch,
@@ -199,7 +218,7 @@ def one_step(run: Run, progress: Progress, batches: Iterator[MicroBatch], limits
     if run.peak_flops is not None:
         flops = run.flops.of(record["tokens_per_second"], record["target_tokens_per_second"])
         record["mfu"] = flops / (run.peak_flops * run.ranks.world_size)
-    return record
+    return record, result
 
 
 def _watch(run: Run, progress: Progress, num_micro_steps: int) -> Callable[[int], None]:
@@ -256,20 +275,30 @@ def leave(run: Run, progress: Progress) -> None:
     )
 
 
-def _answer_spike(run: Run, progress: Progress, record: StepRecord, limits: Limits, spikes: JsonLines | None) -> None:
-    """Name the records, and do as `on_spike` says. All ranks together."""
-    step, back_to = progress.step, _checkpoint_to_go_back_to(run)
-    records = culprits(run.engine, run.batch_schedule, step - 1, run.settings.per_gpu_train_batch_size)
-    spike: Spike = {
-        "step": step,
-        "loss": record["loss"],
-        "loss_limit": limits.loss if limits.loss < math.inf else None,
-        "grad_norm": record["grad_norm"],
-        "grad_norm_limit": limits.grad_norm if limits.grad_norm < math.inf else None,
-        "done": "warned",
-        "says": "",
-        "records": records,
-    }
+def _look_at(
+    run: Run, progress: Progress, result: StepResult, limits: Limits, files: Sequence[JsonLines | None]
+) -> None:
+    """Name the records of the last step that stand out; answer it where it was a spike. All ranks together."""
+    spikes, standing_out = files
+    step, looked, records = progress.step, result.looked, []
+    is_spike = limits.exceeded_by(result.loss, result.grad_norm)
+    if looked and (is_spike or looked.num_standing_out):
+        schedule, chosen = run.batch_schedule, looked.usual.exceeded_by(looked.segments, is_spike)
+        records = culprits(schedule.plan, schedule.rows(step - 1), looked.segments.where(chosen), run.ranks)
+    if is_spike:
+        spike = spike_of(step, result.loss, result.grad_norm, limits, records)
+        _answer_spike(run, progress, spike)
+        if spikes is not None:
+            spikes.write(**spike)
+            log.warning("a spike in step %d: %s; %s", step, spike["says"], names(records))
+    elif records and standing_out is not None:
+        standing_out.write(step=step, records=records)
+        log.info("step %d: %s", step, names(records))
+
+
+def _answer_spike(run: Run, progress: Progress, spike: Spike) -> None:
+    """Do as `on_spike` says. All ranks together."""
+    step, back_to = spike["step"], _checkpoint_to_go_back_to(run)
     progress.spikes += 1
     if back_to:
         spike |= {"done": "rewound", "back_to": back_to}
@@ -279,10 +308,7 @@ def _answer_spike(run: Run, progress: Progress, record: StepRecord, limits: Limi
     elif run.settings.on_spike != "warn":
         spike["done"] = "skipped"
         progress.steps_without_update += 1
-    if spikes is not None:
-        spike["says"] = in_words(spike)
-        spikes.write(**spike)
-        log.warning("a spike in step %d: %s; %s", step, spike["says"], names(records))
+    spike["says"] = in_words(spike)
 
 
 def _checkpoint_to_go_back_to(run: Run) -> int:

@@ -156,7 +156,7 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
     if run.ranks.is_first:
         summary = {
             "steps": progress.step,
-            **{key: value for key, value in asdict(progress).items() if key not in ("step", "recent")},
+            **{key: value for key, value in asdict(progress).items() if key not in ("step", "recent", "segments")},
             "eval_after": after,
             "eval_sample": sample,
             "total_steps": run.batch_schedule.total_steps,

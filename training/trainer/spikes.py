@@ -3,17 +3,20 @@
 **Limits.** In: (loss, gradient norm) of the last `WINDOW` steps. Out: the values above which the next ones are spikes.
 The level is the median of the last `LEVEL` steps; a limit is `SIGMAS` spreads above it. The spread is that of the
 distances of the steps in the window from the level before each, so that a loss on its way down has no wider one; it is
-robust (the median absolute deviation, scaled to be sigma of a normal distribution), so that spikes in the window hardly
-move it. Norms are compared as logarithms, for they vary by factors. Looked at upwards only: a loss that falls is no
-accident. OLMo's `SkipStepOptimizer` does the like with mean and standard deviation (128 steps, 6 sigma). The numbers
-are those that all ranks have and checkpoints keep: every rank decides the same, and a resumed run decides again as
-before. Cost: 0.1 ms a step.
+robust (by the median absolute deviation or the upper tail, but for the last of it, scaled to be sigma of a normal
+distribution), so that spikes in the window hardly move it. Norms are compared as logarithms, for they vary by factors.
+Looked at upwards only: a loss that falls is no accident. OLMo's `SkipStepOptimizer` does the like with mean and
+standard deviation (128 steps, 6 sigma). The numbers are those that all ranks have and checkpoints keep: every rank
+decides the same, and a resumed run decides again as before. Cost: 0.1 ms a step.
 
-**Culprits.** In: the step, an engine with the weights of the moment. Out: the records of the step whose loss per target
-token stands out from the records of about as many rows before it, by the same measure; that is wider for records with
-few targets, whose means vary more. A record that was cut over several segments counts once. The ranks share the
-rows. Cost: a forward pass of the step and of the rows before it, and an all-reduce of two numbers a segment; only where
-there is a spike.
+**Records.** In: the loss a target token of each segment of a row, from the forward pass of training itself. Out: the
+segments that stand out, as records in FILE:LINE. Their losses are compared with what was usual: how far segments of the
+steps before were from the level of their step, as a histogram that all ranks have and checkpoints keep; the weight of
+a step falls by a 1/`WINDOW` with each later one. In a spike a segment stands out by the spread of the middle half; in
+any other step also by that of the upper tail, as sigma of a normal distribution: a corpus with a long tail has records
+that are hard and not wrong. Wider for segments with few targets, whose means vary more. One garbage record moves the
+loss of a step of eight by less than the steps vary, so this is looked at in every step. Cost: a histogram in the sum
+over the ranks that a step makes anyway; the losses of its targets, kept to its end; 0.2 ms.
 """
 
 import math
@@ -21,29 +24,29 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.lib.stride_tricks import sliding_window_view
+from torch import Tensor
 
-from data_prep.plan.order import split_step
 from data_prep.plan.reader import Plan
 from training.distributed import Ranks
-from training.engines.engine import Engine
-from training.launch.heartbeat import Heartbeat
 from training.models.loss import MicroBatch
 from training.run_files import Culprit, Spike
-from training.trainer.batches import BatchSchedule, prefetch
 
-EARLIER_ROWS = (128, 256)  # as many as the step has, within these
 MOST_NAMED = 20
 WINDOW = 128
 LEVEL = 8
 SIGMAS = 6.0
 MOST_SAID = 5  # records in one line
 LEAST = 32  # steps before which nothing is ordinary yet
-SIGMA_OF_MAD = 1.4826  # of a normal distribution
+SIGMA_OF_MAD, UPPER, SIGMAS_TO_UPPER = 1.4826, 0.975, 1.96  # of a normal distribution
 SMALLEST = 1e-300  # a norm of 0 has no logarithm
 HIGHEST = 700.0  # logarithm of a number that a float still holds
 LEAST_SPREAD = 0.01  # of the loss, relative; of the norm, in logarithms: what repeats exactly has a spread of 0
+BIN, NUM_BINS = 1 / 32, 1024  # of distances from the level: from -16 to 16
+LEAST_SEGMENTS = 64  # before which nothing is usual yet
+FORGOTTEN = 1e-3  # of a segment: it was seen 900 steps ago
+QUARTILES, TAIL = (0.25, 0.75), 0.99
+SIGMAS_BETWEEN_QUARTILES, SIGMAS_TO_TAIL = 1.349, 2.326  # of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -60,23 +63,47 @@ class Limits:
 NO_LIMITS = Limits()
 
 
-def limits_after(recent: Sequence[tuple[float, float]]) -> Limits:
-    """Limits of the next step, from (loss, gradient norm) of the steps before it, oldest first."""
+def limits_after(recent: Sequence[tuple[float, float]], share: float = 1.0) -> Limits:
+    """Limits of the next step, from (loss, gradient norm) of the steps before it, oldest first.
+
+    :param share: of the rows of a whole step that it has: the last one of an epoch may have few, whose mean varies more
+        and whose gradient is longer, both by the root of that
+    """
     if len(recent) < LEAST:
         return NO_LIMITS
     losses, norms = np.array(recent[-WINDOW:], np.float64).T
-    highest = _limit(np.log(np.maximum(norms, SMALLEST)), LEAST_SPREAD)
-    return Limits(_limit(losses, LEAST_SPREAD * abs(float(np.median(losses)))), math.exp(min(highest, HIGHEST)))
+    wider = share**-0.5
+    highest = math.log(wider) + _limit(np.log(np.maximum(norms, SMALLEST)), LEAST_SPREAD)
+    loss = _limit(losses, LEAST_SPREAD * abs(float(np.median(losses))), wider)
+    return Limits(loss, math.exp(min(highest, HIGHEST)))
 
 
-def _limit(values: np.ndarray, least_spread: float) -> float:
+def _limit(values: np.ndarray, least_spread: float, wider: float = 1.0) -> float:
     levels = np.median(sliding_window_view(values, LEVEL), axis=1)
-    return float(levels[-1] + SIGMAS * max(spread(values[LEVEL:] - levels[:-1]), least_spread))
+    return float(levels[-1] + SIGMAS * wider * max(spread(values[LEVEL:] - levels[:-1]), least_spread))
 
 
 def spread(values: np.ndarray) -> float:
-    """Sigma of ``(n,)`` values, were they normal but for a few: from the median absolute deviation."""
-    return SIGMA_OF_MAD * float(np.median(np.abs(values - np.median(values))))
+    """Sigma of ``(n,)`` values, were they normal but for a few: from the median absolute deviation or the upper tail.
+
+    The tail but for its last 2.5 %: norms of gradients have a long one, and steps far out in it are no accidents.
+    """
+    middle, tail = np.quantile(values, (0.5, UPPER))
+    return max(SIGMA_OF_MAD * float(np.median(np.abs(values - middle))), float(tail - middle) / SIGMAS_TO_UPPER)
+
+
+def spike_of(step: int, loss: float, grad_norm: float, limits: Limits, records: list[Culprit]) -> Spike:
+    """A spike that is told, and nothing else."""
+    return {
+        "step": step,
+        "loss": loss,
+        "loss_limit": limits.loss if limits.loss < math.inf else None,
+        "grad_norm": grad_norm,
+        "grad_norm_limit": limits.grad_norm if limits.grad_norm < math.inf else None,
+        "done": "warned",
+        "says": "",
+        "records": records,
+    }
 
 
 def in_words(spike: Spike) -> str:
@@ -105,95 +132,131 @@ def names(records: Sequence[Culprit]) -> str:
     return f"records that stand out, with their losses: {named}{more}" if named else "no record stands out"
 
 
-def culprits(engine: Engine, batches: BatchSchedule, step: int, micro_batch: int) -> list[Culprit]:
-    """The records of a step (counted from 0) that stand out, worst first. All ranks together."""
-    rows, earlier = batches.rows(step), rows_before(batches, step)
-    module = engine.module
-    module.eval()
-    found, usual = (losses_of_records(engine, batches.plan, part, micro_batch) for part in (rows, earlier))
-    module.train()
-    worst = [number for number in np.argsort(-found.loss, kind="stable") if stands_out(found, int(number), usual)]
-    return [_culprit(batches.plan, found, int(number)) for number in worst[:MOST_NAMED]]
+@dataclass(frozen=True)
+class SegmentLosses:
+    """Segments of rows that have targets: ``(n,)`` arrays."""
+
+    row: np.ndarray  # int64
+    number: np.ndarray  # int64, in its row, from 0
+    loss: np.ndarray  # float64, mean over its targets
+    targets: np.ndarray  # int64
+
+    def where(self, chosen: np.ndarray) -> "SegmentLosses":
+        """Those of a mask."""
+        return SegmentLosses(self.row[chosen], self.number[chosen], self.loss[chosen], self.targets[chosen])
+
+
+def losses_of_segments(batches: Sequence[MicroBatch], losses: Sequence[Tensor]) -> SegmentLosses:
+    """From micro-batches and the losses of their targets, where these are given; those of a segment stand together."""
+    parts = [_of_batch(batch, each.double().cpu().numpy()) for batch, each in zip(batches, losses, strict=False)]
+    none = (np.zeros(0, np.int64), np.zeros(0, np.int64), np.zeros(0), np.zeros(0, np.int64))
+    return SegmentLosses(*(np.concatenate(values) for values in zip(none, *parts, strict=True)))
+
+
+def _of_batch(batch: MicroBatch, losses: np.ndarray) -> tuple[np.ndarray, ...]:
+    starts = np.flatnonzero(np.diff(batch.segments, prepend=-1))
+    targets = np.diff(starts, append=len(losses))
+    line, number = np.divmod(batch.segments[starts], batch.input_ids.shape[1])
+    sums = np.add.reduceat(losses, starts) if len(losses) else losses
+    return np.array(batch.rows)[line], number, sums / targets, targets
+
+
+Histogram = list[tuple[int, float]]
+"""(Bin, segments in it), without those that are empty. The last one counts targets in place of segments."""
 
 
 @dataclass(frozen=True)
-class Records:
-    """The records in some rows, in the order in which they come: ``(n,)`` arrays."""
+class Usual:
+    """What losses of segments were like in the steps before; nothing stands out where the sigma is not finite."""
 
-    shard: np.ndarray  # int32
-    example: np.ndarray  # int32
-    loss: np.ndarray  # float64, mean over its targets
-    targets: np.ndarray  # int64, more than 0
+    level: float  # the loss of the last steps; nan before the first
+    middle: float = 0.0  # of the distances from it
+    sigma: float = math.inf  # by their middle half
+    tail: float = math.inf  # sigma by their upper tail
+    targets: float = 1.0  # of a segment
 
+    def counts(self, found: SegmentLosses) -> np.ndarray:
+        """How many segments are so far from the level, and the sum of their targets: ``(NUM_BINS + 1,) float64``."""
+        if math.isnan(self.level):
+            return np.zeros(NUM_BINS + 1)
+        bins = np.clip((found.loss - self.level) / BIN + NUM_BINS // 2, 0, NUM_BINS - 1).astype(int)
+        return np.append(np.bincount(bins, minlength=NUM_BINS), found.targets.sum()).astype(float)
 
-def rows_before(batches: BatchSchedule, step: int) -> np.ndarray:
-    """The last rows that were trained on before a step, about as many: ``(n,) int64``."""
-    least, most = EARLIER_ROWS
-    wanted = min(max(len(batches.rows(step)), least), most)
-    earlier: list[np.ndarray] = []
-    while step > 0 and sum(map(len, earlier)) < wanted:
-        step -= 1
-        earlier.append(batches.rows(step))
-    return np.concatenate(earlier)[:wanted] if earlier else np.zeros(0, np.int64)
-
-
-def losses_of_records(engine: Engine, plan: Plan, rows: np.ndarray, micro_batch: int) -> Records:
-    """The loss of every record in the rows, with the weights of the moment. All ranks together."""
-    ranks = engine.ranks
-    first = np.concatenate([[0], np.cumsum(np.diff(plan.rows.row_offsets)[rows])])  # segment of each row among all
-    place = {int(row): int(at) for row, at in zip(rows, first[:-1], strict=True)}
-    mine = split_step(rows, ranks.world_size, micro_batch)[ranks.rank]
-    totals = np.zeros((2, int(first[-1])))  # summed loss and targets of each segment
-    alive = Heartbeat("looking for the records of a spike", len(mine), "micro-batches")
-    with torch.no_grad():
-        for done, batch in enumerate(prefetch(plan, mine, num_workers=1, prefetch_factor=2)):
-            alive(done)
-            losses = engine.forward(batch.to(ranks.device), "each").double().cpu().numpy()
-            segments = segments_of_targets(batch, place)
-            np.add.at(totals[0], segments, losses[: len(segments)])
-            np.add.at(totals[1], segments, 1)
-    return _by_record(plan, rows, _summed(totals, ranks))
+    def exceeded_by(self, found: SegmentLosses, in_spike: bool) -> np.ndarray:
+        """Which segments stand out: ``(n,) bool``."""
+        if not math.isfinite(self.sigma):
+            return np.zeros(len(found.loss), bool)
+        wider = np.sqrt(np.maximum(1.0, self.targets / found.targets))
+        sigma = self.sigma if in_spike else max(self.sigma, self.tail)
+        return found.loss - self.level - self.middle > SIGMAS * sigma * wider
 
 
-def segments_of_targets(batch: MicroBatch, place: dict[int, int]) -> np.ndarray:
-    """Of each target the number of its segment: ``(num_targets,) int64``; `place`: row -> number of its first one."""
-    starts = (batch.position_ids == 0).numpy()
-    inside = np.cumsum(starts, axis=1) - 1  # a row begins at position 0
-    first = np.array([place.get(row, 0) for row in batch.rows])  # padding has no targets
-    return (inside + first[:, None]).ravel()[batch.predictors.numpy()]
+def usual_after(recent: Sequence[tuple[float, float]], histogram: Histogram) -> Usual:
+    """What is usual in the next step, from (loss, gradient norm) and the segments of the steps before it."""
+    if not recent:
+        return Usual(math.nan)
+    level = float(np.median([loss for loss, _ in recent[-LEVEL:]]))
+    counts = _dense(histogram)
+    segments, targets = counts[:-1].sum(), counts[-1]
+    if segments < LEAST_SEGMENTS:
+        return Usual(level)
+    share = np.cumsum(counts[:-1]) / segments
+    edges = (np.arange(1, NUM_BINS + 1) - NUM_BINS // 2) * BIN  # the upper ones
+    low, middle, high, tail = np.interp([QUARTILES[0], 0.5, QUARTILES[1], TAIL], share, edges)
+    sigma = max((high - low) / SIGMAS_BETWEEN_QUARTILES, LEAST_SPREAD * abs(level), BIN)
+    return Usual(level, float(middle), float(sigma), float(tail - middle) / SIGMAS_TO_TAIL, targets / segments)
 
 
-def _summed(totals: np.ndarray, ranks: Ranks) -> np.ndarray:
-    return np.array(ranks.sum(*totals.ravel().tolist())).reshape(totals.shape)
+def with_step(histogram: Histogram, counts: np.ndarray) -> Histogram:
+    """The histogram with one more step in it."""
+    later = _dense(histogram) * (1 - 1 / WINDOW) + counts
+    return [(int(index), float(later[index])) for index in np.flatnonzero(later > FORGOTTEN)]
 
 
-def _by_record(plan: Plan, rows: np.ndarray, totals: np.ndarray) -> Records:
-    """Segments of one record added up; those without targets left out."""
+def _dense(histogram: Histogram) -> np.ndarray:
+    counts = np.zeros(NUM_BINS + 1)
+    for index, count in histogram:
+        counts[index] = count
+    return counts
+
+
+def culprits(plan: Plan, rows: np.ndarray, standing_out: SegmentLosses, ranks: Ranks) -> list[Culprit]:
+    """The records of a step that stand out on any rank, worst first. All ranks together.
+
+    :param rows: of the step, on all ranks
+    """
+    totals = np.zeros((2, int(_num_segments(plan, rows).sum())))
+    totals[:, _places(plan, rows, standing_out)] = standing_out.loss, standing_out.targets
+    loss, targets = np.array(ranks.sum(*totals.ravel().tolist())).reshape(totals.shape)
     offsets = plan.rows.row_offsets
-    segments = np.concatenate([np.zeros(0, int), *(np.arange(offsets[row], offsets[row + 1]) for row in rows)])
-    keys = np.stack([plan.rows.shard[segments], plan.rows.example[segments]])
-    keys, first, which = np.unique(keys, axis=1, return_index=True, return_inverse=True)
-    loss, targets = (np.bincount(which.ravel(), weights=part, minlength=len(first)) for part in totals)
-    order = np.argsort(first)
-    order = order[targets[order] > 0]
-    return Records(keys[0, order], keys[1, order], loss[order] / targets[order], targets[order].astype(np.int64))
+    segments = np.concatenate([np.arange(offsets[row], offsets[row + 1]) for row in rows])
+    worst = [place for place in np.argsort(-loss, kind="stable") if targets[place]]
+    named: dict[tuple[int, int], Culprit] = {}  # a record that was cut is named once
+    for place in worst:
+        record = (int(plan.rows.shard[segments[place]]), int(plan.rows.example[segments[place]]))
+        named.setdefault(record, _culprit(plan, *record, float(loss[place]), int(targets[place])))
+        if len(named) == MOST_NAMED:
+            break
+    return list(named.values())
 
 
-def stands_out(found: Records, number: int, usual: Records) -> bool:
-    """Whether the loss of a record is more than `SIGMAS` spreads above the usual one."""
-    if not len(usual.loss):
-        return False
-    middle, length = np.median(usual.loss), np.median(usual.targets)
-    sigma = max(spread(usual.loss), LEAST_SPREAD * middle)
-    return bool(found.loss[number] > middle + SIGMAS * sigma * max(1.0, length / found.targets[number]) ** 0.5)
+def _num_segments(plan: Plan, rows: np.ndarray) -> np.ndarray:
+    return plan.rows.row_offsets[rows + 1] - plan.rows.row_offsets[rows]
 
 
-def _culprit(plan: Plan, found: Records, number: int) -> Culprit:
-    entry = plan.ledger.entry_of(int(found.shard[number]), int(found.example[number]))
+def _places(plan: Plan, rows: np.ndarray, found: SegmentLosses) -> np.ndarray:
+    """Where the segments are among those of all rows of the step: ``(n,) int64``."""
+    first = np.cumsum(_num_segments(plan, rows)) - _num_segments(plan, rows)
+    order = np.argsort(rows)
+    return first[order[np.searchsorted(rows[order], found.row)]] + found.number
+
+
+def _culprit(plan: Plan, shard: int, example: int, loss: float, targets: int) -> Culprit:
+    entry = plan.ledger.entry_of(shard, example)
     return {
         "file": entry["file"],
         "line": entry["line"],
         "hash": (entry["hash"] or b"").hex(),
-        "loss": float(found.loss[number]),
-        "target_tokens": int(found.targets[number]),
+        "loss": loss,
+        "target_tokens": targets,
     }

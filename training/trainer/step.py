@@ -17,6 +17,7 @@ import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
+import numpy as np
 import torch
 import xxhash
 from torch import Tensor
@@ -25,7 +26,7 @@ from training.distributed import Ranks
 from training.engines.engine import Engine
 from training.models.loss import MicroBatch
 from training.trainer.metrics import Clock
-from training.trainer.spikes import NO_LIMITS, Limits
+from training.trainer.spikes import NO_LIMITS, Limits, SegmentLosses, Usual, losses_of_segments
 
 NEVER = -1.0  # a limit that every gradient norm exceeds
 
@@ -43,7 +44,8 @@ class Accumulated:
     """What forward and backward of a step leave behind on this rank."""
 
     losses: list[Tensor] = field(default_factory=list)  # summed cross-entropy of each micro-batch, scalars
-    rows: list[tuple[int, ...]] = field(default_factory=list)  # rows of each micro-batch
+    each: list[Tensor] = field(default_factory=list)  # those of its targets
+    batches: list[MicroBatch] = field(default_factory=list)
     num_computed: int = 0  # tokens that went through the model, padding included
 
 
@@ -57,6 +59,17 @@ class StepWork:
     target_tokens: int  # of the whole global batch
     learning_rate: float
     limits: Limits = NO_LIMITS
+    usual: Usual | None = None  # None: nobody looks at single segments
+
+
+@dataclass(frozen=True)
+class Looked:
+    """What the segments of a step were like."""
+
+    usual: Usual
+    counts: np.ndarray  # of `usual`, over all ranks
+    num_standing_out: int  # on all ranks
+    segments: SegmentLosses  # of this rank
 
 
 @dataclass(frozen=True)
@@ -66,6 +79,7 @@ class StepResult:
     loss: float  # per target token of the global batch
     grad_norm: float  # of the whole gradient, before clipping
     num_computed: int  # tokens that went through the model on all ranks, padding included
+    looked: Looked | None  # None: nobody did
 
 
 def train_step(
@@ -80,13 +94,13 @@ def train_step(
     `before` runs ahead of every micro-batch, with its index, and may raise to abandon the step.
     """
     done = accumulate(engine, batches, work, clock, before)
-    total, computed = _agree(done, engine.ranks)
+    total, computed, looked = _agree(done, engine.ranks, work.usual)
     loss, limits = total / work.target_tokens, work.limits
     with clock.span("step"):
         grad_norm = engine.step(work.learning_rate, limits.grad_norm if loss <= limits.loss else NEVER)
     if not math.isfinite(grad_norm):
-        raise NotFinite("the gradient norm", grad_norm, [row for rows in done.rows for row in rows])
-    return StepResult(loss, grad_norm, int(computed))
+        raise NotFinite("the gradient norm", grad_norm, [row for batch in done.batches for row in batch.rows])
+    return StepResult(loss, grad_norm, int(computed), looked)
 
 
 def accumulate(
@@ -100,11 +114,12 @@ def accumulate(
             batch = next(batches)
         seed_dropout(work.seed, work.step, batch.rows)
         with clock.span("forward"):
-            loss = engine.forward(batch)
+            loss, each = engine.forward(batch)
         with clock.span("backward"):
             engine.backward(loss * scale, last=index == work.num_micro_steps - 1)
         done.losses.append(loss.detach())
-        done.rows.append(batch.rows)
+        done.each.append(each)
+        done.batches.append(batch)
         done.num_computed += batch.input_ids.numel()
     return done
 
@@ -114,14 +129,22 @@ def seed_dropout(seed: int, step: int, rows: tuple[int, ...]) -> None:
     torch.manual_seed(xxhash.xxh3_64_intdigest(repr((seed, step, rows)).encode()) >> 1)
 
 
-def _agree(done: Accumulated, ranks: Ranks) -> tuple[float, float]:
-    """(summed loss, tokens computed) over all ranks; every rank raises when any rank's loss is not finite."""
+def _agree(done: Accumulated, ranks: Ranks, usual: Usual | None) -> tuple[float, float, Looked | None]:
+    """(Summed loss, tokens computed, what the segments were like), over all ranks.
+
+    :raises NotFinite: on every rank, when any rank's loss is not finite.
+    """
     losses = [float(loss) for loss in done.losses]  # waits for the GPU, once a step
     bad = next((index for index, loss in enumerate(losses) if not math.isfinite(loss)), None)
     total = math.fsum(losses) if bad is None else 0.0
-    total, computed, num_bad = ranks.sum(total, float(done.num_computed), float(bad is not None))
+    mine = losses_of_segments(done.batches, done.each if usual and bad is None else [])
+    number = float(usual.exceeded_by(mine, in_spike=False).sum()) if usual else 0.0
+    counts = usual.counts(mine).tolist() if usual else []
+    total, computed, num_bad, number, *counts = ranks.sum(
+        total, float(done.num_computed), float(bad is not None), number, *counts
+    )
     if bad is not None:
-        raise NotFinite("the loss", losses[bad], list(done.rows[bad]))
+        raise NotFinite("the loss", losses[bad], list(done.batches[bad].rows))
     if num_bad:
         raise NotFinite("the loss of another rank", math.nan, [])
-    return total, computed
+    return total, computed, Looked(usual, np.array(counts), int(number), mine) if usual else None

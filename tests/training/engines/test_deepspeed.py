@@ -42,7 +42,7 @@ for stage in (1, 2, 3):
         settings = TrainSettings(zero_stage=stage, precision="bf16", max_grad_norm=0)
         engine = DeepSpeedEngine.build(tiny(), settings, ranks)
         for index in range(micro_steps):
-            engine.backward(engine.forward(batch) / micro_steps, last=index == micro_steps - 1)
+            engine.backward(engine.forward(batch)[0] / micro_steps, last=index == micro_steps - 1)
         print("norm:", stage, engine.step(1e-3))
 leave()
 """

@@ -133,7 +133,7 @@ def trained_gradients(model: CausalLMLoss, batch) -> dict[str, torch.Tensor]:
     for name, parameter in model.named_parameters():
         if "lora_B" in name:
             torch.nn.init.normal_(parameter, std=0.1)
-    model(batch).backward()
+    model(batch)[0].backward()
     return {name: p.grad.clone() for name, p in model.named_parameters() if p.requires_grad}
 
 

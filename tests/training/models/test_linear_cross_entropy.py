@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn.functional import cross_entropy
 
-from training.models.loss import CHUNK_ELEMENTS, linear_cross_entropy
+from training.models.loss import CHUNK_ELEMENTS, cross_entropies, summed_cross_entropy
 
 HIDDEN, VOCABULARY = 8, 21
 
@@ -23,17 +23,18 @@ def test_loss_and_gradients_equal_those_of_the_plain_loss(monkeypatch, chunk_ele
     hidden, weight, targets = make(num_targets)
     plain = cross_entropy(hidden @ weight.t(), targets, reduction="sum")
     expected = torch.autograd.grad(plain * 3, (hidden, weight))
-    loss = linear_cross_entropy(hidden, weight, targets, "sum")
+    loss, losses = summed_cross_entropy(hidden, weight, targets)
     gradients = torch.autograd.grad(loss * 3, (hidden, weight))
     torch.testing.assert_close(loss, plain)
     torch.testing.assert_close(gradients, expected, rtol=1e-5, atol=1e-5)
-    each = linear_cross_entropy(hidden.detach(), weight.detach(), targets, "none")
-    torch.testing.assert_close(each.sum(), plain)
+    torch.testing.assert_close(losses, cross_entropies(hidden.detach(), weight.detach(), targets))
+    assert not losses.requires_grad
+    torch.testing.assert_close(losses.sum(), plain)
 
 
 def test_no_targets_is_exactly_zero_with_zero_gradients():
     hidden, weight, targets = make(0)
-    loss = linear_cross_entropy(hidden, weight, targets, "sum")
+    loss, _ = summed_cross_entropy(hidden, weight, targets)
     loss.backward()
     assert loss.item() == 0.0
     assert weight.grad.abs().max() == 0.0
@@ -42,7 +43,7 @@ def test_no_targets_is_exactly_zero_with_zero_gradients():
 def test_a_frozen_weight_gets_no_gradient_buffer():
     hidden, weight, targets = make(5)
     frozen = weight.detach()
-    loss = linear_cross_entropy(hidden, frozen, targets, "sum")
+    loss, _ = summed_cross_entropy(hidden, frozen, targets)
     assert loss.grad_fn.saved_tensors[1] is None
     loss.backward()
     assert hidden.grad.abs().max() > 0
@@ -63,7 +64,7 @@ def test_logits_of_all_targets_never_exist_at_once():
     hidden = torch.randn(4096, 4, requires_grad=True)
     weight = torch.randn(128_000, 4)
     with Watch():
-        linear_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.int64), "sum").backward()
+        summed_cross_entropy(hidden, weight, torch.zeros(4096, dtype=torch.int64))[0].backward()
     assert 0 < largest <= 2 * CHUNK_ELEMENTS
 
 
@@ -74,7 +75,7 @@ def test_chunks_are_added_up_in_float32(monkeypatch):
     weight = weight.bfloat16().requires_grad_()
     gradients = [
         torch.autograd.grad(
-            linear_cross_entropy(hidden.bfloat16().repeat(times, 1), weight, targets.repeat(times), "sum"), weight
+            summed_cross_entropy(hidden.bfloat16().repeat(times, 1), weight, targets.repeat(times))[0], weight
         )[0]
         for times in (1, 64)
     ]
@@ -83,6 +84,6 @@ def test_chunks_are_added_up_in_float32(monkeypatch):
 
 def test_bfloat16_loss_is_computed_in_float32():
     hidden, weight, targets = make(6)
-    loss = linear_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets, "sum")
+    loss, _ = summed_cross_entropy(hidden.bfloat16(), weight.bfloat16(), targets)
     assert loss.dtype == torch.float32
     torch.testing.assert_close(loss, cross_entropy(hidden @ weight.t(), targets, reduction="sum"), rtol=0.02, atol=0.1)

@@ -49,7 +49,8 @@ def test_losses_are_those_of_the_models_own_loss():
         labels=torch.from_numpy(arrays.labels),
     ).loss
     torch.testing.assert_close(model(batch, "each").mean(), own)
-    torch.testing.assert_close(model(batch) / 4, own)
+    torch.testing.assert_close(model(batch)[0] / 4, own)
+    torch.testing.assert_close(model(batch)[1], model(batch, "each"))
     torch.testing.assert_close(model(batch, "reference").mean(), own)
 
 
@@ -80,7 +81,7 @@ def test_the_isolation_test_is_not_vacuous():
 def gradients(model: CausalLMLoss, batches: list) -> dict[str, torch.Tensor]:
     model.zero_grad()
     for batch in batches:
-        model(batch).backward()
+        model(batch)[0].backward()
     return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
 
 
@@ -88,9 +89,9 @@ def test_an_all_padding_micro_batch_contributes_exactly_nothing():
     model = tiny()
     arrays = literal_batch()
     padding = Batch(*(getattr(arrays, name)[1:] for name in ("input_ids", "labels", "position_ids", "sources")))
-    loss = model(micro_batch(padding, [-1]))
+    loss, each = model(micro_batch(padding, [-1]))
     loss.backward()
-    assert loss.item() == 0.0
+    assert loss.item() == 0.0 and each.shape == (0,)
     assert all(parameter.grad is not None for parameter in model.parameters()), "an engine would wait for this rank"
     assert all(parameter.grad.abs().max() == 0 for parameter in model.parameters())
 
@@ -121,6 +122,9 @@ def test_models_that_do_more_in_their_head_use_it():
     assert capped.head is None
     assert not has_plain_head(capped.model)
     batch = micro_batch(literal_batch(), [0, -1])
-    torch.testing.assert_close(capped(batch), capped(batch, "reference").sum())
+    total, each = capped(batch)
+    torch.testing.assert_close(total, each.sum())
+    assert torch.equal(each, capped(batch, "reference"))
     padding = pack([[np.array([3])]])
-    assert capped(padding).item() == 0.0
+    total, each = capped(padding)
+    assert total.item() == 0.0 and each.shape == (0,)

@@ -53,7 +53,7 @@ def rank() -> None:
     for name in ENGINES if ranks.world_size == 2 else ():
         engine = engine_of(name)
         for _ in range(2):
-            engine.backward(engine.forward(micro_batch(literal_batch(), [0, 1])) / 4, last=True)
+            engine.backward(engine.forward(micro_batch(literal_batch(), [0, 1]))[0] / 4, last=True)
             engine.step(1e-3)
         save(engine, name)
     for source in [root / f"{name}-2" for name in ENGINES]:

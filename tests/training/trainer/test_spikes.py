@@ -20,7 +20,24 @@ from data_prep.plan.order import rows_of_step
 from tests.support import tiny
 from tests.support.plans import example, write_plan
 from tests.training.engines.test_modes import LORA
-from training.trainer.spikes import LEAST, LEVEL, NO_LIMITS, WINDOW, Limits, limits_after, spread
+from tests.training.models.test_loss import literal_batch
+from training.models.loss import micro_batch
+from training.trainer.spikes import (
+    LEAST,
+    LEAST_SEGMENTS,
+    LEVEL,
+    NO_LIMITS,
+    NUM_BINS,
+    WINDOW,
+    Limits,
+    SegmentLosses,
+    Usual,
+    limits_after,
+    losses_of_segments,
+    spread,
+    usual_after,
+    with_step,
+)
 from training.trainer.state_files import read_index
 
 SEED, ROWS_PER_STEP, NUM_STEPS, BAD_STEP = 7, 4, 44, 41
@@ -63,6 +80,15 @@ class TestLimits:
         falling = [(loss + 5 * 0.95**step, norm) for step, (loss, norm) in enumerate(self.ordinary())]
         assert limits_after(falling).loss < 3.2
 
+    def test_a_step_of_few_rows_varies_more(self):
+        whole, few = limits_after(self.ordinary()), limits_after(self.ordinary(), 1 / 16)
+        assert few.loss - 2 == pytest.approx(4 * (whole.loss - 2), rel=0.1)
+        assert few.grad_norm == pytest.approx(4 * whole.grad_norm)
+
+    def test_norms_with_a_long_tail(self):
+        tailed = [(loss, norm * math.exp(3 * (step % 16 == 0))) for step, (loss, norm) in enumerate(self.ordinary())]
+        assert limits_after(tailed).grad_norm > math.exp(3) * 5
+
     def test_spikes_in_the_window_hardly_move_them(self):
         before = limits_after(self.ordinary())
         after = limits_after([*self.ordinary(), (50.0, 1e6), (60.0, 1e7)])
@@ -99,6 +125,73 @@ class TestLimits:
         assert Limits(2.0, 1.0).exceeded_by(3.0, 0.5) and Limits(2.0, 1.0).exceeded_by(1.0, 1.5)
 
 
+def segments(losses: np.ndarray, targets: int = 20) -> SegmentLosses:
+    places = np.arange(len(losses))
+    return SegmentLosses(places, np.zeros_like(places), losses, np.full(len(losses), targets))
+
+
+class TestUsual:
+    def after(self, losses: np.ndarray, steps: int = WINDOW) -> Usual:
+        """What is usual after the steps that the losses are dealt out to."""
+        recent, histogram = [], []
+        for part in np.array_split(losses, steps):
+            counts = usual_after(recent, histogram).counts(segments(part))
+            recent, histogram = [*recent, (float(part.mean()), 1.0)], with_step(histogram, counts)
+        return usual_after(recent, json.loads(json.dumps(histogram)))
+
+    def losses(self, seed: int = 0) -> np.ndarray:
+        return np.random.default_rng(seed).normal(3.0, 0.5, 4000)
+
+    def test_nothing_stands_out_at_first(self):
+        assert not usual_after([], []).exceeded_by(segments(np.array([1e9])), False).any()
+        few = self.after(self.losses()[: LEAST_SEGMENTS - 2], steps=20)
+        assert not few.exceeded_by(segments(np.array([1e9])), False).any()
+
+    def test_six_sigma_above_the_middle(self):
+        usual = self.after(self.losses())
+        assert usual.sigma == pytest.approx(0.5, rel=0.15) and usual.targets == pytest.approx(20)
+        assert usual.exceeded_by(segments(np.array([5.0, 7.0, -9.0])), False).tolist() == [False, True, False]
+
+    def test_wider_for_few_targets(self):
+        usual, loss = self.after(self.losses()), np.array([7.0])
+        assert usual.exceeded_by(segments(loss), False) and not usual.exceeded_by(segments(loss, targets=5), False)
+
+    def test_a_loss_that_falls_widens_nothing(self):
+        falling = self.losses() + 7 * 0.97 ** np.repeat(np.arange(WINDOW), 4000 // WINDOW + 1)[:4000]
+        assert self.after(falling).sigma == pytest.approx(0.5, rel=0.3)
+
+    def test_a_long_tail_is_no_garbage(self):
+        """Short answers: most are known, some are not at all."""
+        tailed, others = (np.random.default_rng(seed).exponential(0.5, 4000) for seed in (1, 2))
+        assert self.after(tailed).exceeded_by(segments(others), False).sum() <= 1
+
+    def test_much_garbage_is_the_tail_but_for_steps_that_are_spikes(self):
+        for each, in_others in ((200, 20), (40, 0)):
+            losses = self.losses()
+            losses[::each] = 9.0
+            usual = self.after(losses)
+            assert usual.exceeded_by(segments(losses), False).sum() == in_others
+            assert usual.exceeded_by(segments(losses), True).sum() == 4000 // each
+
+    @given(st.integers(0, 30))
+    def test_however_the_segments_lie_on_ranks(self, cut):
+        usual, losses = Usual(3.0), self.losses()[:30]
+        parts = [usual.counts(segments(part)) for part in (losses[:cut], losses[cut:])]
+        assert np.array_equal(sum(parts), usual.counts(segments(losses)))
+
+    def test_distances_beyond_all_bins(self):
+        counts = Usual(3.0).counts(segments(np.array([1e30, -1e30])))
+        assert counts[0] == counts[NUM_BINS - 1] == 1
+
+    def test_segments_of_micro_batches(self):
+        """Rows 5 and -1: two segments with three targets and one, and padding."""
+        batch = micro_batch(literal_batch(), [5, -1])
+        found = losses_of_segments([batch, batch], [torch.tensor([1.0, 2.0, 6.0, 4.0]), torch.zeros(4)])
+        assert found.row.tolist() == [5] * 4 and found.number.tolist() == [0, 1, 0, 1]
+        assert found.loss.tolist() == [3.0, 4.0, 0.0, 0.0] and found.targets.tolist() == [3, 1, 3, 1]
+        assert len(losses_of_segments([], []).loss) == 0
+
+
 def garbage_rows() -> list[int]:
     """The rows of the bad step: half of it."""
     num_rows = ROWS_PER_STEP * NUM_STEPS
@@ -117,17 +210,31 @@ def plan_with_garbage(root: Path) -> Path:
     return write_plan(root, examples, max_seq_length=48, rows=rows, validation=rows[:2], pad_id=tiny.PAD)
 
 
+def plan_with_one_bad_record(root: Path) -> tuple[Path, int]:
+    """(Plan of rows of many counting records, place of the one in the bad step that is garbage)."""
+    num_rows, each = ROWS_PER_STEP * NUM_STEPS, 24
+    examples = tiny.counting_examples(each * num_rows)
+    bad = each * garbage_rows()[0] + 5
+    generator = random.Random(0)
+    examples[bad] = example([tiny.BOS, 3, 5], [generator.randrange(3, tiny.VOCABULARY) for _ in range(8)])
+    segments = [(i, 0, len(ids)) for i, (ids, _) in enumerate(examples)]
+    rows = [segments[start : start + each] for start in range(0, len(segments), each)]
+    return write_plan(root, examples, max_seq_length=320, rows=rows, pad_id=tiny.PAD), bad
+
+
 @pytest.fixture(scope="module")
 def root(tmp_path_factory) -> Path:
     """Runs of every engine that skip; on 1, 2 and 4 ranks; killed and resumed; that warn, and that go back."""
     root = tmp_path_factory.mktemp("spikes")
     plan = plan_with_garbage(root / "cache")
+    lone = plan_with_one_bad_record(root / "cache")[0]
     base = tiny.write_run(root, "base", plan_dir=plan, **SETTINGS | {"max_steps": 40, "gradient_accumulation_steps": 2})
 
     def write(name: str, ranks: int, **settings) -> dict:
         model = {"model_dir": base / "model"} if "use_lora" in settings else {}
         accumulation = {"gradient_accumulation_steps": ROWS_PER_STEP // ranks}
-        tiny.write_run(root, name, plan_dir=plan, **{**SETTINGS, **accumulation, **model, **settings})
+        settings = {"plan_dir": plan, **SETTINGS, **accumulation, **model, **settings}
+        tiny.write_run(root, name, **settings)
         return {"run_dir": str(root / name)}
 
     def followed(name: str) -> dict:
@@ -164,9 +271,12 @@ def root(tmp_path_factory) -> Path:
         write("off", 2, on_spike="off", **GOES_ON),
         write("nowhere-to-go", 2, on_spike="rewind", save_steps=1000),
     ]
+    seen = {"plan_dir": lone, **GOES_ON}
+    two += [write(f"lone-{name}", 2, **seen, **ENGINES[name]) for name in ("zero2", "zero3", "fsdp", "bf16-zero2")]
+    two.append(killed("lone-again", root / "lone-zero2", later, **seen))
     start(2, two)
-    start(1, [write("one", 1, **GOES_ON), write("one-on-fsdp", 1, strategy="fsdp")])
-    start(4, [write("four", 4, **GOES_ON), write("four-zero3", 4, zero_stage=3)])
+    start(1, [write("one", 1, **GOES_ON), write("one-on-fsdp", 1, strategy="fsdp"), write("lone-one", 1, **seen)])
+    start(4, [write("four", 4, **GOES_ON), write("four-zero3", 4, zero_stage=3), write("lone-four", 4, **seen)])
     return root
 
 
@@ -239,3 +349,11 @@ class TestRuns:
     def test_without_a_checkpoint_it_skips(self, root):
         (spike,) = spikes(root, "nowhere-to-go")
         assert spike["done"] == "skipped" and "back_to" not in spike
+
+    @pytest.mark.parametrize("name", ["one", "zero2", "zero3", "fsdp", "bf16-zero2", "again", "four"])
+    def test_a_lone_record_is_named_and_trained_on(self, root, name):
+        bad = plan_with_one_bad_record(root / "cache")[1]
+        assert not spikes(root, f"lone-{name}")
+        (seen,) = tiny.metrics(root / f"lone-{name}", "standing_out.jsonl")
+        assert seen["step"] == BAD_STEP and [one["line"] for one in seen["records"]] == [bad + 1]
+        assert not same_tensors(at(root, f"lone-{name}", BAD_STEP), at(root, f"lone-{name}", BAD_STEP - 1))
