@@ -118,7 +118,7 @@ def train_model(plan_dir: Path, steps: int, seed: int, learning_rate: float, mod
     for step in range(steps):
         rows = rows_of_step(plan.num_rows, ROWS_PER_STEP, seed, step // per_epoch, step % per_epoch)
         batch = load(plan, np.asarray(rows))
-        (losses_of(batch) / len(batch.targets)).backward()
+        (losses_of(batch)[0] / len(batch.targets)).backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.eval()
