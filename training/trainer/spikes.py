@@ -15,8 +15,8 @@ steps before were from the level of their step, as a histogram that all ranks ha
 a step falls by a 1/`WINDOW` with each later one. In a spike a segment stands out by the spread of the middle half; in
 any other step also by that of the upper tail, as sigma of a normal distribution: a corpus with a long tail has records
 that are hard and not wrong. Wider for segments with few targets, whose means vary more. One garbage record moves the
-loss of a step of eight by less than the steps vary, so this is looked at in every step. Cost: a histogram in the sum
-over the ranks that a step makes anyway; the losses of its targets, kept to its end; 0.2 ms.
+loss of a step of eight by less than the steps vary, so this is looked at in every step. Cost: 8 KB in the sum over the
+ranks that a step makes anyway; the losses of its targets, kept to its end; 0.6 ms for 65,000 of them.
 """
 
 import math
