@@ -12,11 +12,12 @@ decides the same, and a resumed run decides again as before. Cost: 0.1 ms a step
 **Records.** In: the loss a target token of each segment of a row, from the forward pass of training itself. Out: the
 segments that stand out, as records in FILE:LINE. Their losses are compared with what was usual: how far segments of the
 steps before were from the level of their step, as a histogram that all ranks have and checkpoints keep; the weight of
-a step falls by a 1/`WINDOW` with each later one. In a spike a segment stands out by the spread of the middle half; in
-any other step also by that of the upper tail, as sigma of a normal distribution: a corpus with a long tail has records
-that are hard and not wrong. Wider for segments with few targets, whose means vary more. One garbage record moves the
-loss of a step of eight by less than the steps vary, so this is looked at in every step. Cost: 8 KB in the sum over the
-ranks that a step makes anyway; the losses of its targets, kept to its end; 0.6 ms for 65,000 of them.
+a step falls by a 1/`WINDOW` with each later one. The distance of a segment with few targets counts for less, for means
+of few vary more. In a spike a segment stands out by the spread of the middle half; in any other step also by that of
+the upper tail, as sigma of a normal distribution: a corpus with a long tail has records that are hard and not wrong.
+One garbage record moves the loss of a step of eight by less than the steps vary, so this is looked at in every step.
+Cost: 8 KB in the sum over the ranks that a step makes anyway; the losses of its targets, kept to its end; 0.6 ms for
+65,000 of them.
 """
 
 import math
@@ -179,16 +180,19 @@ class Usual:
         """How many segments are so far from the level, and the sum of their targets: ``(NUM_BINS + 1,) float64``."""
         if math.isnan(self.level):
             return np.zeros(NUM_BINS + 1)
-        bins = np.clip((found.loss - self.level) / BIN + NUM_BINS // 2, 0, NUM_BINS - 1).astype(int)
+        bins = np.clip(self._distances(found) / BIN + NUM_BINS // 2, 0, NUM_BINS - 1).astype(int)
         return np.append(np.bincount(bins, minlength=NUM_BINS), found.targets.sum()).astype(float)
 
     def exceeded_by(self, found: SegmentLosses, in_spike: bool) -> np.ndarray:
         """Which segments stand out: ``(n,) bool``."""
         if not math.isfinite(self.sigma):
             return np.zeros(len(found.loss), bool)
-        wider = np.sqrt(np.maximum(1.0, self.targets / found.targets))
         sigma = self.sigma if in_spike else max(self.sigma, self.tail)
-        return found.loss - self.level - self.middle > SIGMAS * sigma * wider
+        return self._distances(found) - self.middle > SIGMAS * sigma
+
+    def _distances(self, found: SegmentLosses) -> np.ndarray:
+        """From the level, as of segments that have the usual number of targets: ``(n,) float64``."""
+        return (found.loss - self.level) * np.sqrt(np.minimum(1.0, found.targets / self.targets))
 
 
 def usual_after(recent: Sequence[tuple[float, float]], histogram: Histogram) -> Usual:
@@ -199,7 +203,7 @@ def usual_after(recent: Sequence[tuple[float, float]], histogram: Histogram) -> 
     counts = _dense(histogram)
     segments, targets = counts[:-1].sum(), counts[-1]
     if segments < LEAST_SEGMENTS:
-        return Usual(level)
+        return Usual(level, targets=targets / segments if segments else 1.0)
     share = np.cumsum(counts[:-1]) / segments
     edges = (np.arange(1, NUM_BINS + 1) - NUM_BINS // 2) * BIN  # the upper ones
     low, middle, high, tail = np.interp([QUARTILES[0], 0.5, QUARTILES[1], TAIL], share, edges)
