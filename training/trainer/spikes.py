@@ -46,8 +46,7 @@ LEAST_SPREAD = 0.01  # of the loss, relative; of the norm, in logarithms: what r
 BIN, NUM_BINS = 1 / 32, 1024  # of distances from the level: from -16 to 16
 LEAST_SEGMENTS = 64  # before which nothing is usual yet
 FORGOTTEN = 1e-3  # of a segment: it was seen 900 steps ago
-QUARTILES, TAIL = (0.25, 0.75), 0.99
-SIGMAS_BETWEEN_QUARTILES, SIGMAS_TO_TAIL = 1.349, 2.326  # of a normal distribution
+SIGMAS_BETWEEN_QUARTILES = 1.349  # of a normal distribution
 
 
 @dataclass(frozen=True)
@@ -206,9 +205,9 @@ def usual_after(recent: Sequence[tuple[float, float]], histogram: Histogram) -> 
         return Usual(level, targets=targets / segments if segments else 1.0)
     share = np.cumsum(counts[:-1]) / segments
     edges = (np.arange(1, NUM_BINS + 1) - NUM_BINS // 2) * BIN  # the upper ones
-    low, middle, high, tail = np.interp([QUARTILES[0], 0.5, QUARTILES[1], TAIL], share, edges)
+    low, middle, high, upper = np.interp([0.25, 0.5, 0.75, UPPER], share, edges)
     sigma = max((high - low) / SIGMAS_BETWEEN_QUARTILES, LEAST_SPREAD * abs(level), BIN)
-    return Usual(level, float(middle), float(sigma), float(tail - middle) / SIGMAS_TO_TAIL, targets / segments)
+    return Usual(level, float(middle), float(sigma), float(upper - middle) / SIGMAS_TO_UPPER, targets / segments)
 
 
 def with_step(histogram: Histogram, counts: np.ndarray) -> Histogram:

@@ -166,7 +166,7 @@ class TestUsual:
         assert self.after(tailed).exceeded_by(segments(others), False).sum() <= 1
 
     def test_much_garbage_is_the_tail_but_for_steps_that_are_spikes(self):
-        for each, in_others in ((200, 20), (40, 0)):
+        for each, in_others in ((200, 20), (20, 0)):
             losses = self.losses()
             losses[::each] = 9.0
             usual = self.after(losses)
