@@ -101,7 +101,7 @@ def train(root: Path, pieces: Sequence[str], model_dir: Path | None = None, rows
     plan = run_stages(stages)
     config = {
         "plan_dir": plan.path, "packing": False, "on_spike": "skip", "per_gpu_train_batch_size": rows,
-        "gradient_accumulation_steps": 1, "max_steps": -1, "save_steps": 10**6, "learning_rate": 2e-4,
+        "gradient_accumulation_steps": 1, "max_steps": -1, "save_steps": 10**6, "learning_rate": 5e-5,
         "warmup_steps": 50, "lr_scheduler": "cosine", "max_grad_norm": 1.0, **settings,
     }  # fmt: skip
     run_dir = tiny.write_run(root, model_dir=model_dir, **config)
