@@ -354,6 +354,8 @@ class TestRuns:
     def test_a_lone_record_is_named_and_trained_on(self, root, name):
         bad = plan_with_one_bad_record(root / "cache")[1]
         assert not spikes(root, f"lone-{name}")
-        (seen,) = tiny.metrics(root / f"lone-{name}", "standing_out.jsonl")
-        assert seen["step"] == BAD_STEP and [one["line"] for one in seen["records"]] == [bad + 1]
+        lines = tiny.metrics(root / f"lone-{name}", "standing_out.jsonl")
+        named = {line["step"]: [one["line"] for one in line["records"]] for line in lines}
+        assert named.pop(BAD_STEP) == [bad + 1]
+        assert len(named) <= 1, "some record is hard while a model still learns, in 16 bits another one"
         assert not same_tensors(at(root, f"lone-{name}", BAD_STEP), at(root, f"lone-{name}", BAD_STEP - 1))
