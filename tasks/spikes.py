@@ -19,13 +19,13 @@ MOST_SHOWN = 20
 
 def spikes_of(run_dir: Path) -> list[Spike]:
     """What training has found, in the order of the steps."""
-    return [Spike(**line) for line in new_lines(run_dir / run_files.SPIKES, 0)[1]]  # type: ignore[typeddict-item]
+    return [Spike(**line) for line in new_lines(run_dir / run_files.SPIKES, 0)[1]]  # type: ignore[typeddict-item]  # JSON as training wrote it
 
 
 def standing_out(run_dir: Path) -> list[Culprit]:
     """The worst of the records that stood out in a step that was no spike."""
     lines = new_lines(run_dir / run_files.STANDING_OUT, 0)[1]
-    records = [Culprit(**one) for line in lines for one in line["records"]]  # type: ignore[typeddict-item]
+    records = [Culprit(**one) for line in lines for one in line["records"]]  # type: ignore[typeddict-item]  # JSON as training wrote it
     return sorted(records, key=lambda one: -one["loss"])[:MOST_SHOWN]
 
 

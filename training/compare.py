@@ -122,7 +122,7 @@ def records_of(config: RunConfig, job: Job, settings: GateSettings) -> tuple[Hel
     ), problems
 
 
-def measured(  # noqa: PLR0913, PLR0917
+def measured(  # noqa: PLR0913, PLR0917  # what the stages before it have left
     config: RunConfig,
     job: Job,
     settings: GateSettings,

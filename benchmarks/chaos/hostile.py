@@ -86,6 +86,7 @@ def own_code(seed: int, ground: Path) -> Round:
                 found.tried += 1
                 node = {"_target_": f"{module}.{setting}", "how": how}
                 what, place = f"{setting} {how!r}", Path(tempfile.mkdtemp(dir=folder))
+                # `typed` calls it before the loop goes on
                 done = found.typed(what, lambda: _with_own_code(data, place, setting, node))  # noqa: B023
                 if done:
                     _every_record_has_a_verdict(found, done.report, what)

@@ -51,6 +51,7 @@ def _mark_equal_in_both(result: np.ndarray, order: np.ndarray, high: np.ndarray,
 def _halves(hashes: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """``(n, 16) uint8`` -> two ``(n,) uint64``."""
     halves = np.ascontiguousarray(hashes).view(np.uint64).reshape(-1, 2)
+    # each is made before `half` is the next one
     high, low = (columns.made(len(halves), np.uint64, lambda block: halves[block, half]) for half in (0, 1))  # noqa: B023
     return high, low
 

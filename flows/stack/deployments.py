@@ -24,7 +24,7 @@ from prefect.workers.process import ProcessWorker
 
 from data_prep.errors import PandaError
 from flows.stack import schedules
-from flows.stack.services import POOL
+from flows.stack.services import HEARTBEAT, POOL
 
 MISSED_HEARTBEATS = 3
 OF_THE_WORKER = ("command", "env", "working_dir")
@@ -57,9 +57,9 @@ def crash_silent_runs() -> AutomationCore:
         name="panda: runs without heartbeat have crashed",
         description=f"No sign of life for {seconds} s: the process, its worker or its machine is gone.",
         trigger=EventTrigger(
-            after={"prefect.flow-run.heartbeat"},
+            after={HEARTBEAT},
             expect={
-                "prefect.flow-run.heartbeat",
+                HEARTBEAT,
                 *(f"prefect.flow-run.{name}" for name in ("Completed", "Failed", "Crashed", "Cancelled", "Paused")),
             },
             match={"prefect.resource.id": ["prefect.flow-run.*"]},

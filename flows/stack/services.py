@@ -25,6 +25,7 @@ from training.launch.processes import LOOPBACK, descendants, die_with_parent, is
 
 POOL = "panda"
 WATCH = "watch"
+HEARTBEAT = "prefect.flow-run.heartbeat"  # the event that every flow run sends
 LEFTOVER_GRACE_SECONDS = 28.0  # a flow run among them may be writing a checkpoint
 
 

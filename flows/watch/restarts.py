@@ -28,6 +28,7 @@ from prefect.utilities.urls import url_for
 from configs.settings import UnattendedSettings
 from flows.parts.notify import SILENT, tell, who_is_told
 from flows.stack.prefect_server import environment
+from flows.stack.services import HEARTBEAT
 from training.launch.processes import is_alive, marked, signal_all
 
 FLOWS = ("panda-train", "panda-prepare", "panda-evaluate")
@@ -36,7 +37,6 @@ RUN_ID = "PREFECT__FLOW_RUN_ID"
 REMEMBERED = timedelta(days=7)  # an older crash is no longer anybody's business
 PAUSES = (5, 30, 120, 600)  # seconds before each restart, the last one for all further ones
 UNHEARD = timedelta(seconds=90)  # a worker has killed what it is to cancel after 30, and a heart beats every 30
-HEARTBEAT = "prefect.flow-run.heartbeat"
 SETTLED = timedelta(seconds=60)  # after its end, news of a run's tasks may still be on their way
 TAKES_OVER = {StateType.PENDING, StateType.RUNNING, StateType.PAUSED, StateType.COMPLETED, StateType.FAILED,
               StateType.CRASHED}  # fmt: skip

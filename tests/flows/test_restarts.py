@@ -13,8 +13,9 @@ from prefect.events import Event
 from prefect.states import Cancelling, Crashed, Running
 from prefect.types._datetime import now
 
+from flows.stack.services import HEARTBEAT
 from flows.watch import restarts
-from flows.watch.restarts import HEARTBEAT, RESTARTING, RUN_ID, being_cancelled, end_cancelled, heal, is_heard_of
+from flows.watch.restarts import RESTARTING, RUN_ID, being_cancelled, end_cancelled, heal, is_heard_of
 from tests.support.stack import wait_for
 
 pytestmark = pytest.mark.usefixtures("use_prefect_server")

@@ -139,7 +139,7 @@ def prompts_of(shard: TokenShard, records: list[int], longest: int) -> tuple[lis
 
 
 @torch.no_grad()
-def generate(  # noqa: PLR0913, PLR0917
+def generate(  # noqa: PLR0913, PLR0917  # a class around one call would hide what it needs
     model: UsedModel,
     tokenizer: LoadedTokenizer,
     prompts: list[list[int]],

@@ -237,7 +237,8 @@ def culprits(plan: Plan, rows: np.ndarray, standing_out: SegmentLosses, ranks: R
     named: dict[tuple[int, int], Culprit] = {}  # a record that was cut is named once
     for place in worst:
         record = (int(plan.rows.shard[segments[place]]), int(plan.rows.example[segments[place]]))
-        named.setdefault(record, _culprit(plan, *record, float(loss[place]), int(targets[place])))
+        if record not in named:
+            named[record] = _culprit(plan, *record, float(loss[place]), int(targets[place]))
         if len(named) == MOST_NAMED:
             break
     return list(named.values())

@@ -357,5 +357,5 @@ class TestRuns:
         lines = tiny.metrics(root / f"lone-{name}", "standing_out.jsonl")
         named = {line["step"]: [one["line"] for one in line["records"]] for line in lines}
         assert named.pop(BAD_STEP) == [bad + 1]
-        assert len(named) <= 1, "some record is hard while a model still learns, in 16 bits another one"
+        assert len(named) <= (name == "bf16-zero2"), "one more is hard in 16 bits, early on"
         assert not same_tensors(at(root, f"lone-{name}", BAD_STEP), at(root, f"lone-{name}", BAD_STEP - 1))
