@@ -104,7 +104,7 @@ def run(name: str, planned: PlanResult, root: Path, checkpoint: Path, options: a
     settings = TrainSettings(per_gpu_eval_batch_size=8).model_dump(mode="json")
     (run_dir / "config.yaml").write_text(yaml.safe_dump({**settings, "paths": paths}))
     models = (
-        ModelUnderTest(what, "plain", str(where)) for what, where in ((name, run_dir / "model"), ("base", checkpoint))
+        ModelUnderTest(what, "plain", str(where)) for what, where in ((name, run_dir / "model"), (checkpoint.name, checkpoint))
     )
     job = Job(GateSettings(gate_records=60).model_dump(), str(root / "cache"), next(models), base=next(models))
     with alone() as ranks:
