@@ -103,10 +103,9 @@ def run(name: str, planned: PlanResult, root: Path, checkpoint: Path, options: a
     paths = {"plan_dir": planned.path, "tokenizer_dir": str(checkpoint), "run_dir": str(run_dir)}
     settings = TrainSettings(per_gpu_eval_batch_size=8).model_dump(mode="json")
     (run_dir / "config.yaml").write_text(yaml.safe_dump({**settings, "paths": paths}))
-    models = (
-        ModelUnderTest(what, "plain", str(where)) for what, where in ((name, run_dir / "model"), (checkpoint.name, checkpoint))
-    )
-    job = Job(GateSettings(gate_records=60).model_dump(), str(root / "cache"), next(models), base=next(models))
+    candidate = ModelUnderTest(name, "plain", str(run_dir / "model"))
+    base = ModelUnderTest(checkpoint.name, "plain", str(checkpoint))
+    job = Job(GateSettings(gate_records=60).model_dump(), str(root / "cache"), candidate, base=base)
     with alone() as ranks:
         result = run_job(read_config(run_dir / "config.yaml"), job, ranks)
     print(f"\n## {name}\n\n{verdict_markdown(result)}", flush=True)

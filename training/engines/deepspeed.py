@@ -39,9 +39,13 @@ from training.settings import TrainSettings
 REDUCE_BUCKET_ELEMENTS = 500_000_000  # DeepSpeed's own default
 
 
-def live_elements(num_parameters: int) -> int:
-    """How many gathered weights ZeRO 3 may hold: DeepSpeed's default, a billion, would be all of a small model."""
-    return min(1_000_000_000, max(20_000_000, num_parameters // 32))
+def live_elements(num_parameters: int, is_gpu: bool) -> int:
+    """How many gathered weights ZeRO 3 may hold: DeepSpeed's default, a billion, would be all of a small model.
+
+    On a CPU few: nothing is computed while weights are fetched ahead, so that they only take memory.
+    """
+    few = 20_000_000
+    return min(1_000_000_000, max(few, num_parameters // 32)) if is_gpu else few
 
 
 def import_deepspeed(compiler: bool = False) -> ModuleType:
@@ -66,7 +70,7 @@ def zero_config(settings: TrainSettings, ranks: Ranks, num_trained: int, num_par
     if stage == 3 and settings.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
     if stage == 3:
-        live = live_elements(num_parameters)
+        live = live_elements(num_parameters, ranks.device.type == "cuda")
         zero |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": live}
         zero["stage3_prefetch_bucket_size"] = live // 4
         zero["stage3_param_persistence_threshold"] = 10_000  # norms and biases stay whole: gathering them costs more

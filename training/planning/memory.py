@@ -123,11 +123,12 @@ def _zero3(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> di
     on_rank = 0 if settings.offload_optimizer else 1
     bucket = min(shape.trainable, REDUCE_BUCKET_ELEMENTS)
     copies = 1 if hardware.is_gpu else 2  # gloo scatters from copies
+    live = live_elements(shape.parameters, hardware.is_gpu)
     return {
         "weights": 0 if settings.offload_parameters else weights,
         "gradients": share * FLOAT32 * on_rank,
         "optimizer": share * (FLOAT32 + state_bytes(settings)) * on_rank,
-        "engine": min(shape.parameters, live_elements(shape.parameters)) * element + copies * bucket * FLOAT32,
+        "engine": min(shape.parameters, live) * element + copies * bucket * FLOAT32,
     }
 
 
