@@ -12,6 +12,7 @@ from pathlib import Path
 from benchmarks.chaos import fuzz
 from benchmarks.chaos.damage import damage_cache
 from benchmarks.chaos.findings import Round, Row
+from benchmarks.chaos.full_disk import full_disk
 from benchmarks.chaos.hostile import bombs, configurations, own_code
 from benchmarks.chaos.kill_gc import kill_gc
 from benchmarks.chaos.kill_preparation import kill_preparation
@@ -42,7 +43,7 @@ CASES: dict[str, Case] = {
 }
 """Name -> what is broken. In the order of the table."""
 
-LONG: dict[str, Case] = {"kill-stack": kill_stack}
+LONG: dict[str, Case] = {"full-disk": full_disk, "kill-stack": kill_stack}
 """Cases of many minutes: played where they are named."""
 
 

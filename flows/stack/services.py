@@ -59,7 +59,8 @@ def mlflow_server(port: int, output_dir: Path) -> Service:
 
     Its job executor is ten more processes and 2 GB, for features not used here.
     """
-    argv = [sys.executable, "-m", "mlflow", "server", "--host", LOOPBACK[0], "--port", str(port), "--workers", "1"]
+    argv = [sys.executable, "-m", "flows.stack.mlflow_server"]
+    argv += ["--host", LOOPBACK[0], "--port", str(port), "--workers", "1"]
     argv += ["--no-serve-artifacts", "--default-artifact-root", str(output_dir / "mlartifacts")]
     if "MLFLOW_BACKEND_STORE_URI" not in os.environ:
         argv += ["--backend-store-uri", _database(output_dir)]

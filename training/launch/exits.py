@@ -20,7 +20,7 @@ from collections.abc import Callable
 from enum import StrEnum
 from typing import NoReturn
 
-from data_prep.errors import CorpusError, DiskError, PandaError, StoreError
+from data_prep.errors import CorpusError, DiskError, PandaError, StoreError, disk_errors
 from training.errors import MlflowAway
 from training.launch.events import emit
 from training.launch.processes import die_with_parent
@@ -138,7 +138,8 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
     faulthandler.enable()
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # the launcher asks for stacks when the run stalls
     try:
-        main()
+        with disk_errors():
+            main()
     except BaseException as error:
         if not isinstance(error, SystemExit) or error.code:
             _tell(error)
@@ -155,11 +156,14 @@ def _leave(code: int) -> NoReturn:
 
 
 def _tell(error: BaseException) -> None:
-    """Say why on stderr (one clear line for a user's error, the traceback otherwise) and as an event."""
+    """Say why on stderr (a clear line; before it the traceback of what nobody expects) and as an event.
+
+    That another rank is gone is said without one: where this rank waited for it is of no interest.
+    """
     reason = reason_of_error(error)
     expected = isinstance(error, PandaError | TrainingStopped)
     details = "" if expected else "".join(traceback.format_exception(error))
-    print(details, file=sys.stderr, end="")
+    print(details if reason is not ExitReason.lost_rank else "", file=sys.stderr, end="")
     message = str(error) or type(error).__name__
     print(f"{reason.value}: {message}", file=sys.stderr, flush=True)
     rank = int(os.environ.get("RANK", "0"))

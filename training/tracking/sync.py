@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 from training import run_files
 from training.errors import MlflowAway
 from training.tracking import logged_models, run_record
+from training.tracking.database import make_database
 from training.tracking.metric_lines import SERIES, metrics_of
 from training.tracking.redact import redact_text, what_it_says
 from training.tracking.run_record import RunRecord, new_lines
@@ -85,6 +86,7 @@ def connect(uri: str) -> "MlflowClient":
     if is_remote_database(uri) and uri not in _reached:
         check_answers(uri)
         _reached.add(uri)
+    make_database(uri)
     point_mlflow_at(uri)
     return MlflowClient(tracking_uri=uri, registry_uri=uri)
 

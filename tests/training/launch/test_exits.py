@@ -39,3 +39,25 @@ def test_a_rank_leaves_with_its_code_whatever_the_teardown_would_do(ending, code
     done = subprocess.run(command, check=False, capture_output=True, text=True)
     assert done.returncode == code, done.stderr
     assert done.stdout.startswith("printed, not flushed\n") and "never reached" not in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("ending", "said"),
+    [
+        (
+            "raise OSError(28, 'No space left on device', '/d/metrics.jsonl')",
+            "infrastructure: /d/metrics.jsonl: No space",
+        ),
+        ("raise RuntimeError('Connection closed by peer')", "lost_rank: Connection closed by peer"),
+    ],
+)
+def test_a_full_disk_and_a_peer_that_is_gone_are_one_line(ending, said):
+    command = [sys.executable, "-c", RANK.format(ending=ending)]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert done.stderr.startswith(said) and done.stderr.count("\n") == 1, done.stderr
+
+
+def test_what_nobody_expects_has_a_traceback():
+    command = [sys.executable, "-c", RANK.format(ending="raise ValueError('odd')")]
+    done = subprocess.run(command, check=False, capture_output=True, text=True)
+    assert "Traceback" in done.stderr and done.stderr.endswith("infrastructure: odd\n")
