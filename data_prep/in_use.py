@@ -60,8 +60,7 @@ def note_user(cache_dir: Path, output_dir: Path) -> None:
         return
     try:
         cache_dir.mkdir(parents=True, exist_ok=True)
-        with open(cache_dir / USERS, "a", encoding="utf-8") as file:
-            file.write(line + "\n")
+        store.append(cache_dir / USERS, line + "\n")
     except OSError as error:  # a cache that can only be read is none of ours to sweep
         logger.info("%s: %s", cache_dir / USERS, error)
 

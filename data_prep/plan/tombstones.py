@@ -7,15 +7,14 @@ In and out: a text file of one JSON object a line, readable by people and mergea
 Only `hash` counts: the xxh3_128 of the record's normal form (the `hash` of the ledger). Cost: one small read a plan.
 """
 
-import fcntl
 import json
-import os
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from data_prep import store
 from data_prep.errors import PandaError
 from data_prep.plan.duplicates import Known
 
@@ -46,13 +45,11 @@ def _hash_of(path: Path, number: int, line: str) -> str:
 def append(path: Path, entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
     """Add the entries whose hash is not there yet; returns them. Two writers at once wait for each other."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a", encoding="utf-8") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    with store.appending(path) as add:
         known = set(read(path))
         new = [entry for entry in entries if entry["hash"] not in known]
-        file.writelines(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new)
-        file.flush()
-        os.fsync(file.fileno())
+        add("".join(json.dumps(entry, ensure_ascii=False) + "\n" for entry in new))
+    store.fsync(path)
     return new
 
 

@@ -2,11 +2,13 @@
 
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -175,3 +177,38 @@ def test_writers_at_once_leave_the_text_of_one_of_them(tmp_path):
     for thread in threads:
         thread.join()
     assert (tmp_path / "a.txt").read_text() in texts
+
+
+class TestAppend:
+    def test_lines_are_added_and_half_a_line_before_them_goes(self, tmp_path):
+        path = tmp_path / "lines.jsonl"
+        store.append(path, "1\n2\n", mode=0o600)
+        assert path.stat().st_mode & 0o777 == 0o600
+        with path.open("a") as file:
+            file.write("3, cut o")
+        store.append(path, "4\n")
+        assert path.read_text() == "1\n2\n4\n"
+        path.write_text("no line at all")
+        store.append(path, "1\n")
+        assert path.read_text() == "1\n"
+
+    def test_a_disk_that_fills_takes_no_half_line(self, tmp_path):
+        path = tmp_path / "lines.jsonl"
+        store.append(path, "a" * 90 + "\n")
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+        try:
+            for _ in range(2):
+                with pytest.raises(OSError, match=r"lines\.jsonl|too large"):
+                    store.append(path, "b" * 20 + "\n")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        assert path.read_text() == "a" * 90 + "\n"
+
+    def test_many_at_once_add_whole_lines(self, tmp_path):
+        path = tmp_path / "lines.jsonl"
+        with ThreadPoolExecutor(8) as threads:
+            list(threads.map(lambda number: store.append(path, f"{number:05}" * 500 + "\n"), range(200)))
+        lines = path.read_text().splitlines()
+        assert sorted(line[:5] for line in lines) == [f"{number:05}" for number in range(200)]
+        assert all(line == line[:5] * 500 for line in lines)

@@ -14,6 +14,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypedDict
 
+from data_prep import store
 from training import run_files
 from training.cost.marks import EVALUATE, PARTS, REPEATED, SAVE, TRAIN, WAITING, WARM_UP, Mark, read
 from training.run_files import read_lines
@@ -114,8 +115,7 @@ def account_of(run_dir: Path, cost: CostSettings) -> Account:
 def settle(run_dir: Path, cost: CostSettings) -> Account:
     """The account now, also as a line of RUN/account.jsonl, which MLflow gets."""
     account = account_of(run_dir, cost)
-    with open(run_dir / run_files.ACCOUNT, "a", encoding="utf-8") as file:
-        file.write(json.dumps({**account, "time": time.time()}) + "\n")
+    store.append(run_dir / run_files.ACCOUNT, json.dumps({**account, "time": time.time()}) + "\n")
     return account
 
 

@@ -9,13 +9,13 @@ write; 30 us.
 import contextlib
 import json
 import logging
-import os
 import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
+from data_prep import store
 from training import run_files
 
 WAITING = "waiting"  # for its turn, for a person; or ended, until somebody goes on with it
@@ -49,11 +49,7 @@ class Mark(TypedDict):
 def mark(run_dir: Path, line: Mark) -> None:
     """Add a line; a disk that does not take it costs the account, not the run."""
     try:
-        descriptor = os.open(run_dir / run_files.TIME, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-        try:
-            os.write(descriptor, f"{json.dumps(line)}\n".encode())
-        finally:
-            os.close(descriptor)
+        store.append(run_dir / run_files.TIME, json.dumps(line) + "\n", mode=0o600)
     except OSError as error:
         log.warning("%s: not written (%s)", run_dir / run_files.TIME, error.strerror)
 

@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from enum import StrEnum
 from typing import NoReturn
 
@@ -142,16 +143,18 @@ def run_rank(main: Callable[[], None]) -> NoReturn:
             main()
     except BaseException as error:
         if not isinstance(error, SystemExit) or error.code:
-            _tell(error)
+            with suppress(OSError):  # of the disk that has ended it, and holds the log as well
+                _tell(error)
             _leave(reason_of_error(error).code)
     _leave(0)
 
 
 def _leave(code: int) -> NoReturn:
     """End the process, with what it has printed but without the interpreter's teardown."""
-    logging.shutdown()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with suppress(OSError):
+        logging.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(code)
 
 

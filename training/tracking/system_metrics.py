@@ -6,6 +6,7 @@ there are any. A file first, like all metrics: an outage of MLflow loses none. C
 
 import contextlib
 import json
+import logging
 import threading
 import time
 from collections.abc import Iterator
@@ -13,8 +14,11 @@ from pathlib import Path
 
 import psutil
 
+from data_prep import store
 from training import run_files
 from training.planning.hardware import query_gpus
+
+logger = logging.getLogger(__name__)
 
 INTERVAL_SECONDS = 10.0
 MEGABYTE = 1e6
@@ -47,9 +51,11 @@ def _sample_until(done: threading.Event, path: Path, interval_seconds: float) ->
     while True:
         finished = done.wait(interval_seconds)
         line = {"step": number, "time": time.time(), **sample(path.parent, network)}
-        with open(path, "a") as file:
-            file.write(json.dumps(line) + "\n")
-        number += 1
+        try:
+            store.append(path, json.dumps(line) + "\n")
+            number += 1
+        except OSError as error:  # a full disk is told by who cannot go on with it
+            logger.debug("%s: %s", path, error)
         if finished:
             return
 

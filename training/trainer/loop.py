@@ -14,7 +14,6 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
@@ -142,28 +141,28 @@ class Run:
 
 def train(run: Run, progress: Progress) -> Progress:
     """Train from where `progress` is to the last step, or until held-out loss stops falling."""
-    with ExitStack() as stack:
-        names = (run_files.METRICS, run_files.EVALUATIONS, run_files.SPIKES, run_files.STANDING_OUT)
-        files = [JsonLines(run.directory / name, progress.step) for name in names]
-        metrics, evaluations, *found = [stack.enter_context(file) if run.ranks.is_first else None for file in files]
-        batches = _micro_batches(run, progress.step)
-        run.stop.obey_together()
-        if not progress.step and not progress.eval_before:
-            progress.eval_before = evaluate(run, progress, evaluations)
-        hours, progress.stopped = run.settings.max_gpu_hours, ""
-        limit = Budget.of(run.directory, hours, run.ranks.world_size) if hours else None
-        first_step = progress.step + 1
-        run.turn_to(WARM_UP, progress.step)
-        while progress.step < run.batch_schedule.total_steps and not _stopped(run, progress, limit):
-            limits = _limits(run, progress)
-            record, result = one_step(run, progress, batches, limits)
-            if progress.step == first_step:
-                run.turn_to(TRAIN, progress.step)
-            if metrics is not None:
-                _report(run, progress, record, metrics)
-            _look_at(run, progress, result, limits, found)
-            if _after_step(run, progress, evaluations):
-                break
+    names = (run_files.METRICS, run_files.EVALUATIONS, run_files.SPIKES, run_files.STANDING_OUT)
+    metrics, evaluations, *found = [
+        JsonLines(run.directory / name, progress.step) if run.ranks.is_first else None for name in names
+    ]
+    batches = _micro_batches(run, progress.step)
+    run.stop.obey_together()
+    if not progress.step and not progress.eval_before:
+        progress.eval_before = evaluate(run, progress, evaluations)
+    hours, progress.stopped = run.settings.max_gpu_hours, ""
+    limit = Budget.of(run.directory, hours, run.ranks.world_size) if hours else None
+    first_step = progress.step + 1
+    run.turn_to(WARM_UP, progress.step)
+    while progress.step < run.batch_schedule.total_steps and not _stopped(run, progress, limit):
+        limits = _limits(run, progress)
+        record, result = one_step(run, progress, batches, limits)
+        if progress.step == first_step:
+            run.turn_to(TRAIN, progress.step)
+        if metrics is not None:
+            _report(run, progress, record, metrics)
+        _look_at(run, progress, result, limits, found)
+        if _after_step(run, progress, evaluations):
+            break
     return progress
 
 

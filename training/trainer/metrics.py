@@ -13,12 +13,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from data_prep import store
 from training.models.loss import layers_of, output_layer
 from training.run_files import Spans, read_lines
 
@@ -124,22 +125,8 @@ class JsonLines:
 
     def __init__(self, path: Path, last_step: int):
         self.path = path
-        self.last_step = last_step
-        self._file: TextIO | None = None
-
-    def __enter__(self) -> "JsonLines":
-        kept = [line for line in read_lines(self.path) if line["step"] <= self.last_step]
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        temporary.rename(self.path)
-        self._file = self.path.open("a", encoding="utf-8")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        assert self._file is not None, "used outside of its context"
-        self._file.close()
+        kept = [line for line in read_lines(path) if line["step"] <= last_step]
+        store.write_atomically(path, "".join(json.dumps(line) + "\n" for line in kept))
 
     def write(self, **values: Any) -> None:
-        assert self._file is not None, "used outside of its context"
-        self._file.write(json.dumps({**values, "time": round(time.time(), 3)}) + "\n")
-        self._file.flush()
+        store.append(self.path, json.dumps({**values, "time": round(time.time(), 3)}) + "\n")

@@ -9,7 +9,6 @@ import logging
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
@@ -145,9 +144,9 @@ def finish(config: RunConfig, run: Run, progress: Progress) -> None:
     if config.settings.keep_best and progress.best_step is not None:
         run.saver.wait()
         checkpoint.load(run.engine, run.checkpoints / checkpoint.name_of(progress.best_step))
-    file = metrics.JsonLines(config.run_dir / run_files.EVALUATIONS, progress.step - 1)
-    with file if run.ranks.is_first else nullcontext() as evaluations:
-        after = loop.evaluate(run, progress, evaluations)
+    path = config.run_dir / run_files.EVALUATIONS
+    evaluations = metrics.JsonLines(path, progress.step - 1) if run.ranks.is_first else None
+    after = loop.evaluate(run, progress, evaluations)
     run.turn_to(EVALUATE, progress.step)
     sample = loop.evaluate_sample(run)
     run.turn_to(SAVE, progress.step)

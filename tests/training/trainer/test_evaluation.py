@@ -46,8 +46,7 @@ def test_lines_after_the_resumed_step_are_dropped_and_half_lines_too(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text("".join(json.dumps({"step": step}) + "\n" for step in (1, 2, 3)) + '{"step": 4, "lo')
     assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
-    with JsonLines(path, last_step=2) as lines:
-        lines.write(step=3, loss=0.5)
+    JsonLines(path, last_step=2).write(step=3, loss=0.5)
     assert [line["step"] for line in read_lines(path)] == [1, 2, 3]
     assert read_lines(path)[-1]["loss"] == 0.5
 
