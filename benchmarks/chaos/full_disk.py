@@ -129,7 +129,8 @@ def play(seed: int, ground: Path) -> Round:
         found.expect(code is not None, "lost", f"{what}: it hangs: {runs.said()}")
         if code:
             whole_log = runs.log.read_text(errors="replace")
-            found.expect("Traceback" not in whole_log, "untyped", f"{what}: {runs.said()}")
+            first = whole_log.partition("Traceback")[2][:1500]
+            found.expect(not first, "untyped", f"{what}: {first}")
             advised = "make room" in whole_log or "free space" in whole_log
             found.expect(advised, "untyped", f"{what}: nothing of the disk is said: {runs.said()}")
         print(f"    {what}: {code}: {runs.said()[-300:]}", file=sys.stderr, flush=True)
