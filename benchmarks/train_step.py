@@ -1,16 +1,19 @@
-"""Seconds of an optimizer step: ours against a bare PyTorch loop over the same rows, and target tokens/s against TRL.
+"""Seconds of an optimizer step: ours against a bare PyTorch loop over the same rows; target tokens/s against others.
 
 In: a checkpoint directory, real instruction records. Out: a table of ratios. Contenders of `bare` take turns, step by
-step in one process; contenders of `trl` are processes that run one after another. CPU seconds are given beside wall
-seconds, because they hardly change when the machine is busy.
+step in one process; those of `trl` and `peers` are processes that run one after another. CPU seconds are given beside
+wall seconds, because they hardly change when the machine is busy.
 
     python -m benchmarks.train_step bare --model-dir DIR --real CORPORA
-    python -m benchmarks.train_step trl  --model-dir DIR --real CORPORA
+    python -m benchmarks.train_step trl --model-dir DIR --real CORPORA
+    python -m benchmarks.train_step peers --model-dir DIR --real CORPORA --peer axolotl=PYTHON [--peer ...]
 
 `bare` does the same forward, backward, clipping and AdamW update on the same rows, without engine, loader, metrics and
 checkpoints. TRL is measured with its defaults and with the settings that make it fastest here (packing, no gradient
-checkpointing, one packed row a micro-batch); model, float32 and sequence length are the same. A target token is one
-that contributes to the loss.
+checkpointing, one packed row a micro-batch). PYTHON is that of an environment that has the peer: how to make it, and
+the peer's settings, are in `benchmarks.train_peers`. Model, float32, records, ids, loss mask, optimizer and tokens in a
+row are the same for all (`benchmarks.contender`), but not the order of the records. A target token is one that
+contributes to the loss. The held-out loss after the same number of steps says whether a fast one has learned as much.
 """
 
 import argparse
@@ -23,10 +26,21 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 
+from benchmarks.contender import (
+    BETAS,
+    OPTIMIZER,
+    OPTIMIZER_OF_TRANSFORMERS,
+    Measure,
+    Measuring,
+    add_arguments,
+    examples_of,
+    records_of,
+)
 from benchmarks.rows import Row, say
 from data_prep.pipeline import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
@@ -35,14 +49,11 @@ from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("what", choices=["bare", "trl", "ours-alone", "trl-default", "trl-packed"])
-    parser.add_argument("--model-dir", type=Path, required=True)
-    parser.add_argument("--real", type=Path, required=True, help="directory with instruction_tuning/*.json")
-    parser.add_argument("--length", type=int, default=2048, help="tokens in a row")
+    parser.add_argument("what", choices=CONTENDERS)
+    add_arguments(parser)
     parser.add_argument("--layers", type=int, default=0, help="keep only the first layers of the model; 0 = all")
     parser.add_argument("--zero-stage", type=int, default=2)
-    parser.add_argument("--accumulation", type=int, default=4, help="micro-batches of one row in a step")
-    parser.add_argument("--steps", type=int, default=6, help="measured steps, after one that is not")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help="for `peers`, repeatable")
     given = parser.parse_args()
     if given.layers:
         given.model_dir, given.layers = shortened(given.model_dir, given.layers), 0
@@ -84,16 +95,18 @@ def timed(step: Callable[[], int]) -> tuple[float, float, int]:
 
 
 def write_config(given: argparse.Namespace) -> Path:
-    """Prepare the corpus (cached below the model directory's sibling) and write RUN/config.yaml."""
+    """Prepare the records that all train on and write RUN/config.yaml."""
+    run_dir = Path(tempfile.mkdtemp(prefix="panda-run-"))
+    (run_dir / "corpus").mkdir()
+    (run_dir / "corpus" / "records.json").write_text(json.dumps(records_of(given.real)[0]), encoding="utf-8")
     corpus = CorpusSettings(
-        instruction_tuning_data_dir=str(given.real / "instruction_tuning"), pretraining_data_dir=None
+        instruction_tuning_data_dir=str(run_dir / "corpus"), pretraining_data_dir=None, validation_fraction=0
     )
     pack = PackSettings(max_seq_length=given.length)
     plan = prepare(corpus, TokenizeSettings(), pack, given.model_dir, Path(tempfile.gettempdir(), "panda-benchmark"))
-    run_dir = Path(tempfile.mkdtemp(prefix="panda-run-"))
     config = {
-        "zero_stage": given.zero_stage, "gradient_accumulation_steps": given.accumulation,
-        "num_train_epochs": 100, "learning_rate": 1e-5, "max_grad_norm": 1.0, "adam_betas": [0.9, 0.99],
+        "zero_stage": given.zero_stage, "gradient_accumulation_steps": given.accumulation, "num_train_epochs": 100,
+        "lr_scheduler": "constant", "adam_betas": list(BETAS), **OPTIMIZER,
         "paths": {
             "plan_dir": str(plan.path), "model_dir": str(given.model_dir), "tokenizer_dir": str(given.model_dir),
             "run_dir": str(run_dir),
@@ -116,6 +129,10 @@ class OurSteps:
     def __call__(self) -> int:
         self._records.append(self._loop.one_step(self._run, self._progress, self._batches)[0])
         return self._records[-1]["target_tokens"]
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self._run.engine.module.model
 
     def data_share(self) -> float:
         measured = self._records[1:]
@@ -168,37 +185,64 @@ def bare_steps(given: argparse.Namespace) -> Callable[[], int]:
 
 
 def against_trl(given: argparse.Namespace) -> None:
-    """Print target tokens per second of every contender and the ratios."""
-    rates = {}
-    for name in ("ours-alone", "trl-default", "trl-packed"):
-        arguments = [name, "--model-dir", given.model_dir, "--real", given.real, "--length", given.length]
-        arguments += ["--accumulation", given.accumulation, "--zero-stage", given.zero_stage]
-        command = [sys.executable, "-m", "benchmarks.train_step", *map(str, arguments), "--steps", str(given.steps)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        rates[name] = json.loads(output.splitlines()[-1])
-        print(name, {unit: round(rate, 1) for unit, rate in rates[name].items()}, flush=True)
+    """Target tokens per second beside TRL's, and the losses where a step has as many tokens."""
+    ours, default, packed = (contend(name, US, given) for name in ("ours-alone", "trl-default", "trl-packed"))
+    say(Row("held-out loss after training", ours["held_out_after"], "before", ours["held_out_before"], "nats"))
+    compare_speed(ours, "TRL's defaults", default, at_least=1.5)
+    compare_speed(ours, "TRL, fastest settings", packed, at_least=1.5)
+    compare_losses(ours, "TRL, fastest settings", packed)
+
+
+def against_peers(given: argparse.Namespace) -> None:
+    """The same beside trainers that have environments of their own."""
+    ours = contend("ours-alone", US, given)
+    for peer in given.peer:
+        name, _, python = peer.partition("=")
+        theirs = contend(name, [python, "-m", "benchmarks.train_peers"], given)
+        called = f"{name} {theirs['version']}"
+        compare_speed(ours, called, theirs)
+        compare_losses(ours, called, theirs)
+
+
+def contend(name: str, program: list[str], given: argparse.Namespace) -> dict[str, Any]:
+    """What a contender reports from a process of its own."""
+    arguments = ["--model-dir", given.model_dir, "--real", given.real, "--length", given.length]
+    arguments += ["--accumulation", given.accumulation, "--steps", given.steps]
+    if program is US:
+        arguments += ["--zero-stage", given.zero_stage]
+    done = subprocess.run([*program, name, *map(str, arguments)], capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{name} failed:\n{done.stderr[-4000:]}")
+    report: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    print(name, report, flush=True)
+    return report
+
+
+def compare_speed(ours: dict[str, Any], called: str, theirs: dict[str, Any], at_least: float | None = None) -> None:
     wall, cpu = "target_tokens_per_second", "target_tokens_per_cpu_second"
-    for name, called in (("trl-default", "TRL's defaults"), ("trl-packed", "TRL, fastest settings")):
-        ours, theirs = rates["ours-alone"], rates[name]
-        cpu_ratio = ours[cpu] / theirs[cpu]
-        say(Row("target tokens", ours[wall], called, theirs[wall], "1/s", at_least=1.5, cpu_ratio=cpu_ratio))
+    cpu_ratio = ours[cpu] / theirs[cpu]
+    say(Row("target tokens", ours[wall], called, theirs[wall], "1/s", at_least=at_least, cpu_ratio=cpu_ratio))
 
 
-def report(steps: list[tuple[float, float, int]]) -> None:
-    """Target tokens per second of wall clock and of CPU, as JSON."""
-    targets = sum(step[2] for step in steps)
-    wall, cpu = sum(step[0] for step in steps), sum(step[1] for step in steps)
-    print(json.dumps({"target_tokens_per_second": targets / wall, "target_tokens_per_cpu_second": targets / cpu}))
+def compare_losses(ours: dict[str, Any], called: str, theirs: dict[str, Any]) -> None:
+    name = "held_out_after"
+    say(Row("held-out loss after as many steps", ours[name], called, theirs[name], "nats"))
 
 
 def ours_alone(given: argparse.Namespace) -> None:
-    step = our_steps(given)
-    step()
-    report([timed(step) for _ in range(given.steps)])
+    measure, step = measure_of(given), our_steps(given)
+    measure.evaluate(step.model)
+    measure.steps += [timed(step) for _ in range(given.steps + 1)]
+    measure.evaluate(step.model)
+    measure.report()
+
+
+def measure_of(given: argparse.Namespace) -> Measure:
+    return Measure(examples_of(records_of(given.real)[1], given.model_dir))
 
 
 def trl_default(given: argparse.Namespace) -> None:
-    """SFTTrainer as its documentation shows it; only precision, length and steps are given."""
+    """SFTTrainer as its documentation shows it; only precision, optimizer, length and steps are given."""
     run_trl(given, {})
 
 
@@ -210,51 +254,31 @@ def trl_packed(given: argparse.Namespace) -> None:
 
 def run_trl(given: argparse.Namespace, settings: dict) -> None:
     from datasets import Dataset
-    from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
+    from transformers import AutoModelForCausalLM, AutoTokenizer
     from trl import SFTConfig, SFTTrainer
 
-    steps: list[list[float]] = []
-
-    class Times(TrainerCallback):
-        def on_step_begin(self, *_, **__):
-            steps.append([time.perf_counter(), time.process_time(), 0])
-
-        def on_step_end(self, *_, **__):
-            steps[-1][:2] = time.perf_counter() - steps[-1][0], time.process_time() - steps[-1][1]
-
-    class Counting(SFTTrainer):
-        def training_step(self, model, inputs, *arguments, **options):
-            steps[-1][2] += int((inputs["labels"][:, 1:] != -100).sum())
-            return super().training_step(model, inputs, *arguments, **options)
-
+    measure = measure_of(given)
     config = SFTConfig(
         output_dir=tempfile.mkdtemp(), max_length=given.length, max_steps=given.steps + 1, bf16=False, use_cpu=True,
-        learning_rate=1e-5, report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True, **settings,
+        lr_scheduler_type="constant", report_to=[], save_strategy="no", logging_strategy="no", disable_tqdm=True,
+        **OPTIMIZER_OF_TRANSFORMERS, **settings,
     )  # fmt: skip
-    trainer = Counting(
+    trainer = SFTTrainer(
         model=AutoModelForCausalLM.from_pretrained(given.model_dir, dtype=torch.float32),
         args=config,
-        train_dataset=Dataset.from_list(pairs(given.real)),
+        train_dataset=Dataset.from_list(examples_of(records_of(given.real)[0], given.model_dir)),
         processing_class=AutoTokenizer.from_pretrained(given.model_dir),
-        callbacks=[Times()],
+        callbacks=[Measuring(measure)],
     )
     trainer.train()
-    report([(wall, cpu, int(targets)) for wall, cpu, targets in steps[1:]])
+    measure.report()
 
 
-def pairs(real: Path) -> list[dict[str, str]]:
-    """The instruction records as TRL wants them, with the line break that our plain template puts between."""
-    records = []
-    for file in sorted((real / "instruction_tuning").glob("*.json")):
-        for record in json.loads(file.read_text(encoding="utf-8")):
-            prompt = "\n".join(part for part in (record["instruction"], record.get("input")) if part)
-            records.append({"prompt": prompt + "\n", "completion": record["output"]})
-    return records
-
-
+US = [sys.executable, "-m", "benchmarks.train_step"]
 CONTENDERS: dict[str, Callable[[argparse.Namespace], None]] = {
     "bare": bare,
     "trl": against_trl,
+    "peers": against_peers,
     "ours-alone": ours_alone,
     "trl-default": trl_default,
     "trl-packed": trl_packed,
