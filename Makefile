@@ -64,10 +64,10 @@ test-extra: $(INSTALLED)  ## the tests of optional parts; installs them, and wan
 	$(PIP) install --quiet -c requirements.lock 'lm-eval>=0.4.13' 'psycopg[binary]>=3.3' 's3fs>=2026.9' 'moto[s3,server]>=5.2'
 	$(BIN)/python -m pytest -m extra
 
-bench: $(INSTALLED)  ## all benchmarks, an hour of a quiet machine: docs/benchmarks.md (REAL=corpora)
+bench: $(INSTALLED)  ## all benchmarks, an hour of a quiet machine: docs/benchmarks.md (REAL=corpora, PEERS="axolotl=PYTHON ...")
 	@test -n "$(REAL)" || { echo "make bench REAL=DIR: real corpora, DIR/instruction_tuning and DIR/pretraining"; exit 1; }
 	$(PIP) install --quiet -c requirements.lock -e '.[bench]'
-	$(BIN)/python -m benchmarks --real $(REAL) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT))
+	$(BIN)/python -m benchmarks --real $(REAL) $(if $(CHECKPOINT),--checkpoint $(CHECKPOINT)) $(addprefix --peer ,$(PEERS))
 
 chaos: $(INSTALLED)  ## break everything for MINUTES= (10) from SEED= (1) on, and print what was lost, wrong, orphaned, untyped
 	-$(PIP) install --quiet 'atheris>=3'

@@ -1,9 +1,10 @@
 """Every benchmark after the other, and one page of them: `make bench`, `python -m benchmarks [--only NAME ...]`.
 
-In: real corpora (`--real`) and a pretrained checkpoint (`--checkpoint`, else the one that the slow tests use); nothing
-else may run. Out: docs/benchmarks.md, the table of all rows (`benchmarks.rows`) with machine, versions, date and
-commands, and docs/images/benchmarks.png, the ratios beside their goals. A benchmark that fails is named on the page and
-in the exit code. Cost: an hour of two cores, 4 GB of memory.
+In: real corpora (`--real`), a pretrained checkpoint (`--checkpoint`, else the one that the slow tests use), and Pythons
+of other trainers (`--peer NAME=PYTHON`; `benchmarks.train_peers` says how to make their environments), else their rows
+are left out; nothing else may run. Out: docs/benchmarks.md, the table of all rows (`benchmarks.rows`) with machine,
+versions, date and commands, and docs/images/benchmarks.png, the ratios beside their goals. A benchmark that fails is
+named on the page and in the exit code. Cost: an hour of two cores, 4 GB of memory.
 """
 
 import argparse
@@ -30,7 +31,8 @@ PAGE = ROOT / "docs" / "benchmarks.md"
 PICTURE = ROOT / "docs" / "images" / "benchmarks.png"
 VERSIONS = ("torch", "transformers", "deepspeed", "tokenizers", "pyarrow", "datasets", "trl", "datatrove")
 PREPARE = ("prepare", "--real", "{real}", "--tokenizer", "{checkpoint}")
-STEP = ("--model-dir", "{checkpoint}", "--real", "{real}")
+STEP = ("--model-dir", "{checkpoint}", "--real", "{real}", "--layers", "6", "--length", "1024")
+PEERS = ("llamafactory", "axolotl")
 CASES = {
     "preparation": (*PREPARE, "--megabytes", "100", "--peers"),
     "short-records": (*PREPARE, "--short", "400000"),
@@ -39,8 +41,9 @@ CASES = {
     "memory-of-planning": ("plan_memory", "--records", "1000000", "4000000"),
     "packing": ("packing",),
     "start-up": ("start_up",),
-    "step": ("train_step", "bare", *STEP, "--layers", "6", "--length", "1024"),
-    "step-of-trl": ("train_step", "trl", *STEP, "--layers", "6", "--length", "1024"),
+    "step": ("train_step", "bare", *STEP),
+    "step-of-trl": ("train_step", "trl", *STEP),
+    **{f"step-of-{peer}": ("train_step", "peers", *STEP, "--peer", f"{peer}={{{peer}}}") for peer in PEERS},
     "checkpoint": ("checkpoint_stall",),
 }
 """Name -> module of this folder and its arguments. 6 of 30 layers, so that a step on two cores takes seconds."""
@@ -77,14 +80,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--real", required=True, help="real corpora: DIR/instruction_tuning, DIR/pretraining")
     parser.add_argument("--checkpoint", type=Path, help="a pretrained checkpoint with its tokenizer [SmolLM2-135M]")
+    parser.add_argument("--peer", action="append", default=[], metavar="NAME=PYTHON", help=f"of {', '.join(PEERS)}")
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     given = parser.parse_args()
-    checkpoint, results = given.checkpoint or smollm2(), {}
+    places = {"real": given.real, "checkpoint": str(given.checkpoint or smollm2())}
+    places |= dict(peer.split("=", 1) for peer in given.peer)
+    left_out = [f"step-of-{peer}" for peer in PEERS if peer not in places]
+    results = {}
     for name in given.only:
-        print(f"== {name}", flush=True)
-        results[name] = run(CASES[name], {"real": given.real, "checkpoint": str(checkpoint)})
+        if name not in left_out:
+            print(f"== {name}", flush=True)
+            results[name] = run(CASES[name], places)
     failed = [name for name, result in results.items() if result.returncode]
-    if list(results) == list(CASES):
+    if given.only == list(CASES):
         PAGE.write_text(page(results), encoding="utf-8")
         draw([row for result in results.values() for row in result.rows if row.goal], PICTURE)
         print(f"written: {PAGE}, {PICTURE}")
@@ -101,12 +109,13 @@ def run(words: Sequence[str], places: dict[str, str]) -> Result:
         command = [sys.executable, "-m", f"benchmarks.{words[0]}", *arguments]
         code = subprocess.run(command, cwd=ROOT, env={**os.environ, FILE: kept.name}, check=False).returncode
         rows = [Row(**json.loads(line)) for line in kept]
-    shown = [word.format(real="CORPORA", checkpoint="CHECKPOINT") for word in words[1:]]
+    general = {"real": "CORPORA", "checkpoint": "CHECKPOINT", **dict.fromkeys(PEERS, "PYTHON")}
+    shown = [word.format(**general) for word in words[1:]]
     return Result(" ".join(["python -m", f"benchmarks.{words[0]}", *shown]), rows, time.monotonic() - began, code)
 
 
 def page(results: dict[str, Result]) -> str:
-    """The page, in Markdown. :param results: of all cases, by name"""
+    """The page, in Markdown. :param results: by name, of all cases but those whose peer is not there"""
     lines = [
         "# Benchmarks",
         "",
@@ -129,6 +138,9 @@ def page(results: dict[str, Result]) -> str:
     failed = [name for name, result in results.items() if result.returncode]
     if failed:
         lines += [f"Failed: {', '.join(failed)}.", ""]
+    left_out = [name for name in CASES if name not in results]
+    if left_out:
+        lines += [f"Left out: {', '.join(left_out)}. `benchmarks/train_peers.py` says how to have them.", ""]
     lines += ["## Commands", "", "| name | command | minutes |", "|---|---|---|"]
     lines += [f"| {name} | `{one.command}` | {one.seconds / 60:.1f} |" for name, one in results.items()]
     return "\n".join([*lines, "", PUBLISHED])

@@ -19,7 +19,9 @@ from transformers import AutoTokenizer, TrainerCallback
 HELD_OUT_EVERY = 50
 IGNORED = -100
 BETAS = (0.9, 0.99)
-OPTIMIZER = {"learning_rate": 1e-5, "adam_epsilon": 1e-6, "weight_decay": 0.0, "max_grad_norm": 1.0, "warmup_steps": 0}
+OPTIMIZER: dict[str, Any] = {
+    "learning_rate": 1e-5, "adam_epsilon": 1e-6, "weight_decay": 0.0, "max_grad_norm": 1.0, "warmup_steps": 0,
+}  # fmt: skip
 """By names that are ours and those of transformers; the learning rate is constant."""
 OPTIMIZER_OF_TRANSFORMERS = {**OPTIMIZER, "adam_beta1": BETAS[0], "adam_beta2": BETAS[1]}
 
@@ -107,9 +109,9 @@ class Measuring(TrainerCallback):
         self._began = (0.0, 0.0)
         self._targets = 0
 
-    def on_train_begin(self, *_, model, **__):
-        self._measure.evaluate(model)
-        self._hook = model.register_forward_pre_hook(self._count, with_kwargs=True)
+    def on_train_begin(self, *_, **given):
+        self._measure.evaluate(given["model"])
+        self._hook = given["model"].register_forward_pre_hook(self._count, with_kwargs=True)
 
     def _count(self, _, __, inputs: dict[str, Any]) -> None:
         self._targets += int((inputs["labels"][:, 1:] != IGNORED).sum())
@@ -121,6 +123,6 @@ class Measuring(TrainerCallback):
         wall, cpu = time.perf_counter() - self._began[0], time.process_time() - self._began[1]
         self._measure.steps.append((wall, cpu, self._targets))
 
-    def on_train_end(self, *_, model, **__):
+    def on_train_end(self, *_, **given):
         self._hook.remove()
-        self._measure.evaluate(model)
+        self._measure.evaluate(given["model"])

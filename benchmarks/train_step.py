@@ -124,7 +124,7 @@ class OurSteps:
 
         self._loop, self._run, self._progress = loop, run, progress
         self._batches = loop._micro_batches(run, 0)
-        self._records: list[dict] = []
+        self._records: list[Any] = []
 
     def __call__(self) -> int:
         self._records.append(self._loop.one_step(self._run, self._progress, self._batches)[0])
