@@ -5,8 +5,11 @@ In: the model and the records of `benchmarks.train_step`. Out: the last line of 
 the given length with isolated records, one row a micro-batch, SDPA, fused AdamW, no gradient checkpointing: the
 fastest settings found for them on a CPU. Cost: minutes; 2 GB of disk while it runs.
 
+What differs all the same: LLaMA-Factory cuts a record that is longer than a row, we and axolotl drop it; axolotl weighs
+the micro-batches of a step alike, whatever their targets; each has its own order of records.
+
 Neither can share our environment, because each pins other releases of transformers. The same torch for all, so that
-programs are compared, not kernels:
+programs are compared, not kernels; LLaMA-Factory imports torchaudio, which must be of the same build (CPU or CUDA):
 
     python -m venv llamafactory && llamafactory/bin/pip install torch==VERSION llamafactory
     python -m venv axolotl && axolotl/bin/pip install torch==VERSION axolotl
