@@ -3,7 +3,7 @@
 In: the model and the records of `benchmarks.train_step`. Out: the last line of stdout, JSON as every contender's
 (`benchmarks.contender`). Both run their own code from their own configuration: full float32 training, packed rows of
 the given length with isolated records, one row a micro-batch, SDPA, fused AdamW, no gradient checkpointing: the
-fastest settings found for them on a CPU. Cost: minutes; 2 GB of disk while it runs.
+settings that make TRL fastest on a CPU, by their names; no others were tried. Cost: minutes; 2 GB of disk meanwhile.
 
 What differs all the same: LLaMA-Factory cuts a record that is longer than a row, we and axolotl drop it; axolotl weighs
 the micro-batches of a step alike, whatever their targets; each has its own order of records.
