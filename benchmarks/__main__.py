@@ -84,7 +84,10 @@ def main() -> int:
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     given = parser.parse_args()
     places = {"real": given.real, "checkpoint": str(given.checkpoint or smollm2())}
-    places |= dict(peer.split("=", 1) for peer in given.peer)
+    peers = dict(peer.partition("=")[::2] for peer in given.peer)
+    if unknown := peers.keys() - set(PEERS):
+        parser.error(f"--peer {', '.join(unknown)}: known are {', '.join(PEERS)}")
+    places |= peers
     left_out = [f"step-of-{peer}" for peer in PEERS if peer not in places]
     results = {}
     for name in given.only:
