@@ -25,7 +25,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.devices import any_device, compute_dtype, uses_bf16
+from training.devices import any_device, compute_dtype, give_back_memory, uses_bf16
 from training.distributed import Ranks
 from training.engines.engine import WEIGHT, Stored, saved, set_learning_rate, share, trainable
 from training.engines.optimizers import build_optimizer, restored_states
@@ -70,9 +70,10 @@ def zero_config(settings: TrainSettings, ranks: Ranks, num_trained: int, num_par
     if stage == 3 and settings.offload_parameters:
         zero["offload_param"] = {"device": "cpu"}
     if stage == 3:
-        live = live_elements(num_parameters, ranks.device.type == "cuda")
+        is_gpu = ranks.device.type == "cuda"
+        live = live_elements(num_parameters, is_gpu)
         zero |= {"stage3_max_live_parameters": live, "stage3_max_reuse_distance": live}
-        zero["stage3_prefetch_bucket_size"] = live // 4
+        zero["stage3_prefetch_bucket_size"] = live // 4 if is_gpu else 0
         zero["stage3_param_persistence_threshold"] = 10_000  # norms and biases stay whole: gathering them costs more
     return {
         "train_micro_batch_size_per_gpu": settings.per_gpu_train_batch_size,
@@ -186,6 +187,8 @@ class DeepSpeedEngine:
             return self._plain_step(limit)
         with self._limited(limit) as norms:
             self.engine.step()
+        if self.stage == 3:
+            give_back_memory(self.ranks.device)
         return norms[0] if norms else float(self.engine.get_global_grad_norm())  # inf: DeepSpeed refused to update
 
     def _plain_step(self, limit: float) -> float:

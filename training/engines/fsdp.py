@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.devices import uses_bf16
+from training.devices import give_back_memory, uses_bf16
 from training.distributed import Ranks
 from training.engines.engine import (
     WEIGHT,
@@ -93,6 +93,7 @@ class FsdpEngine:
         if math.isfinite(total) and total <= limit:
             self.optimizer.step()
         self.optimizer.zero_grad()
+        give_back_memory(self.ranks.device)
         return total
 
     def trained(self) -> list[str]:
