@@ -49,12 +49,21 @@ def disk_errors() -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        advice = _OF_THE_DISK.get(error.errno or 0)
-        if advice is None:
+        named = isinstance(error.filename, str | bytes)
+        told = disk_error(error, f"{os.fsdecode(error.filename)}: " if named else "")
+        if told is None:
             raise
-        where = f"{os.fsdecode(error.filename)}: " if isinstance(error.filename, str | bytes) else ""
-        why = os.strerror(error.errno or 0)
-        raise DiskError(f"{where}{why}; {advice}; then run the same again: what is complete is kept") from error
+        raise told from error
+
+
+def disk_error(error: OSError, where: str) -> DiskError | None:
+    """The error for people, beginning with ``where``; None where it is not of the disk."""
+    advice = _OF_THE_DISK.get(error.errno or 0)
+    if advice is None:
+        return None
+    return DiskError(
+        f"{where}{os.strerror(error.errno or 0)}; {advice}; then run the same again: what is complete is kept"
+    )
 
 
 def did_you_mean(name: str, known: Iterable[str], prefix: str = "") -> str:

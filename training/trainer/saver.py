@@ -22,6 +22,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from data_prep.errors import DiskError, disk_error
 from data_prep.store import FileEntry, fsync, write_atomically
 from training.distributed import Ranks
 from training.engines.engine import Engine
@@ -37,8 +38,8 @@ LOOK_SECONDS = 0.05  # between two looks for the lists of other ranks
 VISIBLE_SECONDS = 30.0  # a network file system may show a new directory late
 
 
-class NotWritten(Exception):
-    """A checkpoint could not be written. Counts as infrastructure: trying again may well succeed."""
+class NotWritten(DiskError):
+    """Another rank could not write its part of a checkpoint, and says why."""
 
 
 @dataclass
@@ -143,7 +144,11 @@ class Saver:
 
     def _fail(self, writing: Writing, error: Exception) -> None:
         writing.given_up.set()
-        raise NotWritten(f"{writing.final}: this checkpoint could not be written: {error}") from error
+        what = f"{writing.final}: this checkpoint could not be written: "
+        if isinstance(error, NotWritten):
+            raise NotWritten(f"{what}{error}")
+        told = disk_error(error, what) if isinstance(error, OSError) else None
+        raise told or RuntimeError(f"{what}{error}") from error
 
     def _open_directory(self, step: int) -> Path:
         """A new temporary directory, of a name that no leftover has; made by rank 0, seen by all."""

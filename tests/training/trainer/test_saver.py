@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from data_prep.errors import DiskError
 from data_prep.plan.reader import open_plan
 from tests.support import kept
 from tests.support.tiny import write_counting_plan
@@ -72,11 +73,24 @@ def test_a_writer_that_fails_ends_the_run_with_its_cause(tmp_path, monkeypatch):
         writer.writing.thread.join()
     for raises in (writer.check, writer.wait):
         with pytest.raises(
-            NotWritten, match=r"step-000001: this checkpoint could not be written.*No space left"
+            DiskError, match=r"step-000001: this checkpoint could not be written: No space.*make"
         ) as told:
             raises()
     assert reason_of_error(told.value) is ExitReason.infrastructure
     assert checkpoint.newest(tmp_path, RANKS) is None
+
+
+def test_of_another_rank_that_fails_nothing_but_that_is_said(tmp_path, held_disk):
+    peer = SimpleNamespace(
+        **{name: getattr(RANKS, name) for name in ("rank", "is_first", "world_size", "max", "barrier")}
+    )
+    peer.sum = lambda *numbers: [1.0, *numbers[1:]]
+    writer = Saver(tmp_path, RANKS)
+    writer.save(shelf(1.0), Progress(step=1))
+    writer.ranks = peer
+    with pytest.raises(NotWritten, match="could not be written: another rank could not") as told:
+        writer.wait()
+    assert reason_of_error(told.value) is ExitReason.infrastructure
 
 
 def test_an_error_that_ends_the_run_leaves_the_checkpoint_under_way_its_time(tmp_path, held_disk):
