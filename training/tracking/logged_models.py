@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 from training import run_files
-from training.tracking.metric_lines import SERIES, metrics_of
-from training.tracking.run_record import HELD_OUT_CONTEXT, RunRecord, new_lines
+from training.tracking.run_record import HELD_OUT_CONTEXT, SERIES, RunRecord, metrics_of, new_lines
 from training.tracking.tags import CHECKPOINT_TAG, COMMIT_TAG, SOURCE_NAME_TAG, SOURCE_TYPE_TAG, USER_TAG
 
 if TYPE_CHECKING:

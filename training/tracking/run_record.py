@@ -1,8 +1,8 @@
-"""RUN/tracking.json: what MLflow is to know of a run and how much of it MLflow has been told.
+"""RUN/tracking.json: what MLflow is to know of a run and has been told of it; and the metrics that it is told.
 
-In: facts of the run. Out: one small file, replaced atomically. It is the spool of tracking: a run whose process was
-killed, or whose MLflow server was down, can be completed from it by any later process. Cost: one small write a
-synchronisation.
+In: facts of the run, lines of its metric files. Out: one small file, replaced atomically; `Metric`s. The file is the
+spool of tracking: a run whose process was killed, or whose MLflow server was down, can be completed from it by any
+later process. Cost: one small write a synchronisation.
 """
 
 import json
@@ -10,17 +10,22 @@ import os
 import socket
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, TypedDict
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import psutil
 
 from training import run_files
 
+if TYPE_CHECKING:
+    from mlflow.entities import Metric
+
 RUNNING, FINISHED = "RUNNING", "FINISHED"
 HELD_OUT, HELD_OUT_CONTEXT = "held-out", "validation"  # the data set that losses of models are measured on
+SERIES = {run_files.METRICS: "", run_files.EVALUATIONS: "eval/", run_files.SYSTEM: "", run_files.ACCOUNT: ""}
+"""File -> prefix of its metrics."""
 
 
 @dataclass(frozen=True)
@@ -129,3 +134,26 @@ def new_lines(path: Path, offset: int) -> tuple[int, list[dict[str, Any]]]:
         data = file.read()
     whole = data[: data.rfind(b"\n") + 1]
     return offset + len(whole), [json.loads(line) for line in whole.splitlines()]
+
+
+def metrics_of(line: dict[str, Any], prefix: str, started_ms: int, **of: str) -> "Iterator[Metric]":
+    """The numbers of a line as MLflow metrics; nested ones are joined by `/` (`eval/sources/instruction/loss`).
+
+    :param of: what they are metrics of beside the run: `model_id`, `dataset_name`, `dataset_digest`.
+    """
+    from mlflow.entities import Metric
+
+    step = int(line.get("step", 0))
+    milliseconds = int(line["time"] * 1000) if "time" in line else started_ms + step
+    for name, value in flatten(line):
+        if name not in ("step", "time") and isinstance(value, int | float) and not isinstance(value, bool):
+            yield Metric(prefix + name, float(value), milliseconds, step, **of)
+
+
+def flatten(values: dict[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    """(path, value) of the leaves of nested mappings."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flatten(value, f"{path}{name}/")
+        else:
+            yield f"{path}{name}", value

@@ -22,9 +22,8 @@ from training import run_files
 from training.errors import MlflowAway
 from training.tracking import logged_models, run_record
 from training.tracking.database import make_database
-from training.tracking.metric_lines import SERIES, metrics_of
 from training.tracking.redact import redact_text, what_it_says
-from training.tracking.run_record import RunRecord, new_lines
+from training.tracking.run_record import SERIES, RunRecord, metrics_of, new_lines
 from training.tracking.tags import KIND_TAG, RUN_DIR_TAG, RUN_TOKEN_TAG, USER_TAG
 
 if TYPE_CHECKING:
