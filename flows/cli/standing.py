@@ -35,7 +35,7 @@ class Standing:
 
 
 HINTS = {
-    "runs": "none in {output_dir} yet: make demo, or python train.py --help",
+    "runs": "none in {output_dir} yet: make demo, or python train.py --help; those of another: panda --output_dir DIR",
     "champions": "none yet",
     "servers": "down: panda up starts them",
     "next": "nothing is scheduled: panda schedule",
