@@ -63,7 +63,7 @@ def measured(work: Path, number: int) -> int:
     command = [sys.executable, "-m", "benchmarks.plan_memory", "--work", str(work), "--plan", str(number)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
         peak = watch(psutil.Process(process.pid))[process.pid]
-        seconds = json.loads(process.stdout.read())["seconds"]  # type: ignore[union-attr]
+        seconds = json.loads(process.stdout.read())["seconds"]  # type: ignore[union-attr]  # a PIPE
     print(
         f"{number:>12,} records: {seconds:6.1f} s of CPU, {peak}, {peak.anonymous / number:.0f} bytes a record",
         flush=True,

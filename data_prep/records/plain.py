@@ -55,7 +55,7 @@ class _Shape:
         typed += [(own[self.optional], str, "")] if optional else []
         rename = dict(zip(own, fields, strict=True))
         struct = msgspec.defstruct("Plain", typed, rename=rename, forbid_unknown_fields=True, gc=False)
-        self.decode = msgspec.json.Decoder(list[struct]).decode  # type: ignore[valid-type]
+        self.decode = msgspec.json.Decoder(list[struct]).decode  # type: ignore[valid-type]  # made above
         self.texts_of: Any = attrgetter(*own) if len(own) > 1 else lambda record: (record.text_0,)
 
     def read(self, data: bytes) -> Plain | None:

@@ -33,6 +33,7 @@ from training.registry import promotion
 from training.registry.lineage import Found, Seen, describe, find_record, find_text, versions_trained_on
 from training.registry.versions import Registry, RegistryError, Version
 from training.settings import TrackingSettings
+from training.tracking.database import is_missing
 from training.tracking.redact import redact_text
 from training.tracking.run import tracking_uri
 from training.tracking.sync import connect
@@ -87,7 +88,7 @@ def parse_verb(
 def _check_there(uri: str) -> None:
     """MLflow would create a missing database, and answers for a missing server with a traceback."""
     other = "name another with --output_dir or --mlflow_tracking_uri"
-    if uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file():
+    if is_missing(uri):
         raise RegistryError(f"there is no registry at {uri} yet: a run makes it; {other}")
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError

@@ -15,9 +15,10 @@ from flows.cli.console import plain_table, stdout_console
 from flows.cli.run import print_json
 from flows.retention.policy import KINDS, Decision, Item, Rules, decide
 from flows.retention.remove import free
-from flows.retention.whole import Found, Places, is_missing, look
+from flows.retention.whole import Found, Places, look
 from training.registry.versions import Registry
 from training.settings import TrackingSettings
+from training.tracking.database import is_missing
 from training.tracking.run import tracking_uri
 
 TEXT = "Free what no version, no run and no question about them needs any more. Without --yes it only shows what."

@@ -16,6 +16,7 @@ from flows.retention import in_mlflow, in_prefect, on_disk
 from flows.retention.policy import MLFLOW_RUN, Item, Key
 from training.registry.versions import Registry
 from training.settings import TrackingSettings
+from training.tracking.database import is_missing
 from training.tracking.run import tracking_uri
 from training.tracking.sync import away_errors
 
@@ -108,11 +109,6 @@ def _other_users(places: Places) -> Iterator[Item]:
 
 def _uri(given: str | None, output_dir: Path) -> str:
     return tracking_uri(TrackingSettings.model_validate({"mlflow_tracking_uri": given}), output_dir)
-
-
-def is_missing(uri: str) -> bool:
-    """Whether it is a database that MLflow would create."""
-    return uri.startswith("sqlite:///") and not Path(uri.removeprefix("sqlite:///")).is_file()
 
 
 def _needs_of_versions(registry: Registry, cache_dir: Path) -> frozenset[Key]:

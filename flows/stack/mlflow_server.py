@@ -4,19 +4,16 @@ In: the arguments of `mlflow server`; the database among them or in MLFLOW_BACKE
 process.
 """
 
-import logging
 import os
 import sys
 
 from training.tracking.database import make_database
-from training.tracking.sync import CHATTER, import_mlflow
+from training.tracking.sync import import_mlflow
 
 
 def main(arguments: list[str]) -> None:
     """Does not return before the server ends."""
     flag, value = "--backend-store-uri", os.environ.get("MLFLOW_BACKEND_STORE_URI", "")
-    for name, level in CHATTER.items():
-        logging.getLogger(name).setLevel(level)
     import_mlflow()
     make_database(arguments[arguments.index(flag) + 1] if flag in arguments else value)
     from mlflow.cli import cli

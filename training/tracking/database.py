@@ -15,13 +15,24 @@ from data_prep import store
 PREFIX = "sqlite:///"
 
 
+def file_of(uri: str) -> Path | None:
+    """The file of an SQLite address; None where it is another one."""
+    return Path(uri.removeprefix(PREFIX)).absolute() if uri.startswith(PREFIX) else None
+
+
+def is_missing(uri: str) -> bool:
+    """Whether it is a database that would have to be made."""
+    path = file_of(uri)
+    return path is not None and not path.is_file()
+
+
 def make_database(uri: str) -> None:
     """Make the file of an SQLite address, unless it is there; other addresses are left to whoever serves them.
 
     :raises sqlalchemy.exc.OperationalError: it cannot be written.
     """
-    path = Path(uri.removeprefix(PREFIX)).absolute()
-    if not uri.startswith(PREFIX) or path.exists():
+    path = file_of(uri)
+    if path is None or path.is_file():
         return
     from mlflow.store.db.utils import _initialize_tables
     from sqlalchemy import create_engine

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 from training import run_files
 from training.errors import MlflowAway
 from training.tracking import logged_models, run_record
-from training.tracking.database import make_database
+from training.tracking.database import file_of, make_database
 from training.tracking.redact import redact_text, what_it_says
 from training.tracking.run_record import SERIES, RunRecord, metrics_of, new_lines
 from training.tracking.tags import KIND_TAG, RUN_DIR_TAG, RUN_TOKEN_TAG, USER_TAG
@@ -64,21 +64,21 @@ _reached: set[str] = set()  # databases that have answered this process
 
 
 def import_mlflow() -> None:
-    """Import mlflow, or wait for the thread that does.
+    """Import mlflow, set up as we want it, or wait for the thread that does.
 
     Its modules import each other; a second thread would be given one that is half imported (Python prefers that to a
     deadlock), and the first one fails with it.
     """
     with _importing:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        for name, level in CHATTER.items():
+            logging.getLogger(name).setLevel(level)
         importlib.import_module("mlflow")
 
 
 def connect(uri: str) -> "MlflowClient":
     """A client of this server or database, which is created when missing."""
-    for name, value in ENVIRONMENT.items():
-        os.environ.setdefault(name, value)
-    for name, level in CHATTER.items():
-        logging.getLogger(name).setLevel(level)
     import_mlflow()
     from mlflow.tracking import MlflowClient
 
@@ -192,8 +192,8 @@ def experiment_id(client: "MlflowClient", record: RunRecord, uri: str, run_dir: 
 
 def artifact_location(uri: str, output_dir: Path) -> str | None:
     """`mlartifacts` beside an SQLite file, in the output directory for another database; a server has its own place."""
-    if uri.startswith("sqlite:///"):
-        return (Path(uri.removeprefix("sqlite:///")).absolute().parent / ARTIFACTS_DIR).as_uri()
+    if database := file_of(uri):
+        return (database.parent / ARTIFACTS_DIR).as_uri()
     return (output_dir.absolute() / ARTIFACTS_DIR).as_uri() if is_remote_database(uri) else None
 
 

@@ -54,6 +54,18 @@ def test_a_tombstone_drops_a_record_and_its_copies_and_changes_the_plan(planned,
     assert again.fingerprint == before.fingerprint and again.reused
 
 
+def test_a_last_line_that_a_person_left_without_its_end_is_kept(tmp_path):
+    path = tmp_path / "tombstones.jsonl"
+    path.write_text(json.dumps({"hash": HASH}))
+    other = HASH[::-1]
+    tombstones.append(path, [{"hash": other}])
+    assert tombstones.read(path) == sorted([HASH, other])
+    path.write_text("not a tombstone, and nobody's to remove")
+    with pytest.raises(PandaError, match="not a tombstone"):
+        tombstones.append(path, [{"hash": other}])
+    assert path.read_text() == "not a tombstone, and nobody's to remove"
+
+
 def test_appending_again_adds_nothing(tmp_path):
     path = tmp_path / "list" / "tombstones.jsonl"
     assert tombstones.append(path, [{"hash": HASH, "note": "a wish"}]) == [{"hash": HASH, "note": "a wish"}]

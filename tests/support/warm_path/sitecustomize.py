@@ -44,4 +44,4 @@ class Popen(subprocess.Popen):
 
 
 if "PANDA_NURSERY" in os.environ:
-    subprocess.Popen = Popen  # type: ignore[misc]
+    subprocess.Popen = Popen  # type: ignore[misc]  # its twin from here on
