@@ -9,14 +9,20 @@ Every node passes the checks of `data_prep.allowed` here, with all that is in it
 import importlib
 import importlib.util
 import os
+import signal
 import sys
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
 from data_prep import allowed
 from data_prep.errors import PandaError
 from data_prep.store import hash_file
+
+LONGEST_SECONDS = 3600
+"""How long a function of the user's may take for one record. What hangs would hang every retraining after it too."""
 
 
 def load_target(node: dict[str, Any], setting: str) -> Callable:
@@ -53,6 +59,30 @@ def target_fingerprint(node: dict[str, Any], setting: str) -> dict[str, Any]:
     if spec is None:
         raise PandaError(f"{setting}: no module {module}{why}; {_places()}")
     return {"node": node, "source": hash_file(spec.origin) if spec.origin and spec.has_location else None}
+
+
+@contextmanager
+def in_time() -> Iterator[None]:
+    """Around a call of the user's own code: what takes longer than `LONGEST_SECONDS` is ended, again every second.
+
+    Only in the main thread of a process, where signals arrive: a Dask worker's tasks may take for ever. Cost: 2 us.
+
+    :raises TimeoutError: in the user's own code, wherever it waits.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGALRM, _too_late)
+    timer = signal.setitimer(signal.ITIMER_REAL, LONGEST_SECONDS, 1)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, *timer)
+        signal.signal(signal.SIGALRM, before)
+
+
+def _too_late(*_: Any) -> None:
+    raise TimeoutError(f"no result after {LONGEST_SECONDS:,} s")
 
 
 def problems_of(value: Any) -> list[str]:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from benchmarks.chaos import fuzz
+from benchmarks.chaos.clock import clock
 from benchmarks.chaos.damage import damage_cache
 from benchmarks.chaos.findings import Round, Row
 from benchmarks.chaos.full_disk import full_disk
@@ -18,6 +19,8 @@ from benchmarks.chaos.kill_gc import kill_gc
 from benchmarks.chaos.kill_preparation import kill_preparation
 from benchmarks.chaos.kill_ranks import kill_ranks
 from benchmarks.chaos.kill_stack import kill_stack
+from benchmarks.chaos.little_memory import little_memory
+from benchmarks.chaos.outage import outage
 from benchmarks.chaos.readers import READERS
 
 Case = Callable[[int, Path], Round]
@@ -43,7 +46,13 @@ CASES: dict[str, Case] = {
 }
 """Name -> what is broken. In the order of the table."""
 
-LONG: dict[str, Case] = {"full-disk": full_disk, "kill-stack": kill_stack}
+LONG: dict[str, Case] = {
+    "clock": clock,
+    "little-memory": little_memory,
+    "full-disk": full_disk,
+    "outage": outage,
+    "kill-stack": kill_stack,
+}
 """Cases of many minutes: played where they are named."""
 
 

@@ -1,4 +1,4 @@
-"""What people give a preparation without meaning harm, or meaning it: bombs, code that raises or lies, any settings.
+"""What people give a preparation, meaning harm or not: bombs, code that raises, lies or hangs, any settings.
 
 In: a seed. Out: a `Round`: an answer that says what to do, or every record with a verdict; memory within its limit.
 Cost: a second a case, and 0.1 s a configuration.
@@ -19,6 +19,7 @@ from benchmarks.chaos.findings import Round
 from configs.field_types import kind_of
 from configs.load import load
 from configs.settings import PandaSettings
+from data_prep import targets
 from data_prep.errors import PandaError
 from data_prep.pipeline import prepare
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
@@ -71,9 +72,10 @@ def _bombs(draw: random.Random) -> Iterator[tuple[str, Callable[[], bytes]]]:
 
 
 def own_code(seed: int, ground: Path) -> Round:
-    """A reader and a template of a user that raise or lie: an error that names them, or a verdict for every record."""
+    """A user's reader and template that raise, lie or hang: an error that names them, or a verdict for every record."""
     draw, found = random.Random(seed), Round()
     module, before = f"somebody_{seed}", os.getcwd()
+    longest, targets.LONGEST_SECONDS = targets.LONGEST_SECONDS, 1
     with tempfile.TemporaryDirectory(dir=ground) as folder:
         data = Path(folder, "corpus")
         data.mkdir()
@@ -93,11 +95,17 @@ def own_code(seed: int, ground: Path) -> Round:
         finally:
             sys.path.remove(folder)
             os.chdir(before)
+            targets.LONGEST_SECONDS = longest
     return found
 
 
 SOMEBODYS = """
+import time
+
+
 def reader(path, how):
+    if how == "hang":
+        time.sleep(1000)
     if how.startswith("raise "):
         raise eval(how[6:])("somebody's own")
     if how.startswith("later "):
@@ -111,6 +119,8 @@ def _later(error):
 
 
 def template(messages, how):
+    while how == "hang":
+        pass
     if how.startswith("raise "):
         raise eval(how[6:])("somebody's own")
     return eval(how)
@@ -125,12 +135,8 @@ NO_SEGMENTS = ("None", "3", "'ab'", "[('a',)]", "[('a', 'yes')]", "[(1, True)]",
 def _own_code(draw: random.Random) -> list[tuple[str, str]]:
     """(Setting, how it goes wrong)."""
     error = draw.choice(ERRORS)
-    readers = [f"raise {error}", f"later {error}", draw.choice(NO_RECORDS)]
-    return [
-        *(("reader", how) for how in readers),
-        ("template", f"raise {error}"),
-        ("template", draw.choice(NO_SEGMENTS)),
-    ]
+    wrong = {"reader": [f"later {error}", draw.choice(NO_RECORDS)], "template": [draw.choice(NO_SEGMENTS)]}
+    return [(name, how) for name, special in wrong.items() for how in (f"raise {error}", *special, "hang")]
 
 
 def _with_own_code(data: Path, folder: Path, setting: str, node: dict[str, Any]) -> Any:

@@ -58,8 +58,8 @@ def kill_stack(seed: int, ground: Path) -> Round:
     path = f"{ROOT}:{folder / 'project'}"
     with running_stack(folder, PYTHONPATH=path) as stack:
         (stack.project / "slow.py").write_text(PAUSE)
-        whole = _undisturbed(stack)
-        conf = _configuration(stack, "short")
+        whole = undisturbed(stack)
+        conf = configuration(stack, "short")
         stack.schedule_verb("add", "minutely", "--cron", "* * * * *", "--conf_path", conf)
         with Cron(stack):
             began = time.monotonic()
@@ -71,29 +71,34 @@ def kill_stack(seed: int, ground: Path) -> Round:
                     print(
                         f"    {time.monotonic() - began:5.0f} s: {victim} {killed} killed", file=sys.stderr, flush=True
                     )
-            _wait_for_the_end(stack, found)
-        _compare(stack, whole, found)
+            wait_for_the_end(stack, found)
+        compare(stack, whole, found)
+    left_alone(folder, found)
+    return found
+
+
+def left_alone(folder: Path, found: Round) -> None:
+    """After `panda down` no process of the stack in this folder is left."""
     left = [
         process.cmdline()[:4] for process in marked("PREFECT_HOME", str(folder / "prefect")) if is_alive(process.pid)
     ]
     found.expect(not left, "orphaned", f"after panda down: {left}")
-    return found
 
 
-def _configuration(stack: Stack, name: str) -> str:
+def configuration(stack: Stack, name: str) -> str:
     pause: list[dict[str, Any]] = [{"_target_": "slow.pause", "seconds": 0.4}]
     return stack.config(name, callbacks=pause, **TRAINING)
 
 
-def _undisturbed(stack: Stack) -> Path:
+def undisturbed(stack: Stack) -> Path:
     """The same training by `train.py`."""
-    command = [sys.executable, "train.py", "--conf_path", _configuration(stack, "whole")]
+    command = [sys.executable, "train.py", "--conf_path", configuration(stack, "whole")]
     done = subprocess.run(command, cwd=stack.project, env=stack.env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return _run_of(stack, "whole")
+    return run_of(stack, "whole")
 
 
-def _run_of(stack: Stack, name: str) -> Path:
+def run_of(stack: Stack, name: str) -> Path:
     run = stack.newest_run(name)
     assert run, f"no run of {name}"
     return run
@@ -101,13 +106,13 @@ def _run_of(stack: Stack, name: str) -> Path:
 
 def _kill(stack: Stack, victim: str) -> list[int]:
     """SIGKILL; the process ids, none where it is not there just now."""
-    pids = [process.pid for process in _processes(stack, victim)]
+    pids = [process.pid for process in processes_of(stack, victim)]
     for pid in pids:
         psutil.Process(pid).kill()
     return pids
 
 
-def _processes(stack: Stack, victim: str) -> list[psutil.Process]:
+def processes_of(stack: Stack, victim: str) -> list[psutil.Process]:
     state = stack.state()
     if victim == "keeper":
         return [psutil.Process(state["keeper"])] if is_alive(state["keeper"]) else []
@@ -127,7 +132,7 @@ def _belongs(process: psutil.Process, stack: Stack) -> bool:
         return False
 
 
-def _wait_for_the_end(stack: Stack, found: Round) -> None:
+def wait_for_the_end(stack: Stack, found: Round) -> None:
     """Until a scheduled run finds that there is nothing new to learn."""
     until = time.monotonic() + HEALED_SECONDS
     while time.monotonic() < until:
@@ -142,10 +147,10 @@ def _wait_for_the_end(stack: Stack, found: Round) -> None:
     found.found("lost", f"{HEALED_SECONDS} s after the last kill the schedule has not come to an end")
 
 
-def _compare(stack: Stack, whole: Path, found: Round) -> None:
+def compare(stack: Stack, whole: Path, found: Round) -> None:
     versions = Registry(f"sqlite:///{stack.outputs('short')}/mlflow.db").versions(MODEL)
     found.expect(len(versions) == 1, "wrong" if versions else "lost", f"{len(versions)} versions")
     found.expect(versions and "champion" in versions[0].aliases, "wrong", "version 1 is not the champion")
-    run = _run_of(stack, "short")
+    run = run_of(stack, "short")
     found.expect(of_steps(run) == of_steps(whole), "wrong", "losses differ from those of the training undisturbed")
     found.expect(model_of(run) == model_of(whole), "wrong", "the model has other bytes")

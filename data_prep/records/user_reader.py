@@ -28,7 +28,7 @@ from typing import Any
 
 from data_prep import store
 from data_prep.errors import CorpusError, PandaError
-from data_prep.targets import load_target, target_fingerprint
+from data_prep.targets import in_time, load_target, target_fingerprint
 from data_prep.tokenizer import load_tokenizer, write_untrained
 
 FILE_PATH, TOKENIZER = "file_path", "tokenizer"
@@ -44,11 +44,11 @@ SHAPES = (
 def read_records(reader: dict[str, Any], path: str, tokenizer_dir: Path | None) -> Iterator[Any]:
     """The records of one file.
 
-    :raises CorpusError: the reader fails, or gives what is no record.
+    :raises CorpusError: the reader fails, takes too long for a record, or gives what is no record.
     """
     name, count = reader["_target_"], 0
     try:
-        for item in _items(_called(reader, path, tokenizer_dir), name):
+        for item in _each(reader, path, tokenizer_dir):
             for record in _records(item):
                 _refuse_other(record, f"reader {name} on {path}, record {count + 1}")
                 yield record
@@ -58,6 +58,19 @@ def read_records(reader: dict[str, Any], path: str, tokenizer_dir: Path | None) 
     except Exception as error:
         where = f"reader {name} failed on {path} after {count} records"
         raise CorpusError(f"{where}: {type(error).__name__}: {error}") from error
+
+
+def _each(reader: dict[str, Any], path: str, tokenizer_dir: Path | None) -> Iterator[Any]:
+    """What the reader gives, one after another, each in time."""
+    with in_time():
+        items = iter(_items(_called(reader, path, tokenizer_dir), reader["_target_"]))
+    end = object()
+    while True:
+        with in_time():
+            item = next(items, end)
+        if item is end:
+            return
+        yield item
 
 
 def reader_fingerprint(reader: dict[str, Any], tokenizer_dir: Path | None, cache_dir: Path | None) -> dict[str, Any]:

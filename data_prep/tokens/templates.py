@@ -16,7 +16,7 @@ from data_prep import store
 from data_prep.errors import TokenizerError
 from data_prep.records.turns import Role
 from data_prep.settings import TEMPLATES
-from data_prep.targets import load_target, target_fingerprint
+from data_prep.targets import in_time, load_target, target_fingerprint
 from data_prep.tokenizer import LoadedTokenizer
 from data_prep.tokens.chat_template import (
     ChatTemplate,
@@ -151,7 +151,8 @@ def _user_layout(
         raise Refusal("template: your own function gets texts alone, and this record has weights, tools or thoughts")
     record = [{"role": Role(role).word, "content": text} for role, text in zip(roles, texts, strict=True)]
     try:
-        segments = [_segment(*segment) for segment in function(record)]
+        with in_time():
+            segments = [_segment(*segment) for segment in function(record)]
     except Exception as error:  # whatever a user's function raises is for the user to see, with the record
         raise TokenizerError(f"template: your function failed: {type(error).__name__}: {error}") from error
     pieces = ((s.text if s.special else Slot(i), s.target) for i, s in enumerate(segments))

@@ -3,6 +3,7 @@
 pytest has this directory on its path (pyproject.toml): the packages `tests` and `deploy` themselves may not be named.
 """
 
+import time
 from pathlib import Path
 
 import torch
@@ -19,6 +20,23 @@ def read_wildly(path: str):
     """A reader of what is no record."""
     pair = {"input": "in", "target": "out"}
     yield from [pair, 5, {"input": object(), "target": "x"}, {"input": "\ud800", "target": "x"}]
+
+
+def read_and_wait(path: str):
+    """A reader that hangs after its first record, and takes every error for one of the network's."""
+    yield {"input": "in", "target": "out"}
+    for _ in range(3):
+        try:
+            time.sleep(60)
+        except Exception:
+            time.sleep(0.1)
+    time.sleep(60)
+
+
+def waiting(record):
+    """A template that hangs."""
+    while True:
+        pass
 
 
 def failing(record):

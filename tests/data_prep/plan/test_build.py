@@ -10,7 +10,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import store
+from data_prep import store, targets
 from data_prep.errors import CorpusError, StoreError, TokenizerError
 from data_prep.pipeline import prepare
 from data_prep.plan.build import make_rows, plan_fingerprint
@@ -560,6 +560,14 @@ def test_a_users_template_that_fails_names_the_record(tmp_path, bytes_dir):
         settings_ = TokenizeSettings(template={"_target_": f"users_functions.{name}"})
         with pytest.raises(TokenizerError, match=message):
             tokenize_records(records, settings_, bytes_dir, tmp_path / "cache")
+
+
+def test_a_users_template_that_hangs_names_the_record(tmp_path, bytes_dir, monkeypatch):
+    monkeypatch.setattr(targets, "LONGEST_SECONDS", 0.2)
+    records = shard_records(write_corpus(tmp_path, {"instruction/a.jsonl": pairs(1)}), tmp_path / "cache")
+    waiting = TokenizeSettings(template={"_target_": "users_functions.waiting"})
+    with pytest.raises(TokenizerError, match=r"a\.jsonl:1: .*TimeoutError: no result after 0\.2 s"):
+        tokenize_records(records, waiting, bytes_dir, tmp_path / "cache")
 
 
 def test_a_chat_template_that_rewrites_names_the_record(tmp_path):

@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data_prep import store
+from data_prep import store, targets
 from data_prep.errors import CorpusError, PandaError
 from data_prep.records import build_unit as unit_module
 from data_prep.records import files as corpus_module
@@ -360,6 +360,16 @@ def test_a_users_reader_that_fails(tmp_path, reader, message):
     directory = write(tmp_path / "in", a__csv="no semicolon")
     with pytest.raises(PandaError, match=message):
         shard_records(corpus(directory, reader=reader), tmp_path / "cache")
+
+
+def test_a_users_reader_that_hangs_is_ended(tmp_path, monkeypatch):
+    """Also one that goes on whatever is raised."""
+    monkeypatch.setattr(targets, "LONGEST_SECONDS", 0.2)
+    before = signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[1]
+    directory = write(tmp_path / "in", a__csv="")
+    with pytest.raises(CorpusError, match=r"failed on .*a\.csv after 1 records: TimeoutError: no result after 0\.2 s"):
+        shard_records(corpus(directory, reader={"_target_": "users_functions.read_and_wait"}), tmp_path / "cache")
+    assert (signal.getsignal(signal.SIGALRM), signal.getitimer(signal.ITIMER_REAL)[1]) == before
 
 
 def test_a_flipped_byte_is_named_and_rebuilt(tmp_path):

@@ -1,0 +1,82 @@
+"""Ten minutes without a server, while a scheduled training that nobody looks at steps, ends and wants to register.
+
+In: a seed, which draws the server (Prefect's, MLflow's, both), the moment, and whether its place refuses connections
+or takes them and says nothing. Out: a `Round`: in the end there is one version, with the losses, gradient norms and
+weights of the same training undisturbed, schedules are still obeyed, and after `panda down` no process is left. Cost:
+20 minutes, most of them waiting.
+"""
+
+import random
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from benchmarks.chaos.findings import Round
+from benchmarks.chaos.kill_ranks import of_steps
+from benchmarks.chaos.kill_stack import (
+    PAUSE,
+    Cron,
+    compare,
+    configuration,
+    left_alone,
+    processes_of,
+    run_of,
+    undisturbed,
+    wait_for_the_end,
+)
+from tests.support.stack import ROOT, Stack, running_stack, wait_for
+
+SECONDS = 600
+AWAY = (("prefect server",), ("mlflow server",), ("prefect server", "mlflow server"))
+LATEST_STEP = 150  # of those of `kill_stack`
+
+
+def outage(seed: int, ground: Path) -> Round:
+    """One outage in a training, then the schedule has to bring it to its end."""
+    draw, found, folder = random.Random(seed), Round(), ground / f"outage-{seed}"
+    folder.mkdir()
+    with running_stack(folder, PYTHONPATH=f"{ROOT}:{folder / 'project'}") as stack:
+        (stack.project / "slow.py").write_text(PAUSE)
+        whole = undisturbed(stack)
+        conf = configuration(stack, "short")
+        stack.schedule_verb("add", "minutely", "--cron", "* * * * *", "--conf_path", conf)
+        with Cron(stack):
+            step, is_mute = draw.randrange(1, LATEST_STEP), draw.random() < 0.5
+            wait_for(lambda: stack.newest_run("short") and len(of_steps(run_of(stack, "short"))) >= step, 600, "a step")
+            names = AWAY[seed % len(AWAY)]
+            print(f"    after step {step}: no {' and '.join(names)}, mute: {is_mute}", file=sys.stderr, flush=True)
+            threads = [threading.Thread(target=_take_away, args=(stack, name, is_mute)) for name in names]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            found.tried += len(names)
+            wait_for_the_end(stack, found)
+            for run in stack.scheduled_runs():
+                print(f"    {run.name}: {run.state.name}: {run.state.message}", file=sys.stderr, flush=True)
+        compare(stack, whole, found)
+    left_alone(folder, found)
+    return found
+
+
+def _take_away(stack: Stack, name: str, is_mute: bool) -> None:
+    """Kill a server and sit in its place."""
+    address = urlsplit(next(service["base"] for service in stack.state()["services"] if service["name"] == name))
+    with socket.socket() as place:
+        place.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound = False
+        while not bound:
+            for process in processes_of(stack, name):
+                for one in [*process.children(recursive=True), process]:
+                    one.kill()
+            try:
+                place.bind((address.hostname, address.port))
+                bound = True
+            except OSError:  # it, or the next one, still listens there
+                time.sleep(0.05)
+        if is_mute:
+            place.listen()
+        time.sleep(SECONDS)
