@@ -60,10 +60,10 @@ class Managed:
     spec: Service
     log: Path
     process: subprocess.Popen | None = None
-    started: float = 0.0
+    started: float = 0.0  # seconds since the epoch
     num_exits: int = 0
     last_exit_code: int | None = None
-    next_start: float = 0.0
+    next_start: float = 0.0  # of a clock that nobody sets
 
     def as_dict(self) -> ServiceState:
         """What `panda status` shows."""
@@ -106,8 +106,8 @@ class ProcessManager:
                 service.num_exits += 1
                 service.last_exit_code = service.process.returncode
                 service.process = None
-                service.next_start = time.time() + min(2.0 ** (service.num_exits - 1), LONGEST_BACKOFF_SECONDS)
-            if service.process is None and time.time() >= service.next_start and self._may_start(service):
+                service.next_start = time.monotonic() + min(2.0 ** (service.num_exits - 1), LONGEST_BACKOFF_SECONDS)
+            if service.process is None and time.monotonic() >= service.next_start and self._may_start(service):
                 service.process = start(service.spec, service.log)
                 service.started = time.time()
         self.write_state()

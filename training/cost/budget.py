@@ -28,7 +28,7 @@ class Budget:
     hours: float
     devices: int
     used: float  # device-seconds at `since`, by earlier starts of this run as well
-    since: float  # seconds since the epoch
+    since: float  # seconds of a clock that nobody sets (`time.monotonic`)
     loading: float  # seconds from the start of the ranks to their first step, the evaluation aside
     evaluation: float  # seconds of the longest one so far
     stopped_at: int | None  # in an earlier start
@@ -36,8 +36,7 @@ class Budget:
     @classmethod
     def of(cls, run_dir: Path, hours: float, devices: int) -> "Budget":
         """At the first step of a start: with what is known by then."""
-        now = time.time()
-        found = spans(read(run_dir), now)
+        found = spans(read(run_dir), time.time())
         loading = [sum(span.seconds for span in one) for part, one in groupby(found, _part) if part == LOAD]
         evaluations = [span.seconds for span in found if span.part == EVALUATE and span.step is not None]
         return cls(
@@ -45,7 +44,7 @@ class Budget:
             hours=hours,
             devices=devices,
             used=device_seconds(found),
-            since=now,
+            since=time.monotonic(),
             loading=max(loading, default=0.0),
             evaluation=max(evaluations, default=0.0),
             stopped_at=stopped_at(run_dir, hours),

@@ -339,7 +339,7 @@ def _stopped(run: Run, progress: Progress, limit: Budget | None) -> bool:
     if limit is None or not progress.step:
         return False
     _, until_saved = run.saver.seconds_until(progress.step)
-    last = limit.is_last(progress.step, time.time(), progress.seconds / progress.step, until_saved)
+    last = limit.is_last(progress.step, time.monotonic(), progress.seconds / progress.step, until_saved)
     if not run.ranks.max(float(last and run.ranks.is_first))[0]:
         return False
     progress.stopped = budget.in_words(progress.step, run.batch_schedule.total_steps, limit.hours)
