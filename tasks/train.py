@@ -8,7 +8,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from prefect.client.schemas.objects import State
+from prefect.client.schemas.objects import State, TaskRun
 from prefect.runtime import task_run
 
 from data_prep.errors import PandaError
@@ -17,6 +17,7 @@ from data_prep.plan.reader import open_plan
 from tasks.reporting import StageProgress, show_evaluation, show_pictures
 from tasks.stage import retry_helps, stage
 from training import run_files
+from training.cost import marks
 from training.cost.account import FIRST_STEPS, forecast
 from training.cost.budget import stopped_at
 from training.cost.words import in_a_line
@@ -31,6 +32,10 @@ from training.settings import CostSettings, TrainSettings
 from training.tracking.looks import only_a_look
 from training.tracking.prometheus import monitored
 
+FAILURES = 3
+"""Of the ranks, without a new checkpoint in between: then a person is needed."""
+MOST = 100  # retries of one task, which Prefect wants to know
+
 logger = logging.getLogger(__name__)
 
 
@@ -38,7 +43,7 @@ class TrainingFailed(PandaError):
     """Training or evaluation ended with another reason than `completed`."""
 
     def __init__(self, what: str, report: ExitReport, run_dir: Path):
-        self.report = report
+        self.report, self.run_dir = report, run_dir
         where = f" ({report.source})" if report.source else ""
         super().__init__(
             f"{what} ended: {report.reason.value}{where}: {report.message}; logs: {run_dir / run_files.LOGS}"
@@ -48,6 +53,25 @@ class TrainingFailed(PandaError):
 def lost_through_no_fault(_task: Any, _run: Any, state: State[Any]) -> bool:
     """Whether Prefect is to retry: only what `ExitReason.retry_helps` says, never a mistake in data or settings."""
     return retry_helps(state.result(raise_on_failure=False))
+
+
+def is_worth_another_try(_task: Any, run: TaskRun, state: State[Any]) -> bool:
+    """As `lost_through_no_fault`, and while training moves on: weeks on many GPUs see more deaths than a fixed number.
+
+    :param run: of the task; what failed before it began is not counted.
+    """
+    error = state.result(raise_on_failure=False)
+    if not (isinstance(error, TrainingFailed) and retry_helps(error)):
+        return False
+    began = run.start_time.timestamp() if run.start_time else 0.0
+    return failures_since_checkpoint(error.run_dir, began) < FAILURES
+
+
+def failures_since_checkpoint(run_dir: Path, since: float) -> int:
+    """How often the ranks have ended early after the newest checkpoint and the time `since` (seconds of the epoch)."""
+    written = [path.stat().st_mtime for path in (run_dir / run_files.CHECKPOINTS).glob("step-*")]
+    since = max([since, *written])
+    return sum(line.get("part") == marks.DOWN and line["time"] > since for line in marks.read(run_dir))
 
 
 def _training_in_words(trained: Trained) -> str:
@@ -67,9 +91,7 @@ def losses_in_words(losses: Losses) -> str:
     return f"held-out loss {before:.4f} -> {after:.4f}"
 
 
-@stage(
-    "train", says=_training_in_words, retries=2, retry_delay_seconds=[10, 60], retry_condition_fn=lost_through_no_fault
-)
+@stage("train", says=_training_in_words, retries=MOST, retry_delay_seconds=10, retry_condition_fn=is_worth_another_try)
 def train(run_dir: Path, settings: TrainSettings, resume: bool, metrics_port: int | None = None) -> Trained:
     """Run the training worker on every rank until it is done; a retry goes on from the newest checkpoint.
 

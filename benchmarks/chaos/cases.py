@@ -14,6 +14,7 @@ from benchmarks.chaos.clock import clock
 from benchmarks.chaos.damage import damage_cache
 from benchmarks.chaos.findings import Round, Row
 from benchmarks.chaos.full_disk import full_disk
+from benchmarks.chaos.goodput import goodput
 from benchmarks.chaos.hostile import bombs, configurations, own_code
 from benchmarks.chaos.kill_gc import kill_gc
 from benchmarks.chaos.kill_preparation import kill_preparation
@@ -50,6 +51,7 @@ LONG: dict[str, Case] = {
     "clock": clock,
     "little-memory": little_memory,
     "full-disk": full_disk,
+    "goodput": goodput,
     "outage": outage,
     "kill-stack": kill_stack,
 }

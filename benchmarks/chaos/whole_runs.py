@@ -32,16 +32,16 @@ TRAINING = {
 
 
 class Runs:
-    """The same training, in one directory."""
+    """The same training, in one directory; `more`: settings that differ from those of the other runs."""
 
-    def __init__(self, ground: Path, where: Path):
-        self.where, self.log = where, ground / f"{where.name}.log"
+    def __init__(self, ground: Path, where: Path, project: Path = ROOT, **more: Any):
+        self.where, self.log, self.project = where, ground / f"{where.name}.log", project
         self.run = where / "outputs" / "run"
         self.prefect = str(ground / "prefect")
         values = {"output_dir": str(where / "outputs"), "cache_dir": str(where / "cache")}
         values["instruction_tuning_data_dir"] = str(ground / "corpus")
         self.conf = ground / f"{where.name}.json"  # JSON is YAML
-        self.conf.write_text(json.dumps({**TRAINING, **values}))
+        self.conf.write_text(json.dumps({**TRAINING, **values, **more}))
 
     def start(self, *prefix: str) -> subprocess.Popen:
         """The same command, by another that runs it, with `--resume` as soon as there is a run."""
@@ -49,7 +49,7 @@ class Runs:
         command = [*prefix, sys.executable, "train.py", "--conf_path", str(self.conf), *resume]
         environment = {**os.environ, "PREFECT_HOME": self.prefect, MARK: NAME}
         with self.log.open("w") as log:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log)
+            return subprocess.Popen(command, cwd=self.project, env=environment, stdout=log, stderr=log)
 
     def printed(self) -> str:
         """All that the last one printed."""
@@ -83,9 +83,9 @@ def stages(runs: Runs, draw: random.Random) -> dict[str, Callable[[], Any]]:
     }
 
 
-def undisturbed(ground: Path) -> Runs:
+def undisturbed(ground: Path, name: str = "whole", **more: Any) -> Runs:
     """The corpus, and the same training to its end; made once."""
-    whole = Runs(ground, ground / "whole")
+    whole = Runs(ground, ground / name, **more)
     if not (ground / "corpus").exists():
         (ground / "corpus").mkdir()
         records = [{"input": f"question {number}", "target": f"answer {number} " * 4} for number in range(300)]
@@ -105,10 +105,10 @@ def happens(has_begun: Callable[[], Any], process: subprocess.Popen) -> bool:
     return True
 
 
-def end(process: subprocess.Popen) -> int | None:
+def end(process: subprocess.Popen, seconds: float = SECONDS) -> int | None:
     """Its exit code; None where it had to be killed."""
     try:
-        return process.wait(SECONDS)
+        return process.wait(seconds)
     except subprocess.TimeoutExpired:
         process.kill()
         process.wait()

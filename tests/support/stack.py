@@ -287,12 +287,17 @@ def wait_for(condition: Callable[[], Any], timeout: float, what: str) -> float:
     return time.monotonic() - started
 
 
-def new_stack(folder: Path) -> Stack:
-    """Nothing of it runs yet. Runs may take their configuration from anywhere in the folder of the test."""
-    project = folder / "project"
+def new_project(project: Path) -> Path:
+    """A working directory in which `train.py` and `prefect.yaml` are ours, and the rest is the test's."""
     project.mkdir()
     for name in OF_THE_PROJECT:
         (project / name).symlink_to(ROOT / name)
+    return project
+
+
+def new_stack(folder: Path) -> Stack:
+    """Nothing of it runs yet. Runs may take their configuration from anywhere in the folder of the test."""
+    project = new_project(folder / "project")
     (project / "panda.toml").write_text(f'allowed_roots = ["{folder}"]\n')
     env = {
         **os.environ,
