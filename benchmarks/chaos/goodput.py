@@ -1,8 +1,8 @@
 """How much of the time trains, when a rank dies every seven or eight minutes.
 
-In: a seed, which draws the rank and the moments. Out: a `Round`: the run ends by itself as the run undisturbed, and 95 %
-of its time were steps, those included that had to be made again after a death. The steps of a large model are simulated
-by a pause of a second; what a start costs is real, for a small one. Cost: 30 minutes, most of them waiting.
+In: a seed, which draws the rank and the moments. Out: a `Round`: the run ends by itself as the run undisturbed, and
+95 % of its time were steps, those included that had to be made again after a death. The steps of a large model are
+simulated by a pause of a second; what a start costs is real, for a small one. Cost: 30 minutes, most of them waiting.
 """
 
 import json
