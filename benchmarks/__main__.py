@@ -188,6 +188,7 @@ def draw(rows: list[Row], path: Path) -> None:
     places = range(len(rows), 0, -1)
     for place, row in zip(places, rows, strict=True):
         goal = row.at_most if row.at_most is not None else row.at_least
+        assert goal is not None, "only rows with a goal are drawn"
         axes.plot([row.judged, goal], [place, place], color="#bbbbbb", linewidth=1, zorder=1)
         axes.plot(goal, place, "|", color="#555555", markersize=14, zorder=2)
         axes.plot(row.judged, place, "o", color="#2b7a4b" if row.met else "#b3261e", zorder=3)

@@ -71,7 +71,9 @@ def show(events: list[Any], size: int) -> None:
 def steps_by_writing(events: list[Any]) -> tuple[list[float], list[float]]:
     """Seconds of the steps during which a checkpoint was under way, and of the others."""
     saved = {event["after_step"] for event in events if event["event"] == "checkpoint"}
-    writing, beside, alone = False, [], []
+    writing = False
+    beside: list[float] = []
+    alone: list[float] = []
     for event in events:
         if event["event"] == "checkpoint":
             writing = False

@@ -34,7 +34,7 @@ from training.settings import TrainSettings
 
 TOLERANCE = 0.15
 NUM_TOKENS = 512
-ARCHITECTURE = {
+ARCHITECTURE: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 768, "intermediate_size": 2048, "num_hidden_layers": 8,
     "num_attention_heads": 12, "num_key_value_heads": 4, "vocab_size": 4096,
 }  # fmt: skip

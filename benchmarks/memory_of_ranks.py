@@ -15,13 +15,14 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 LORA = {"use_lora": True, "lora_r": 8}
-WAYS = {
+WAYS: dict[str, dict[str, Any]] = {
     "LoRA, ZeRO 2": {**LORA, "zero_stage": 2},
     "LoRA, ZeRO 3": {**LORA, "zero_stage": 3},
     "LoRA, FSDP": {**LORA, "strategy": "fsdp"},

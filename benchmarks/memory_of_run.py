@@ -24,6 +24,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -131,7 +132,7 @@ def measured(what: str, command: list[str], kill_after: Path | None = None) -> l
     began = time.monotonic()
     try:
         with tempfile.TemporaryFile("w+") as log, watched(peaks):
-            wanted = {"stdout": log, "stderr": log, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
+            wanted: dict[str, Any] = {"stdout": log, "stderr": log, "env": os.environ | {"OMP_NUM_THREADS": "1"}}
             process = subprocess.Popen(command, cwd=ROOT, **wanted)
             while process.poll() is None:
                 if kill_after and list(kill_after.glob("step-*/complete.json")):

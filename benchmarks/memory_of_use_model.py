@@ -49,7 +49,7 @@ def main() -> None:
         for name, parameter in tuned.named_parameters():
             if "lora_B" in name:
                 nn.init.normal_(parameter, std=0.01)
-        tuned.save_pretrained(directory)
+        tuned.save_pretrained(str(directory))
         copy_tokenizer(tokenizer, directory)
         path = directory / "adapter_config.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "base_model_name_or_path": str(root / "base")}))
@@ -59,7 +59,7 @@ def main() -> None:
     models = {"candidate": run_dir / "model", "champion": root / "champion", "base": root / "base"}
     asked = {role: ModelUnderTest(role, "plain", str(path), quantised=sizes["quant"]) for role, path in models.items()}
     gate = GateSettings(gate_records=RECORDS).model_dump()
-    write_job(Job(gate=gate, cache_dir=str(root / "cache"), **asked), run_dir)
+    write_job(Job(gate, str(root / "cache"), asked["candidate"], asked["champion"], base=asked["base"]), run_dir)
     print(sum(file.stat().st_size for file in (root / "base").glob("*.safetensors")))
 
 

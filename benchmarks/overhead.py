@@ -51,6 +51,7 @@ def prepare_only(options: argparse.Namespace) -> tuple[float, float, float, floa
     with subprocess.Popen(
         command(options), env=environment(options), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     ) as process:
+        assert process.stdout and process.stderr, "both are pipes"
         for line in process.stderr:
             if not first and FIRST_STAGE in line:
                 first = time.monotonic() - started

@@ -27,6 +27,7 @@ import psutil
 from benchmarks import rows
 from benchmarks.corpus import write_corpus, write_short_corpus
 from data_prep.pipeline import prepare
+from data_prep.plan.report import DataReport
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from data_prep.tokenizer import load_tokenizer
 
@@ -176,7 +177,9 @@ def encode_alone(data: Path, tokenizer: Path) -> Timing:
     return timing
 
 
-def prepared(data: Path, given: argparse.Namespace, engine: str, cache: str, fresh: bool = True) -> tuple[Timing, dict]:
+def prepared(
+    data: Path, given: argparse.Namespace, engine: str, cache: str, fresh: bool = True
+) -> tuple[Timing, DataReport]:
     """All of `data_prep` in this process and its workers: JSON in; ledger, shards and plan out."""
     if fresh:
         shutil.rmtree(given.work / cache, ignore_errors=True)

@@ -23,7 +23,7 @@ from data_prep.pipeline import Preparation, run_stages
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from tests.support import tiny
 
-MODEL = {
+MODEL: dict[str, Any] = {
     "model_type": "llama", "hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 2,
     "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 2048, "tie_word_embeddings": True,
 }  # fmt: skip

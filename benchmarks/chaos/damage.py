@@ -10,6 +10,8 @@ import random
 import shutil
 from pathlib import Path
 
+import numpy as np
+
 from benchmarks.chaos.findings import Round
 from benchmarks.chaos.mutate import damaged
 from data_prep import intact, store
@@ -70,7 +72,7 @@ def _use(found: Round, plan_dir: Path, right: Path, what: str) -> None:
         manifest = store.open_manifest(plan_dir)
         shards = [(plan_dir / shard).resolve() for shard in manifest["shards"]]
         intact.require_intact(plan_dir.parent.parent, [plan_dir, *shards])
-        rows, expected = (open_plan(one, "train").batch([0, 1]) for one in (plan_dir, right))
+        rows, expected = (open_plan(one, "train").batch(np.array([0, 1])) for one in (plan_dir, right))
         found.expect((rows.input_ids == expected.input_ids).all(), "wrong", f"{what}: trained on other rows")
     except PandaError as error:
         found.expect(str(plan_dir.parent.parent) in str(error), "untyped", f"{what}: the error names no file: {error}")

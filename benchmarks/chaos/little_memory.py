@@ -78,8 +78,8 @@ def little_memory(seed: int, ground: Path) -> Round:
                 first = runs.printed().partition("Traceback")[2][:1500]
                 found.expect(not first, "untyped", f"{what}: {first}")
             print(f"    {what}: {killed} killed, {code}: {runs.said()[-300:]}", file=sys.stderr, flush=True)
-            if left := left_over(NAME):
-                found.found("orphaned", f"{what}: {left}")
+            if alive := left_over(NAME):
+                found.found("orphaned", f"{what}: {alive}")
             damaged = store.verify_cache(runs.where / "cache").damaged
             found.expect(not damaged, "wrong", f"{what}: {list(damaged)[:3]}")
     conclude(runs, whole, found)
