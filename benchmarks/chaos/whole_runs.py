@@ -22,7 +22,8 @@ from benchmarks.chaos.victims import MARK, left_over
 from training import run_files
 
 ROOT = Path(__file__).parents[2]
-SECONDS = 300
+SECONDS = 300  # for a run of eight steps, on a machine that does other work
+PATIENCE = 6  # for longer ones
 NAME = "whole-run"
 TRAINING = {
     "model": "panda-tiny", "max_steps": 8, "save_steps": 2, "keep_last": 2, "num_processes": 2, "zero_stage": 2,
@@ -91,7 +92,7 @@ def undisturbed(ground: Path, name: str = "whole", **more: Any) -> Runs:
         records = [{"input": f"question {number}", "target": f"answer {number} " * 4} for number in range(300)]
         (ground / "corpus" / "a.json").write_text(json.dumps(records))
     if not (whole.run / run_files.SUMMARY).exists():
-        assert end(whole.start()) == 0, whole.said()
+        assert end(whole.start(), PATIENCE * SECONDS) == 0, whole.said()
     return whole
 
 
