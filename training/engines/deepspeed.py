@@ -25,9 +25,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from training.devices import any_device, compute_dtype, give_back_memory, uses_bf16
+from training.devices import any_device, compute_dtype, give_back_after, give_back_memory, uses_bf16
 from training.distributed import Ranks
-from training.engines.engine import WEIGHT, Stored, saved, set_learning_rate, share, trainable
+from training.engines.engine import WEIGHT, Stored, decoder_layers, saved, set_learning_rate, share, trainable
 from training.engines.optimizers import build_optimizer, restored_states
 from training.launch.heartbeat import Heartbeat
 from training.lean_imports import UNUSED, without
@@ -157,6 +157,8 @@ class DeepSpeedEngine:
         check_filled(module)
         base = build_optimizer(module.named_parameters(), settings)
         engine, *_ = deepspeed.initialize(model=module, optimizer=base, config=config)
+        if settings.zero_stage == 3:
+            give_back_after(decoder_layers(module), ranks.device)
         if ranks.world_size == 1 and not settings.zero_stage:
             engine.enable_backward_allreduce = False  # it would copy all gradients to a buffer and back
         return cls(

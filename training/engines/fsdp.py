@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from training.devices import give_back_memory, uses_bf16
+from training.devices import give_back_after, give_back_memory, uses_bf16
 from training.distributed import Ranks
 from training.engines.engine import (
     WEIGHT,
@@ -66,6 +66,7 @@ class FsdpEngine:
             else MixedPrecisionPolicy()
         )
         shard(module, ranks, Values() if values is None else values, precision)
+        give_back_after(decoder_layers(module), ranks.device)
         optimizer = build_optimizer(module.named_parameters(), settings)
         return cls(
             module, ranks, optimizer, settings.max_grad_norm, dict(trainable(module)),
