@@ -65,7 +65,7 @@ def target_fingerprint(node: dict[str, Any], setting: str) -> dict[str, Any]:
 def in_time() -> Iterator[None]:
     """Around a call of the user's own code: what takes longer than `LONGEST_SECONDS` is ended, again every second.
 
-    Only in the main thread of a process, where signals arrive: a Dask worker's tasks may take for ever. Cost: 2 us.
+    Only in the main thread of a process, where signals arrive: a Dask worker's tasks may take for ever. Cost: 7 us.
 
     :raises TimeoutError: in the user's own code, wherever it waits.
     """
