@@ -1,7 +1,7 @@
 """A clock that is set in every stage of a whole run, forwards and backwards, by a second, an hour, a day, twenty years.
 
-In: a seed, which draws by how much. Out: a `Round`: the run ends as the run undisturbed, no part of its account is below
-zero, and started again by the right clock it finds all done. All processes of the run see the clock that is set
+In: a seed, which draws by how much. Out: a `Round`: the run ends as the run undisturbed, no part of its account is
+below zero, and started again by the right clock it finds all done. All processes of the run see the clock that is set
 (`jumping_clock.c`); the times of files are those of the machine. Cost: a minute; gcc.
 """
 
