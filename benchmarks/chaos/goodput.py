@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.chaos.findings import Round
 from benchmarks.chaos.kill_stack import PAUSE
 from benchmarks.chaos.victims import MARK
-from benchmarks.chaos.whole_runs import NAME, Runs, compare, end, undisturbed
+from benchmarks.chaos.whole_runs import OURS, Runs, compare, end, undisturbed
 from tests.support.stack import new_project
 from training import run_files
 from training.cost.marks import REPEATED, TRAIN, WAITING
@@ -41,7 +41,7 @@ def goodput(seed: int, ground: Path) -> Round:
     until = time.monotonic() + draw.uniform(*BETWEEN_SECONDS)
     while process.poll() is None and time.monotonic() < until + LONGEST_SECONDS:
         time.sleep(1)
-        ranks = [one for one in marked(MARK, NAME) if is_alive(one.pid) and "training.worker" in one.cmdline()]
+        ranks = [one for one in marked(MARK, OURS) if is_alive(one.pid) and "training.worker" in one.cmdline()]
         if ranks and time.monotonic() > until:
             draw.choice(ranks).kill()
             found.tried += 1

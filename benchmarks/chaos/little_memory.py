@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.chaos.findings import Round
 from benchmarks.chaos.victims import left_over
-from benchmarks.chaos.whole_runs import NAME, Runs, conclude, end, happens, stages, undisturbed
+from benchmarks.chaos.whole_runs import OURS, Runs, conclude, end, happens, stages, undisturbed
 from data_prep import store
 
 GROUPS = Path("/sys/fs/cgroup")
@@ -78,7 +78,7 @@ def little_memory(seed: int, ground: Path) -> Round:
                 first = runs.printed().partition("Traceback")[2][:1500]
                 found.expect(not first, "untyped", f"{what}: {first}")
             print(f"    {what}: {killed} killed, {code}: {runs.said()[-300:]}", file=sys.stderr, flush=True)
-            if alive := left_over(NAME):
+            if alive := left_over(OURS):
                 found.found("orphaned", f"{what}: {alive}")
             damaged = store.verify_cache(runs.where / "cache").damaged
             found.expect(not damaged, "wrong", f"{what}: {list(damaged)[:3]}")

@@ -25,6 +25,7 @@ ROOT = Path(__file__).parents[2]
 SECONDS = 300  # for a run of eight steps, on a machine that does other work
 PATIENCE = 6  # for longer ones
 NAME = "whole-run"
+OURS = f"{NAME}-{os.getpid()}"  # the mark of processes: two of us may run at once
 TRAINING = {
     "model": "panda-tiny", "max_steps": 8, "save_steps": 2, "keep_last": 2, "num_processes": 2, "zero_stage": 2,
     "max_seq_length": 64, "validation_fraction": 0.1, "prepare_workers": 1, "run_name": "run",
@@ -48,7 +49,7 @@ class Runs:
         """The same command, by another that runs it, with `--resume` as soon as there is a run."""
         resume = ["--resume"] if (self.run / run_files.CONFIG).exists() else []
         command = [*prefix, sys.executable, "train.py", "--conf_path", str(self.conf), *resume]
-        environment = {**os.environ, "PREFECT_HOME": self.prefect, MARK: NAME}
+        environment = {**os.environ, "PREFECT_HOME": self.prefect, MARK: OURS}
         with self.log.open("w") as log:
             return subprocess.Popen(command, cwd=self.project, env=environment, stdout=log, stderr=log)
 
@@ -134,7 +135,7 @@ def conclude(runs: Runs, whole: Runs, found: Round) -> None:
         found.found("lost", f"left alone it ended with {code}: {runs.said()}")
     else:
         compare(runs, whole, found)
-    if left := left_over(NAME):
+    if left := left_over(OURS):
         found.found("orphaned", f"{left}")
 
 
