@@ -8,6 +8,7 @@ the model is trained and registered.
 import contextlib
 import logging
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
 from configs.settings import PandaSettings
@@ -29,6 +30,7 @@ from training.tracking.run import TrackedRun
 from training.tracking.tags import GATE_TAG
 
 logger = logging.getLogger(__name__)
+patiently = partial(with_retries, patient=True)
 
 
 def verdict_in_words(result: GateResult) -> str:
@@ -75,16 +77,16 @@ def _how_to_go_on(tracked: TrackedRun, where: str) -> Iterator[None]:
 def compare(tracked: TrackedRun, settings: PandaSettings, model: Registered) -> GateResult:
     """Compare and write down; a comparison that is there already and still holds is not made again."""
     registry = Registry(tracked.uri)
-    version = with_retries(lambda: registry.resolve(model["uri"]))
-    before = with_retries(lambda: standing(registry, version, tracked.run_dir))
+    version = patiently(lambda: registry.resolve(model["uri"]))
+    before = patiently(lambda: standing(registry, version, tracked.run_dir))
     if before:
         return before
     limits = GateSettings.of(settings).model_dump()
-    write_job(with_retries(lambda: job_of(registry, version, tracked.run_dir, limits)), tracked.run_dir)
+    write_job(patiently(lambda: job_of(registry, version, tracked.run_dir, limits)), tracked.run_dir)
     result: GateResult = {"candidate": version.uri, **_compare(tracked.run_dir, TrainSettings.of(settings))}
     if result["promoted"] and settings.require_approval:
         result["approval"] = {"answer": approval.WAITING, "comment": ""}
-        with_retries(lambda: wait_for_approval(registry, version, result))
+        patiently(lambda: wait_for_approval(registry, version, result))
         show_gate(result)
     run_files.write_json(tracked.run_dir / run_files.GATE, result)
     return result
@@ -110,9 +112,9 @@ def standing(registry: Registry, version: Version, run_dir: Path) -> GateResult 
 def decide(tracked: TrackedRun, uri: str, answer: Answered | None) -> GateResult:
     """Settle what was compared."""
     registry = Registry(tracked.uri)
-    version = with_retries(lambda: registry.resolve(uri))
+    version = patiently(lambda: registry.resolve(uri))
     result: GateResult = run_files.read_json(tracked.run_dir / run_files.GATE)
-    with_retries(lambda: settle(registry, version, result, answer))
+    patiently(lambda: settle(registry, version, result, answer))
     logger.info("%s %s", version.uri, verdict_in_words(result))
     run_files.write_json(tracked.run_dir / run_files.GATE, result)
     show_gate(result)

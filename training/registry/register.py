@@ -46,6 +46,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = (2, 5, 10, 20, 40)
+PATIENT_SECONDS = (60,) * 60  # after those
 SHOWN_CHARS = 200
 FINAL_ERRORS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED")
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
@@ -70,7 +71,7 @@ def register_run(tracked: "TrackedRun", name: str, tags: dict[str, str], prompt:
     """
     model_dir, again = tracked.run_dir / run_files.MODEL, f"go on with --resume --run_name {tracked.run_dir.name}"
     try:
-        run_id = with_retries(tracked.wait_for_run_id)
+        run_id = with_retries(tracked.wait_for_run_id, patient=True)
         version = _registered(_model_of(tracked.run_dir, run_id, tags, tracked.uri, prompt), name)
     except MlflowAway as error:
         raise MlflowAway(f"{model_dir} is complete but not registered: {error}; when it is back, {again}") from error
@@ -94,15 +95,16 @@ def _model_of(run_dir: Path, run_id: str, tags: dict[str, str], uri: str, prompt
 
 
 def _registered(model: "_Model", name: str) -> ModelVersion:
-    return with_retries(lambda: _register(connect(model.uri), model, name))
+    return with_retries(lambda: _register(connect(model.uri), model, name), patient=True)
 
 
-def with_retries(action: Callable[[], Result]) -> Result:
-    """Run an action that can be repeated, again while MLflow does not answer.
+def with_retries(action: Callable[[], Result], patient: bool = False) -> Result:
+    """Run an action that can be repeated, again while MLflow does not answer: for a minute and a half.
 
-    :raises MlflowAway: it did not for longer than a minute.
+    :param patient: for an hour more, where a training that is done would have to wait for the next run.
+    :raises MlflowAway: it did not for longer than that.
     """
-    for seconds in (*RETRY_SECONDS, None):
+    for seconds in (*RETRY_SECONDS, *(PATIENT_SECONDS if patient else ()), None):
         try:
             return action()
         except away_errors() as error:

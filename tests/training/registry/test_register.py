@@ -456,6 +456,23 @@ def test_through_a_server_and_served_by_mlflow(output_dir):
     assert answer["choices"][0]["message"]["role"] == "assistant" and answer["usage"]["completion_tokens"] == 4
 
 
+def test_what_a_training_has_cost_waits_longer(monkeypatch):
+    monkeypatch.setattr(registry, "RETRY_SECONDS", (0,))
+    monkeypatch.setattr(registry, "PATIENT_SECONDS", (0, 0))
+    tries = []
+
+    def answers_at_the_fourth_try():
+        tries.append(1)
+        if len(tries) % 4:
+            raise MlflowException("connection refused")
+        return "here"
+
+    with pytest.raises(MlflowAway):
+        registry.with_retries(answers_at_the_fourth_try)
+    tries.clear()
+    assert registry.with_retries(answers_at_the_fourth_try, patient=True) == "here"
+
+
 @pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_costs_time_only(output_dir, caplog):
     """The server is killed while the model is uploaded, and comes back after five seconds."""
@@ -489,6 +506,7 @@ def test_a_run_that_mlflow_never_answered_is_registered_when_it_is_back(run_dir,
     port = free_port()
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
     monkeypatch.setattr(registry, "RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr(registry, "PATIENT_SECONDS", ())
     settings = TrackingSettings(mlflow_tracking_uri=f"http://me:hunter2@127.0.0.1:{port}")
     with pytest.raises(MlflowAway) as failed, open_run(settings, run_dir, RunMetadata({"model": "tiny"})) as tracked:
         register_run(tracked, "panda-tiny", TAGS, "hello")

@@ -110,6 +110,7 @@ def test_a_database_that_is_away_is_waited_for(server, tmp_path, monkeypatch, ca
     tracked = tracked_run(run_dir, server.uri)
     with away(server):
         monkeypatch.setattr(registry, "RETRY_SECONDS", (0,))
+        monkeypatch.setattr(registry, "PATIENT_SECONDS", ())
         with pytest.raises(MlflowAway, match="MLflow does not answer"):
             register(run_dir, tracked.run_id, "panda-tiny", TAGS, server.uri)
     started = time.monotonic()
