@@ -91,7 +91,7 @@ def losses_in_words(losses: Losses) -> str:
     return f"held-out loss {before:.4f} -> {after:.4f}"
 
 
-@stage("train", says=_training_in_words, retries=MOST, retry_delay_seconds=10, retry_condition_fn=is_worth_another_try)
+@stage("train", says=_training_in_words, retries=MOST, retry_delay_seconds=3, retry_condition_fn=is_worth_another_try)
 def train(run_dir: Path, settings: TrainSettings, resume: bool, metrics_port: int | None = None) -> Trained:
     """Run the training worker on every rank until it is done; a retry goes on from the newest checkpoint.
 

@@ -1,4 +1,4 @@
-"""How much of the time trains, when a rank dies every seven or eight minutes.
+"""How much of the time trains, when a rank dies every ten minutes.
 
 In: a seed, which draws the rank and the moments. Out: a `Round`: the run ends by itself as the run undisturbed, and
 95 % of its time were steps, those included that had to be made again after a death. The steps of a large model are
@@ -21,7 +21,7 @@ from training.cost.marks import REPEATED, TRAIN, WAITING
 from training.launch.processes import is_alive, marked
 
 STEPS, SAVE_STEPS = 1500, 30
-BETWEEN_SECONDS = (420, 480)
+BETWEEN_SECONDS = (540, 660)
 LONGEST_SECONDS = 7200
 PRODUCTIVE = 0.95
 
