@@ -86,12 +86,13 @@ def _read_spec(control: Control) -> dict | None:
 
 def supervise(commands: list[dict], grace_seconds: float, control: Control) -> None:
     """Start every command and wait until all have ended, one has failed, or an end was asked for."""
-    running = {}
+    running: dict[int, str] = {}
+    processes = []  # one that is forgotten takes its own exit code, as soon as it has one, and `reap` never hears of it
     deadline = float("inf")
     ending = False  # from here on, exits are ours and say nothing about the cause
     try:
         for command in commands:
-            process = start(command)
+            processes.append(process := start(command))
             running[process.pid] = command["name"]
             report({"event": "started", "name": command["name"], "pid": process.pid})
         while running:

@@ -20,6 +20,7 @@ from training.launch.logs import Watchdog
 from training.launch.processes import free_port
 from training.settings import TrainSettings
 
+ROOT = Path(__file__).parents[3]
 WORKER = "tests.support.ranks"
 MARK = "PANDA_TEST_MARK"
 
@@ -228,6 +229,31 @@ def test_a_second_start_shows_only_its_own_lines(tmp_path):
     report, _, lines = run(tmp_path, {1: "kill_itself"}, resume=True)
     assert "the true cause" not in report.details and not any("Traceback" in line for line in lines)
     assert "the true cause" in (tmp_path / "logs" / "rank-1.log").read_text()
+
+
+def test_a_rank_that_ends_before_the_next_is_started_is_reported(tmp_path):
+    """Else the supervisor would wait for it for ever."""
+    program = (
+        "import os, sys\n"
+        "from training.launch import supervisor\n"
+        "start = supervisor.start\n"
+        "def ended(command):\n"
+        "    process = start(command)\n"
+        "    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)\n"
+        "    return process\n"
+        "supervisor.start = ended\n"
+        "log = sys.argv[1]\n"
+        "commands = [{'name': str(i), 'argv': ['true'], 'env': {}, 'log': log} for i in range(3)]\n"
+        "supervisor.supervise(commands, 1, supervisor.Control())\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "log")], cwd=ROOT, stdin=subprocess.DEVNULL,
+        capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    facts = [json.loads(line) for line in done.stdout.splitlines()]
+    assert sorted((fact["name"], fact["code"]) for fact in facts if fact["event"] == "exited") == [
+        ("0", 0), ("1", 0), ("2", 0)
+    ]  # fmt: skip
 
 
 MACHINE = Machine(num_gpus=0, num_cores=8, free_port=4321)
