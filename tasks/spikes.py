@@ -23,10 +23,11 @@ def spikes_of(run_dir: Path) -> list[Spike]:
 
 
 def standing_out(run_dir: Path) -> list[Culprit]:
-    """The worst of the records that stood out in a step that was no spike."""
+    """The worst of the records that stood out in a step that was no spike; each once, whatever the number of epochs."""
     lines = new_lines(run_dir / run_files.STANDING_OUT, 0)[1]
     records = [Culprit(**one) for line in lines for one in line["records"]]  # type: ignore[typeddict-item]  # JSON as training wrote it
-    return sorted(records, key=lambda one: -one["loss"])[:MOST_SHOWN]
+    worst = {(one["file"], one["line"]): one for one in sorted(records, key=lambda one: one["loss"])}
+    return sorted(worst.values(), key=lambda one: -one["loss"])[:MOST_SHOWN]
 
 
 def show(run_dir: Path) -> tuple[list[Spike], list[Culprit]]:
