@@ -14,7 +14,7 @@ from pathlib import Path
 from benchmarks.chaos.findings import Round
 from benchmarks.chaos.kill_stack import PAUSE
 from benchmarks.chaos.victims import MARK
-from benchmarks.chaos.whole_runs import OURS, Runs, compare, end, undisturbed
+from benchmarks.chaos.whole_runs import OURS, Runs, conclude, end, undisturbed
 from tests.support.stack import new_project
 from training import run_files
 from training.cost.marks import REPEATED, TRAIN, WAITING
@@ -49,8 +49,8 @@ def goodput(seed: int, ground: Path) -> Round:
     code = end(process, 1)
     found.expect(code == 0, "lost", f"it ended with {code}: {runs.said()}")
     if code == 0:
-        compare(runs, whole, found)
         _account(runs, found)
+    conclude(runs, whole, found)
     return found
 
 

@@ -11,6 +11,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -53,52 +55,53 @@ class Cron:
 
 def kill_stack(seed: int, ground: Path) -> Round:
     """Ten kills, then the schedule has to bring it to its end."""
-    draw, found, folder = random.Random(seed), Round(), ground / f"stack-{seed}"
-    folder.mkdir()
-    path = f"{ROOT}:{folder / 'project'}"
-    with running_stack(folder, PYTHONPATH=path) as stack:
-        (stack.project / "slow.py").write_text(PAUSE)
-        whole = undisturbed(stack)
-        conf = configuration(stack, "short")
-        stack.schedule_verb("add", "minutely", "--cron", "* * * * *", "--conf_path", conf)
-        with Cron(stack):
-            began = time.monotonic()
-            while found.tried < KILLS and time.monotonic() < began + KILLS * 300:
-                time.sleep(draw.uniform(*PAUSE_SECONDS))
-                victim = draw.choice(VICTIMS)
-                if killed := _kill(stack, victim):
-                    found.tried += 1
-                    print(
-                        f"    {time.monotonic() - began:5.0f} s: {victim} {killed} killed", file=sys.stderr, flush=True
-                    )
-            wait_for_the_end(stack, found)
-        compare(stack, whole, found)
-    left_alone(folder, found)
+    draw, found = random.Random(seed), Round()
+    with left_alone(ground / f"stack-{seed}", found) as stack:
+        began = time.monotonic()
+        while found.tried < KILLS and time.monotonic() < began + KILLS * 300:
+            time.sleep(draw.uniform(*PAUSE_SECONDS))
+            victim = draw.choice(VICTIMS)
+            if killed := _kill(stack, victim):
+                found.tried += 1
+                print(f"    {time.monotonic() - began:5.0f} s: {victim} {killed} killed", file=sys.stderr, flush=True)
     return found
 
 
-def left_alone(folder: Path, found: Round) -> None:
-    """After `panda down` no process of the stack in this folder is left."""
+@contextmanager
+def left_alone(folder: Path, found: Round) -> Iterator[Stack]:
+    """A stack with a schedule, of which nothing that is done inside must show in the end."""
+    folder.mkdir()
+    with running_stack(folder, PYTHONPATH=f"{ROOT}:{folder / 'project'}") as stack:
+        (stack.project / "slow.py").write_text(PAUSE)
+        whole = _undisturbed(stack)
+        conf = _configuration(stack, "short")
+        stack.schedule_verb("add", "minutely", "--cron", "* * * * *", "--conf_path", conf)
+        with Cron(stack):
+            yield stack
+            _wait_for_the_end(stack, found)
+            for run in stack.scheduled_runs():
+                print(f"    {run.name}: {run.state.name}: {run.state.message}", file=sys.stderr, flush=True)
+        _compare(stack, whole, found)
     left = [
         process.cmdline()[:4] for process in marked("PREFECT_HOME", str(folder / "prefect")) if is_alive(process.pid)
     ]
     found.expect(not left, "orphaned", f"after panda down: {left}")
 
 
-def configuration(stack: Stack, name: str) -> str:
+def _configuration(stack: Stack, name: str) -> str:
     pause: list[dict[str, Any]] = [{"_target_": "slow.pause", "seconds": 0.4}]
     return stack.config(name, callbacks=pause, **TRAINING)
 
 
-def undisturbed(stack: Stack) -> Path:
+def _undisturbed(stack: Stack) -> Path:
     """The same training by `train.py`."""
-    command = [sys.executable, "train.py", "--conf_path", configuration(stack, "whole")]
+    command = [sys.executable, "train.py", "--conf_path", _configuration(stack, "whole")]
     done = subprocess.run(command, cwd=stack.project, env=stack.env, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
-    return run_of(stack, "whole")
+    return _run_of(stack, "whole")
 
 
-def run_of(stack: Stack, name: str) -> Path:
+def _run_of(stack: Stack, name: str) -> Path:
     run = stack.newest_run(name)
     assert run, f"no run of {name}"
     return run
@@ -132,7 +135,7 @@ def _belongs(process: psutil.Process, stack: Stack) -> bool:
         return False
 
 
-def wait_for_the_end(stack: Stack, found: Round) -> None:
+def _wait_for_the_end(stack: Stack, found: Round) -> None:
     """Until a scheduled run finds that there is nothing new to learn."""
     until = time.monotonic() + HEALED_SECONDS
     while time.monotonic() < until:
@@ -147,10 +150,10 @@ def wait_for_the_end(stack: Stack, found: Round) -> None:
     found.found("lost", f"{HEALED_SECONDS} s after the last kill the schedule has not come to an end")
 
 
-def compare(stack: Stack, whole: Path, found: Round) -> None:
+def _compare(stack: Stack, whole: Path, found: Round) -> None:
     versions = Registry(f"sqlite:///{stack.outputs('short')}/mlflow.db").versions(MODEL)
     found.expect(len(versions) == 1, "wrong" if versions else "lost", f"{len(versions)} versions")
     found.expect(versions and "champion" in versions[0].aliases, "wrong", "version 1 is not the champion")
-    run = run_of(stack, "short")
+    run = _run_of(stack, "short")
     found.expect(of_steps(run) == of_steps(whole), "wrong", "losses differ from those of the training undisturbed")
     found.expect(model_of(run) == model_of(whole), "wrong", "the model has other bytes")

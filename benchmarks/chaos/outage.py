@@ -16,17 +16,8 @@ from urllib.parse import urlsplit
 
 from benchmarks.chaos.findings import Round
 from benchmarks.chaos.kill_ranks import of_steps
-from benchmarks.chaos.kill_stack import (
-    PAUSE,
-    Cron,
-    compare,
-    configuration,
-    left_alone,
-    processes_of,
-    undisturbed,
-    wait_for_the_end,
-)
-from tests.support.stack import ROOT, Stack, running_stack, wait_for
+from benchmarks.chaos.kill_stack import left_alone, processes_of
+from tests.support.stack import Stack, wait_for
 from training import run_files
 
 SECONDS = 600
@@ -36,29 +27,18 @@ LATEST_STEP = 150  # of those of `kill_stack`
 
 def outage(seed: int, ground: Path) -> Round:
     """One outage in a training, then the schedule has to bring it to its end."""
-    draw, found, folder = random.Random(seed), Round(), ground / f"outage-{seed}"
-    folder.mkdir()
-    with running_stack(folder, PYTHONPATH=f"{ROOT}:{folder / 'project'}") as stack:
-        (stack.project / "slow.py").write_text(PAUSE)
-        whole = undisturbed(stack)
-        conf = configuration(stack, "short")
-        stack.schedule_verb("add", "minutely", "--cron", "* * * * *", "--conf_path", conf)
-        with Cron(stack):
-            step, is_mute = draw.randrange(1, LATEST_STEP), draw.random() < 0.5
-            wait_for(lambda: _num_steps(stack) >= step, 600, "a step")
-            names = AWAY[seed % len(AWAY)]
-            print(f"    after step {step}: no {' and '.join(names)}, mute: {is_mute}", file=sys.stderr, flush=True)
-            threads = [threading.Thread(target=_take_away, args=(stack, name, is_mute)) for name in names]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-            found.tried += len(names)
-            wait_for_the_end(stack, found)
-            for run in stack.scheduled_runs():
-                print(f"    {run.name}: {run.state.name}: {run.state.message}", file=sys.stderr, flush=True)
-        compare(stack, whole, found)
-    left_alone(folder, found)
+    draw, found = random.Random(seed), Round()
+    with left_alone(ground / f"outage-{seed}", found) as stack:
+        step, is_mute = draw.randrange(1, LATEST_STEP), draw.random() < 0.5
+        wait_for(lambda: _num_steps(stack) >= step, 600, "a step")
+        names = AWAY[seed % len(AWAY)]
+        print(f"    after step {step}: no {' and '.join(names)}, mute: {is_mute}", file=sys.stderr, flush=True)
+        threads = [threading.Thread(target=_take_away, args=(stack, name, is_mute)) for name in names]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        found.tried += len(names)
     return found
 
 

@@ -19,6 +19,7 @@ from typing import Any
 from benchmarks.chaos.findings import Round
 from benchmarks.chaos.kill_ranks import model_of, of_steps
 from benchmarks.chaos.victims import MARK, left_over
+from data_prep import store
 from training import run_files
 
 ROOT = Path(__file__).parents[2]
@@ -127,6 +128,17 @@ def num_versions(runs: Runs) -> int:
             return int(connection.execute("select count(*) from model_versions").fetchone()[0])
         except sqlite3.OperationalError:  # the tables are not there yet, or locked
             return 0
+
+
+def judge(runs: Runs, what: str, code: int | None, found: Round) -> None:
+    """A run that something was done to ends, says why without a traceback, and leaves nothing damaged."""
+    found.expect(code is not None, "lost", f"{what}: it hangs: {runs.said()}")
+    if code:
+        first = runs.printed().partition("Traceback")[2][:1500]
+        found.expect(not first, "untyped", f"{what}: {first}")
+    print(f"    {what}: {code}: {runs.said()[-300:]}", file=sys.stderr, flush=True)
+    damaged = store.verify_cache(runs.where / "cache").damaged
+    found.expect(not damaged, "wrong", f"{what}: {list(damaged)[:3]}")
 
 
 def conclude(runs: Runs, whole: Runs, found: Round) -> None:
