@@ -2,16 +2,20 @@
 
 In: the address of a Dask scheduler. Out: a `FanOut` for `shard_records` and `tokenize_records`, whose calls become a
 few Prefect tasks a worker, each with a batch of units. What a lost worker was at is given to another one, which finds
-the units that are done in the store; so nothing changes but the time.
+the units that are done in the store; so nothing changes but the time. A scheduler that is lost is waited for, with
+workers of its own, for ten minutes.
 Cost: 2 to 5 s a stage more than processes of this machine take; the workers read and write the files themselves.
 
 Every worker (one thread each: `dask worker ADDRESS --nthreads 1 --nworkers auto`) has this project on its Python path,
 sees the working directory, corpus, tokenizer and `cache_dir` under the same paths, and reaches the Prefect server.
 """
 
+import logging
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -28,6 +32,10 @@ from training.launch.processes import LOOPBACK
 
 BATCHES_PER_WORKER = 4  # so that a slow worker holds up the others by a quarter of its share, not by all of it
 CONNECT_SECONDS = 10
+AWAY_SECONDS = 600
+RETRY_SECONDS = 10
+
+logger = logging.getLogger(__name__)
 
 
 class ClusterError(PandaError):
@@ -40,9 +48,32 @@ def on_cluster(address: str | None) -> FanOut | None:
 
 
 def _call_in_workers(address: str, function: Callable[..., Any], calls: Calls) -> Iterator[tuple[str, Any]]:
-    """Each batch yields its results when all of it is done."""
-    if not calls:
-        return
+    """What was not done when the scheduler went away is submitted again when it is back."""
+    left, lost_at = dict(calls), 0.0
+    while left:
+        try:
+            for key, result in _submitted(address, function, left):
+                del left[key]
+                lost_at = 0.0
+                yield key, result
+        except (CancelledError, ClusterError) as error:
+            if isinstance(error, ClusterError) and not lost_at:
+                raise  # it was never there
+            lost_at = lost_at or time.monotonic()
+            if time.monotonic() - lost_at > AWAY_SECONDS:
+                raise ClusterError(
+                    f"prepare_cluster={address!r}: the scheduler or its workers went away ({error}). What is finished "
+                    "is kept; start them, then the same command goes on"
+                ) from error
+            logger.warning("prepare_cluster=%r went away; trying again in %d s", address, RETRY_SECONDS)
+            time.sleep(RETRY_SECONDS)
+
+
+def _submitted(address: str, function: Callable[..., Any], calls: Calls) -> Iterator[tuple[str, Any]]:
+    """Each batch yields its results when all of it is done.
+
+    :raises concurrent.futures.CancelledError: the connection to the scheduler is lost.
+    """
     with _connected(address) as (runner, num_workers):
         from distributed.scheduler import KilledWorker
 

@@ -16,12 +16,13 @@ from benchmarks.chaos.findings import Round, Row
 from benchmarks.chaos.full_disk import full_disk
 from benchmarks.chaos.goodput import goodput
 from benchmarks.chaos.hostile import bombs, configurations, own_code
+from benchmarks.chaos.kill_cluster import kill_cluster
 from benchmarks.chaos.kill_gc import kill_gc
 from benchmarks.chaos.kill_preparation import kill_preparation
 from benchmarks.chaos.kill_ranks import kill_ranks
 from benchmarks.chaos.kill_stack import kill_stack
 from benchmarks.chaos.little_memory import little_memory
-from benchmarks.chaos.outage import outage
+from benchmarks.chaos.outage import outage, postgresql_outage
 from benchmarks.chaos.readers import READERS
 
 Case = Callable[[int, Path], Round]
@@ -51,8 +52,10 @@ LONG: dict[str, Case] = {
     "clock": clock,
     "little-memory": little_memory,
     "full-disk": full_disk,
+    "kill-cluster": kill_cluster,
     "goodput": goodput,
     "outage": outage,
+    "postgresql-outage": postgresql_outage,
     "kill-stack": kill_stack,
 }
 """Cases of many minutes: played where they are named."""

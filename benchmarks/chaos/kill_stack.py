@@ -68,10 +68,10 @@ def kill_stack(seed: int, ground: Path) -> Round:
 
 
 @contextmanager
-def left_alone(folder: Path, found: Round) -> Iterator[Stack]:
+def left_alone(folder: Path, found: Round, **environment: str) -> Iterator[Stack]:
     """A stack with a schedule, of which nothing that is done inside must show in the end."""
     folder.mkdir()
-    with running_stack(folder, PYTHONPATH=f"{ROOT}:{folder / 'project'}") as stack:
+    with running_stack(folder, PYTHONPATH=f"{ROOT}:{folder / 'project'}", **environment) as stack:
         (stack.project / "slow.py").write_text(PAUSE)
         whole = _undisturbed(stack)
         conf = _configuration(stack, "short")
@@ -151,7 +151,8 @@ def _wait_for_the_end(stack: Stack, found: Round) -> None:
 
 
 def _compare(stack: Stack, whole: Path, found: Round) -> None:
-    versions = Registry(f"sqlite:///{stack.outputs('short')}/mlflow.db").versions(MODEL)
+    registry = stack.env.get("MLFLOW_BACKEND_STORE_URI", f"sqlite:///{stack.outputs('short')}/mlflow.db")
+    versions = Registry(registry).versions(MODEL)
     found.expect(len(versions) == 1, "wrong" if versions else "lost", f"{len(versions)} versions")
     found.expect(versions and "champion" in versions[0].aliases, "wrong", "version 1 is not the champion")
     run = _run_of(stack, "short")

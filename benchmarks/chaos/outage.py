@@ -1,14 +1,15 @@
 """Ten minutes without a server, while a scheduled training that nobody looks at steps, ends and wants to register.
 
 In: a seed, which draws the server (Prefect's, MLflow's, both), the moment, and whether its place refuses connections
-or takes them and says nothing. Out: a `Round`: in the end there is one version, with the losses, gradient norms and
-weights of the same training undisturbed, schedules are still obeyed, and after `panda down` no process is left. Cost:
-20 minutes, most of them waiting.
+or takes them and says nothing; or both stay, and the PostgreSQL that they write to is killed. Out: a `Round`: in the
+end there is one version, with the losses, gradient norms and weights of the same training undisturbed, schedules are
+still obeyed, and after `panda down` no process is left. Cost: 20 minutes, most of them waiting.
 """
 
 import random
 import socket
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -17,6 +18,7 @@ from urllib.parse import urlsplit
 from benchmarks.chaos.findings import Round
 from benchmarks.chaos.kill_ranks import of_steps
 from benchmarks.chaos.kill_stack import left_alone, processes_of
+from tests.support.postgresql import Server, away
 from tests.support.stack import Stack, wait_for
 from training import run_files
 
@@ -29,8 +31,7 @@ def outage(seed: int, ground: Path) -> Round:
     """One outage in a training, then the schedule has to bring it to its end."""
     draw, found = random.Random(seed), Round()
     with left_alone(ground / f"outage-{seed}", found) as stack:
-        step, is_mute = draw.randrange(1, LATEST_STEP), draw.random() < 0.5
-        wait_for(lambda: _num_steps(stack) >= step, 600, "a step")
+        step, is_mute = _wait_for_a_step(stack, draw), draw.random() < 0.5
         names = AWAY[seed % len(AWAY)]
         print(f"    after step {step}: no {' and '.join(names)}, mute: {is_mute}", file=sys.stderr, flush=True)
         threads = [threading.Thread(target=_take_away, args=(stack, name, is_mute)) for name in names]
@@ -40,6 +41,37 @@ def outage(seed: int, ground: Path) -> Round:
             thread.join()
         found.tried += len(names)
     return found
+
+
+def postgresql_outage(seed: int, ground: Path) -> Round:
+    """PostgreSQL dies as by a power cut in a training, and is started again ten minutes later."""
+    draw, found = random.Random(seed), Round()
+    with tempfile.TemporaryDirectory(prefix="panda-pg-") as folder:  # the user `postgres` cannot enter the ground
+        database = Server(Path(folder))
+        database.start()
+        for name in ("prefect", "mlflow"):
+            database.create(name)
+        uris = {
+            "PREFECT_SERVER_DATABASE_CONNECTION_URL": database.uri("prefect", "asyncpg"),
+            "MLFLOW_BACKEND_STORE_URI": database.uri("mlflow"),
+        }
+        try:
+            with left_alone(ground / f"postgresql-{seed}", found, **uris) as stack:
+                step = _wait_for_a_step(stack, draw)
+                print(f"    after step {step}: no PostgreSQL", file=sys.stderr, flush=True)
+                with away(database):
+                    time.sleep(SECONDS)
+                found.tried += 1
+        finally:
+            database.kill()
+    return found
+
+
+def _wait_for_a_step(stack: Stack, draw: random.Random) -> int:
+    """A drawn one of the training."""
+    step = draw.randrange(1, LATEST_STEP)
+    wait_for(lambda: _num_steps(stack) >= step, 600, "a step")
+    return step
 
 
 def _num_steps(stack: Stack) -> int:

@@ -1,4 +1,4 @@
-"""Preparation on a Dask cluster of two real worker processes: the same bytes as here, also when one is killed."""
+"""Preparation on a Dask cluster of two real worker processes: the same bytes as here, whoever of it is killed."""
 
 import json
 import os
@@ -6,8 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -18,6 +17,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 
 from data_prep import store
 from tests.support import warm
+from tests.support.dask_cluster import cluster
 from tests.support.stack import ROOT, wait_for
 from training.launch.processes import free_port
 
@@ -46,37 +46,6 @@ def corpus(tmp_path_factory) -> Path:
 def write_records(path: Path, number: int, count: int) -> None:
     records = ({"input": f"question {number} {i}", "target": f"answer {i} " * 9} for i in range(count))
     path.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-@contextmanager
-def cluster(folder: Path) -> Iterator[tuple[str, list[subprocess.Popen]]]:
-    """(Address, workers): started by the commands of the documentation."""
-    address = f"tcp://127.0.0.1:{free_port()}"
-    scheduler = dask(folder, "scheduler", "--host", "127.0.0.1", "--port", address.rpartition(":")[2])
-    worker = ["worker", address, "--nthreads", "1", "--no-nanny", "--local-directory", str(folder / "dask")]
-    workers = [dask(folder, *worker) for _ in range(2)]
-    try:
-        wait_for(lambda: all("Registered to" in log_of(folder, worker) for worker in workers), 60, "two workers")
-        yield address, workers
-    finally:
-        for process in [*workers, scheduler]:
-            process.kill()
-            process.wait()
-
-
-def dask(folder: Path, *arguments: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "dask", *arguments, "--no-dashboard"]
-    with open(folder / "starting.log", "wb") as log:
-        env = {**os.environ, "PYTHONPATH": f"{ROOT}:{folder}"}
-        process = subprocess.Popen(command, cwd=folder, env=env, stdout=log, stderr=log)
-    (folder / "starting.log").rename(folder / f"{process.pid}.log")
-    return process
-
-
-def log_of(folder: Path, process: subprocess.Popen) -> str:
-    log = (folder / f"{process.pid}.log").read_text()
-    assert process.poll() is None, log
-    return log
 
 
 def train_up_to_the_plan(folder: Path, corpus: Path, **settings: str) -> tuple[list[str], dict[str, str]]:
@@ -114,8 +83,8 @@ def contents(cache: Path) -> dict[str, str]:
 def test_same_bytes_and_few_tasks(corpus, tmp_path):
     here, there = tmp_path / "here", tmp_path / "there"
     prepared(here, corpus)
-    with cluster(tmp_path) as (address, _):
-        summary = prepared(there, corpus, prepare_cluster=address)
+    with cluster(tmp_path) as dask:
+        summary = prepared(there, corpus, prepare_cluster=dask.address)
     assert summary["data"]["records_in"] == 60 * NUM_FILES + 260_000
     assert contents(there / "cache") == contents(here / "cache")
     batches = {f"tokenize: batch {number} of 8" for number in range(1, 9)}
@@ -134,31 +103,67 @@ def tasks_of_newest_run() -> dict[str, bool]:
     return {task.name: task.state.is_completed() for task in tasks}
 
 
-def test_killed_worker_loses_nothing(tmp_path):
-    """One of two is killed with -9 in the middle of a batch; what it had finished is kept, the other goes on."""
-    corpus, here, there = tmp_path / "corpus", tmp_path / "here", tmp_path / "there"
-    corpus.mkdir()
-    for number in range(40):
-        write_records(corpus / f"{number:02}.jsonl", number, 50)
-    (tmp_path / "slow_reader.py").write_text(SLOW_READER)
-    for folder in (here, there):
-        folder.mkdir()
-        (folder / "slow_reader.py").symlink_to(tmp_path / "slow_reader.py")
-        (folder / "panda.toml").write_text('allowed_targets = ["slow_reader"]')  # workers find it by PYTHONPATH
+@dataclass
+class Slow:
+    """A preparation of 40 files that takes six seconds, and what it makes here."""
+
+    folder: Path
+    corpus: Path
     reader = '{"_target_": "slow_reader.read"}'
-    prepared(here, corpus, reader=reader)
-    with cluster(tmp_path) as (address, workers):
-        command, env = train_up_to_the_plan(there, corpus, reader=reader, prepare_cluster=address)
-        with (tmp_path / "train.log").open("w") as log:
-            run = subprocess.Popen(command, cwd=there, env=env, stdout=log, stderr=log)
+
+    def start(self, there: Path, address: str) -> subprocess.Popen:
+        command, env = train_up_to_the_plan(there, self.corpus, reader=self.reader, prepare_cluster=address)
+        with there.with_suffix(".log").open("w") as log:
+            return subprocess.Popen(command, cwd=there, env=env, stdout=log, stderr=log)
+
+    def place(self, there: Path) -> Path:
+        there.mkdir()
+        (there / "slow_reader.py").symlink_to(self.folder / "slow_reader.py")
+        (there / "panda.toml").write_text('allowed_targets = ["slow_reader"]')  # workers find it by PYTHONPATH
+        return there
+
+
+@pytest.fixture(scope="module")
+def slow(tmp_path_factory) -> Slow:
+    folder = tmp_path_factory.mktemp("slow")
+    slow = Slow(folder, folder / "corpus")
+    slow.corpus.mkdir()
+    for number in range(40):
+        write_records(slow.corpus / f"{number:02}.jsonl", number, 50)
+    (folder / "slow_reader.py").write_text(SLOW_READER)
+    prepared(slow.place(folder / "here"), slow.corpus, reader=slow.reader)
+    return slow
+
+
+def test_killed_worker_loses_nothing(slow):
+    """One of two is killed with -9 in the middle of a batch; what it had finished is kept, the other goes on."""
+    there = slow.place(slow.folder / "there")
+    with cluster(slow.folder) as dask:
+        run = slow.start(there, dask.address)
         wait_for(lambda: len(units(there)) >= 6, 120, "some units")
         before = units(there)
-        workers[0].send_signal(signal.SIGKILL)
-        assert run.wait(timeout=900) == 0, (tmp_path / "train.log").read_text()
+        dask.workers[0].send_signal(signal.SIGKILL)
+        assert run.wait(timeout=900) == 0, there.with_suffix(".log").read_text()
     wait_for(lambda: all(tasks_of_newest_run().values()), 30, "the killed task to be told completed by its successor")
     assert len(before) < 40
     assert before.items() <= units(there).items()
-    assert contents(there / "cache") == contents(here / "cache")
+    assert contents(there / "cache") == contents(slow.folder / "here" / "cache")
+
+
+def test_lost_scheduler_is_waited_for(slow):
+    """All of the cluster is killed and started again; the run goes on there with what is not done."""
+    there = slow.place(slow.folder / "lost")
+    with cluster(slow.folder) as dask:
+        run = slow.start(there, dask.address)
+        wait_for(lambda: len(units(there)) >= 6, 120, "some units")
+        before = units(there)
+        dask.kill()
+        dask.start()
+        assert run.wait(timeout=900) == 0, there.with_suffix(".log").read_text()
+    assert "went away; trying again" in there.with_suffix(".log").read_text()
+    assert len(before) < 40
+    assert before.items() <= units(there).items()
+    assert contents(there / "cache") == contents(slow.folder / "here" / "cache")
 
 
 def units(folder: Path) -> dict[str, int]:

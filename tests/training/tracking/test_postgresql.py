@@ -4,20 +4,17 @@ A server of its own is started on a free port. Needs PostgreSQL (Debian: `apt-ge
 `postgresql`, so these tests run only when asked for: `pytest -m extra`.
 """
 
-import os
-import shutil
-import subprocess
 import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from flows.cli.main import main
 from tests.support.corpora import NAME, Project, add_version
+from tests.support.postgresql import PASSWORD, Server, away
 from tests.support.tiny_models import save_full_model
 from tests.training.registry.test_register import TAGS, tracked_run
 from training.errors import MlflowAway
@@ -28,39 +25,7 @@ from training.registry.register import register
 from training.registry.versions import CHAMPION, Registry
 from training.tracking.sync import connect
 
-PASSWORD = "hunter2"
-INSTALLED = sorted(Path("/usr/lib/postgresql").glob("*/bin"))
-PATH = os.pathsep.join([os.environ.get("PATH", ""), *map(str, reversed(INSTALLED))])
-PG_CTL = shutil.which("pg_ctl", path=PATH)
-
 pytestmark = pytest.mark.extra
-
-
-class Server:
-    """A PostgreSQL server of our own; it refuses to run as root, so root gives it to the user `postgres`."""
-
-    def __init__(self, root: Path):
-        assert PG_CTL, "PostgreSQL is not installed"
-        self.data, self.port = root / "data", free_port()
-        self.uri = f"postgresql+psycopg://panda:{PASSWORD}@127.0.0.1:{self.port}/postgres"
-        self.user = "postgres" if os.geteuid() == 0 else None
-        if self.user:
-            shutil.chown(root, self.user)
-        (root / "password").write_text(PASSWORD)
-        self.call("initdb", "-U", "panda", "--auth=scram-sha-256", f"--pwfile={root / 'password'}")
-
-    def call(self, *arguments: str) -> None:
-        command = [PG_CTL, "-D", str(self.data), "-w", "-s", *arguments]
-        if arguments[0] == "initdb":
-            command = [str(Path(PG_CTL).with_name("initdb")), "-D", str(self.data), *arguments[1:]]
-        subprocess.run(command, user=self.user, check=True, stdout=subprocess.DEVNULL, cwd="/")
-
-    def start(self) -> None:
-        self.call("start", "-l", str(self.data / "log"), "-o", f"-p {self.port} -k {self.data} -h 127.0.0.1")
-
-    def kill(self) -> None:
-        """As by a power cut."""
-        self.call("stop", "-m", "immediate")
 
 
 @pytest.fixture(scope="module")
@@ -68,33 +33,23 @@ def server() -> Iterator[Server]:
     with tempfile.TemporaryDirectory(prefix="panda-pg-") as directory:
         server = Server(Path(directory))
         server.start()
-        connect(server.uri).search_experiments()  # makes MLflow's tables
+        connect(server.uri()).search_experiments()  # makes MLflow's tables
         try:
             yield server
         finally:
             server.kill()
 
 
-@contextmanager
-def away(server: Server) -> Iterator[None]:
-    """Killed, and started again."""
-    server.kill()
-    try:
-        yield
-    finally:
-        server.start()
-
-
 def test_champion_and_rollback_and_no_password_anywhere(server, tmp_path, caplog, capsys):
     project = Project(tmp_path, tmp_path / "outputs")
     project.output_dir.mkdir()
-    first = add_version(project, "run-1", 4, uri=server.uri)
-    better = add_version(project, "run-2", 60, uri=server.uri)
+    first = add_version(project, "run-1", 4, uri=server.uri())
+    better = add_version(project, "run-2", 60, uri=server.uri())
     assert first.version.aliases == [CHAMPION] == better.version.aliases and better.verdict["promoted"]
-    models = Registry(server.uri)
+    models = Registry(server.uri())
     assert models.champion(NAME).version == 2 and promotion.rollback(models, NAME)[0].version == 1
     assert (project.output_dir / "mlartifacts").is_dir() and not Path("mlruns").exists()
-    assert main(["models", "--mlflow_tracking_uri", server.uri]) == 0
+    assert main(["models", "--mlflow_tracking_uri", server.uri()]) == 0
     assert f"{NAME}/2" in capsys.readouterr().out
     for path in (project.output_dir / "mlartifacts").rglob("*"):
         assert path.suffix == ".safetensors" or not path.is_file() or PASSWORD.encode() not in path.read_bytes(), path
@@ -107,14 +62,14 @@ def test_a_database_that_is_away_is_waited_for(server, tmp_path, monkeypatch, ca
     run_dir = tmp_path / "outputs" / "run-1"
     run_dir.mkdir(parents=True)
     save_full_model(run_dir / "model")
-    tracked = tracked_run(run_dir, server.uri)
+    tracked = tracked_run(run_dir, server.uri())
     with away(server):
         monkeypatch.setattr(registry, "RETRY_SECONDS", (0,))
         monkeypatch.setattr(registry, "PATIENT_SECONDS", ())
         with pytest.raises(MlflowAway, match="MLflow does not answer"):
-            register(run_dir, tracked.run_id, "panda-tiny", TAGS, server.uri)
+            register(run_dir, tracked.run_id, "panda-tiny", TAGS, server.uri())
     started = time.monotonic()
-    absent = server.uri.replace(str(server.port), str(free_port()))
+    absent = server.uri().replace(str(server.port), str(free_port()))
     assert main(["models", "--mlflow_tracking_uri", absent]) == 2 and time.monotonic() - started < 30
     said = capsys.readouterr().err + caplog.text
     assert "does not answer" in said
@@ -123,5 +78,5 @@ def test_a_database_that_is_away_is_waited_for(server, tmp_path, monkeypatch, ca
     server.kill()
     monkeypatch.setattr(registry, "RETRY_SECONDS", (1, 2, 5, 10))
     threading.Timer(2, server.start).start()
-    version = register(run_dir, tracked.run_id, "panda-tiny", TAGS, server.uri)
-    assert version == register(run_dir, tracked.run_id, "panda-tiny", TAGS, server.uri) and version.version == 1
+    version = register(run_dir, tracked.run_id, "panda-tiny", TAGS, server.uri())
+    assert version == register(run_dir, tracked.run_id, "panda-tiny", TAGS, server.uri()) and version.version == 1
