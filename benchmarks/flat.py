@@ -84,7 +84,8 @@ def _run(folder: Path, number: int) -> None:
     assert state.is_completed(), state
     plans = (folder / "cache" / "plans").iterdir()
     newest = max((path for path in plans if not path.name.startswith(".")), key=lambda path: path.stat().st_mtime)
-    version = add_made_version(folder / "outputs", folder / "cache", number % 200, plan=newest, name=f"run-{number:05}")
+    of_a_byte = 1 + number % 200
+    version = add_made_version(folder / "outputs", folder / "cache", of_a_byte, plan=newest, name=f"run-{number:05}")
     from training.registry.promotion import make_champion
     from training.registry.versions import Registry
 
