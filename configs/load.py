@@ -9,6 +9,7 @@ YAML as Hydra reads it: 3e-4 is a float (a string in plain PyYAML), a key given 
 In: text. Out: plain values. Cost: importing omegaconf, ~0.1 s, once.
 """
 
+import os
 import tempfile
 import typing
 from dataclasses import dataclass
@@ -153,7 +154,7 @@ def _choose_groups(model: Any, preset: Any, problems: list[str]) -> tuple[list[s
     chosen: dict[str, Any] = {}
     if model in names("model"):
         groups.append(f"model={model}")
-    elif "/" in model or Path(model).is_dir() or Path("pretrained-models", model).is_dir():
+    elif "/" in model or any(map(os.path.isdir, (model, f"pretrained-models/{model}"))):  # false for any text
         groups.append(f"model={PATH_MODEL}")
         chosen = {"model": model}
     else:

@@ -17,6 +17,7 @@ from benchmarks.chaos.full_disk import full_disk
 from benchmarks.chaos.goodput import goodput
 from benchmarks.chaos.hostile import bombs, configurations, own_code
 from benchmarks.chaos.kill_cluster import kill_cluster
+from benchmarks.chaos.kill_flow import kill_flow
 from benchmarks.chaos.kill_gc import kill_gc
 from benchmarks.chaos.kill_preparation import kill_preparation
 from benchmarks.chaos.kill_ranks import kill_ranks
@@ -52,6 +53,7 @@ LONG: dict[str, Case] = {
     "clock": clock,
     "little-memory": little_memory,
     "full-disk": full_disk,
+    "kill-flow": kill_flow,
     "kill-cluster": kill_cluster,
     "goodput": goodput,
     "outage": outage,

@@ -103,7 +103,7 @@ def call_flow(parameters: dict[str, Any]) -> Summary:
         from flows.panda_train import panda_train
 
         wait_for_server()
-        with everything_sent():
+        with everything_sent(), server_there():
             state = panda_train(**parameters, return_state=True)
             result: Any = state.result(raise_on_failure=False)
     if state.is_completed():
@@ -111,6 +111,20 @@ def call_flow(parameters: dict[str, Any]) -> Summary:
     if isinstance(result, PandaError):
         raise result
     raise PandaError(f"the run ended as {state.name}: {state.message}")
+
+
+@contextlib.contextmanager
+def server_there() -> Iterator[None]:
+    """A server that goes away for longer than Prefect's client waits is told in a line."""
+    import httpx
+
+    try:
+        yield
+    except httpx.TransportError as error:
+        raise PandaError(
+            f"the Prefect server at {address().url} went away ({error or type(error).__name__}). What is finished is "
+            "kept; when it is there again, the same command goes on, with --resume if it had begun to train"
+        ) from error
 
 
 @contextlib.contextmanager

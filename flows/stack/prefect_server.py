@@ -1,9 +1,10 @@
 """The Prefect server a direct run reports to: the one that is up, or a temporary one of our own.
 
 In: an `Address` (prefect_home.py). Out: address and auth string in the environment. A temporary server starts
-while we import the rest (3 s, 7 s when it creates the database), is light (no UI, no scheduler) and dies with this
-process; its database is the project's, so a server started later shows the run. Every server we start, also that of
-`panda up`, is on loopback, asks for the auth string, and takes nothing from pages of others (flows/stack/guard.py).
+while we import the rest (3 s, 7 s when it creates the database), is light (no UI, no scheduler), is started again when
+something kills it, and dies with this process; its database is the project's, so a server started later shows the run.
+Every server we start, also that of `panda up`, is on loopback, asks for the auth string, and takes nothing from pages
+of others (flows/stack/guard.py).
 Prefect would start one by itself, but later, and when an address is configured it does so with broken events.
 """
 
@@ -15,6 +16,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
 import urllib.request
@@ -32,6 +34,8 @@ CORS = ("PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS", "PREFECT_SERVER_CORS_ALLOWED_
 OTHER_LOGINS = ("PREFECT_API_KEY", "PREFECT_CLIENT_CUSTOM_HEADERS")  # of Prefect Cloud, of a proxy
 START_SECONDS = 300  # 3 are usual; a machine with ten times the work it has cores for needed more than 120
 STOP_SECONDS = 30
+LOOK_SECONDS = 0.5
+MOST_STARTS = 10
 LOG_CHARACTERS = 2000
 TEMPORARY = {
     "PREFECT_UI_ENABLED": "0",
@@ -61,23 +65,60 @@ def connected() -> Iterator[Callable[[], None]]:
         raise ServerError(reason)
     logger.info("%s: starting a temporary one", reason)
     old_database.adopt()
-    listening = socket.create_server((LOOPBACK[0], 0))  # handed on: a port that is let go may be another's
-    temporary = own_address(listening.getsockname()[1])
-    seen_at = {"PREFECT_UI_URL": there.url.removesuffix("/api")}  # where a server started later shows the run
-    with environment(seen_at | temporary.variables()), tempfile.TemporaryFile("w+") as log:
-        with listening:
-            process = subprocess.Popen(
-                [sys.executable, "-m", "flows.stack.prefect_server", *_words(listening)],
-                env={**os.environ, **TEMPORARY, "PYTHONPATH": python_path()},
-                pass_fds=[listening.fileno()],
-                stdout=log,
-                stderr=log,
-                start_new_session=True,  # Ctrl-C is for us: the server has to see the run end
-            )
-        try:
-            yield lambda: wait_for_server(process, temporary.url, log)
-        finally:
-            stop(process)
+    with socket.create_server((LOOPBACK[0], 0)) as listening:
+        temporary = own_address(listening.getsockname()[1])
+        seen_at = {"PREFECT_UI_URL": there.url.removesuffix("/api")}  # where a server started later shows the run
+        with environment(seen_at | temporary.variables()), tempfile.TemporaryFile("w+") as log:
+            server = Temporary(listening, log)
+            try:
+                yield lambda: server.wait_until_up(temporary.url)
+            finally:
+                server.stop()
+
+
+class Temporary:
+    """A light server at a socket that stays ours: while nobody serves it, requests wait there.
+
+    What was being answered when the server was killed, Prefect's client asks again.
+    """
+
+    def __init__(self, listening: socket.socket, log: TextIO):
+        self._listening, self._log = listening, log
+        self._ending = threading.Event()
+        self._keeper = threading.Thread(target=self._keep, daemon=True)
+        self._process = self._start()
+
+    def wait_until_up(self, url: str) -> None:
+        """Until it answers; from then on it is kept."""
+        wait_for_server(self._process, url, self._log)
+        self._keeper.start()
+
+    def stop(self) -> None:
+        self._ending.set()
+        if self._keeper.ident:
+            self._keeper.join()
+        stop(self._process)
+
+    def _start(self) -> subprocess.Popen:
+        return subprocess.Popen(
+            [sys.executable, "-m", "flows.stack.prefect_server", *_words(self._listening)],
+            env={**os.environ, **TEMPORARY, "PYTHONPATH": python_path()},
+            pass_fds=[self._listening.fileno()],
+            stdout=self._log,
+            stderr=self._log,
+            start_new_session=True,  # Ctrl-C is for us: the server has to see the run end
+        )
+
+    def _keep(self) -> None:
+        """It dies with the thread that has started it, so this one lives until the end."""
+        for _ in range(MOST_STARTS):
+            while self._process.poll() is None:
+                if self._ending.wait(LOOK_SECONDS):
+                    return
+            logger.warning("this run's Prefect server died (%s); starting it again", self._process.returncode)
+            self._process = self._start()
+        self._listening.close()  # who asks now gets an answer: nobody is there
+        self._ending.wait()
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -36,6 +36,10 @@ def problems(*argv: str) -> list[str]:
     return caught.value.problems
 
 
+def test_a_model_longer_than_any_path_is_unknown():
+    assert problems("--model", "a" * 5000)[0].startswith("unknown model 'aaa")
+
+
 @pytest.mark.parametrize(
     ("argv", "expected"),
     [

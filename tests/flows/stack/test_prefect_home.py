@@ -6,9 +6,12 @@ import sqlite3
 import subprocess
 import sys
 import tomllib
+import urllib.request
 from contextlib import closing
 from pathlib import Path
+from urllib.parse import urlsplit
 
+import psutil
 import pytest
 
 from configs.settings import PandaSettings
@@ -94,6 +97,27 @@ class TestAuthString:
         assert read["active"] == "a b" and read["profiles"]["other"] == {"X": 1}
         assert read["profiles"]["a b"]["PREFECT_API_KEY"] == 'k"ey'
         assert prefect_home.address().url == "http://127.0.0.1:4300/api" and not prefect_home.address().by_user
+
+
+def test_a_temporary_server_that_is_killed_is_started_again(project):
+    """A request made while nobody is there waits at the socket."""
+    with connected() as wait_until_up:
+        wait_until_up()
+        url = os.environ[URL]
+        server = of_port(urlsplit(url).port)
+        server.kill()
+        server.wait()
+        with urllib.request.urlopen(f"{url}/health", timeout=120) as response:
+            assert response.status == 200
+        again = of_port(urlsplit(url).port)
+        assert again.pid != server.pid
+    assert not again.is_running()
+
+
+def of_port(port: int) -> psutil.Process:
+    """The server that a process of ours is."""
+    words = ["flows.stack.prefect_server", str(port)]
+    return next(child for child in psutil.Process().children() if child.cmdline()[2:4] == words)
 
 
 @pytest.fixture
