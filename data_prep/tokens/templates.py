@@ -140,6 +140,7 @@ def served_template(setting: str | dict[str, Any], tokenizer: LoadedTokenizer) -
 def _segment(text: str, target: bool, special: bool = False) -> Segment:
     if not isinstance(text, str):
         raise TypeError(f"a segment is (text, is_target), and the text a string, not {text!r:.80}")
+    text.encode()  # a lone surrogate is no text for any tokenizer: UnicodeEncodeError
     return Segment(text, bool(target), bool(special))
 
 

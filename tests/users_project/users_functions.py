@@ -46,6 +46,10 @@ def failing(record):
     return [(record[0]["content"], False), (record[1]["content"], True)]
 
 
+def no_text(record):
+    return [("a\ud800", True)]
+
+
 def not_segments(record):
     """A template that yields no text."""
     return [(None, True)]

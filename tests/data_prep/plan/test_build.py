@@ -556,7 +556,11 @@ def test_a_million_examples_are_planned_tightly():
 def test_a_users_template_that_fails_names_the_record(tmp_path, bytes_dir):
     corpus = write_corpus(tmp_path, {"instruction/a.jsonl": pairs(1, 2, 3)})
     records = shard_records(corpus, tmp_path / "cache")
-    for name, message in [("failing", r"a\.jsonl:3: .*KeyError: 'oops'"), ("not_segments", r"a\.jsonl:1: .*not None")]:
+    for name, message in [
+        ("failing", r"a\.jsonl:3: .*KeyError: 'oops'"),
+        ("not_segments", r"a\.jsonl:1: .*not None"),
+        ("no_text", r"a\.jsonl:1: .*surrogates not allowed"),
+    ]:
         settings_ = TokenizeSettings(template={"_target_": f"users_functions.{name}"})
         with pytest.raises(TokenizerError, match=message):
             tokenize_records(records, settings_, bytes_dir, tmp_path / "cache")
