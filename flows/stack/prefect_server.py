@@ -193,16 +193,17 @@ def http_status(url: str, auth_string: str) -> int:
 
 
 def _words(listening: socket.socket) -> list[str]:
-    """Arguments of the child: the port, and the socket that has it already."""
-    return [str(listening.getsockname()[1]), str(listening.fileno())]
+    """Arguments of the child: the port, the socket that has it already, and who we are."""
+    return [str(listening.getsockname()[1]), str(listening.fileno()), str(os.getpid())]
 
 
-def _serve(port: int, listening: int | None = None) -> None:
+def _serve(port: int, listening: int | None = None, parent: int = 0) -> None:
     """The child: end with the parent, whatever ends it.
 
     :param listening: file descriptor of a socket that listens at the port
+    :param parent: pid, where it may be gone by now
     """
-    die_with_parent()
+    die_with_parent(parent=parent)
     own = guard.origins(port, [set_by_user("PREFECT_UI_API_URL") or "", *_allowed_by_user()])
     os.environ.update({SERVER_AUTH_STRING: server_auth_string(), CORS[0]: ",".join(own)})
     import uvicorn

@@ -98,6 +98,7 @@ def start(service: Service, log: Path) -> subprocess.Popen:
     log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     owner = f"{log.parent}:{service.name}"
     end_leftovers(owner)
+    end_with_us = partial(die_with_parent, signal.SIGTERM, os.getpid())
     with open(log, "ab", opener=private) as output:
         return subprocess.Popen(
             service.argv,
@@ -106,7 +107,7 @@ def start(service: Service, log: Path) -> subprocess.Popen:
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=partial(die_with_parent, signal.SIGTERM),  # safe: the owner has one thread  # noqa: PLW1509
+            preexec_fn=end_with_us,  # safe: the owner has one thread  # noqa: PLW1509
         )
 
 

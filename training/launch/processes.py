@@ -20,9 +20,14 @@ PR_SET_PDEATHSIG, PR_SET_CHILD_SUBREAPER = 1, 36
 PORTS_TRIED = 100
 
 
-def die_with_parent(number: int = signal.SIGKILL) -> None:
-    """Have the kernel send this process a signal when its parent dies."""
+def die_with_parent(number: int = signal.SIGKILL, parent: int = 0) -> None:
+    """Have the kernel send this process a signal when its parent dies.
+
+    :param parent: its pid; where it has died before the kernel was asked, the signal comes at once.
+    """
     _prctl(PR_SET_PDEATHSIG, number)
+    if parent and sys.platform == "linux" and os.getppid() != parent:
+        os.kill(os.getpid(), number)
 
 
 def adopt_orphans() -> None:

@@ -21,6 +21,7 @@ import signal
 import subprocess
 import time
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from training.launch.events import Exited, Started
@@ -120,6 +121,7 @@ def supervise(commands: list[dict], grace_seconds: float, control: Control) -> N
 def start(command: dict) -> subprocess.Popen:
     """Start one command in its own session, output to its log; it dies with this process."""
     Path(command["log"]).parent.mkdir(parents=True, exist_ok=True)
+    end_with_us = partial(die_with_parent, signal.SIGKILL, os.getpid())
     with open(command["log"], "ab") as log:
         return subprocess.Popen(
             command["argv"],
@@ -128,7 +130,7 @@ def start(command: dict) -> subprocess.Popen:
             stdout=log,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=die_with_parent,  # safe: this process has one thread  # noqa: PLW1509
+            preexec_fn=end_with_us,  # safe: this process has one thread  # noqa: PLW1509
         )
 
 

@@ -1,5 +1,6 @@
 """Care for processes: who is an orphan, also where the systemd of a session takes orphans in."""
 
+import signal
 import subprocess
 import sys
 
@@ -30,3 +31,10 @@ def test_who_is_an_orphan():
         left.kill()
         adopting.communicate()
     assert not is_alive(left.pid)
+
+
+def test_a_parent_that_died_before_the_kernel_was_asked_is_noticed():
+    ask = "import os; from training.launch.processes import die_with_parent; die_with_parent(parent={}); print('alive')"
+    living = subprocess.run([sys.executable, "-c", ask.format("os.getppid()")], capture_output=True, check=True)
+    gone = subprocess.run([sys.executable, "-c", ask.format("os.getppid() + 1")], capture_output=True, check=False)
+    assert (living.stdout, gone.stdout, gone.returncode) == (b"alive\n", b"", -signal.SIGKILL)
