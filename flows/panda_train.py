@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled
@@ -70,6 +71,8 @@ def panda_train(**parameters: Any) -> State[Any]:
         return finished(early.summary)
     except PandaError as error:
         return flow_states.failed(error)
+    except (httpx.HTTPError, RuntimeError) as error:
+        return flow_states.crashed(error)
 
 
 def finished(summary: Summary) -> State[Any]:

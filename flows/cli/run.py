@@ -116,15 +116,16 @@ def call_flow(parameters: dict[str, Any]) -> Summary:
 @contextlib.contextmanager
 def server_there() -> Iterator[None]:
     """A server that goes away for longer than Prefect's client waits is told in a line."""
-    import httpx
+    from flows.parts.flow_states import of_a_server_that_is_away
 
     try:
         yield
-    except httpx.TransportError as error:
-        raise PandaError(
-            f"the Prefect server at {address().url} went away ({error or type(error).__name__}). What is finished is "
-            "kept; when it is there again, the same command goes on, with --resume if it had begun to train"
-        ) from error
+    except Exception as error:
+        why = of_a_server_that_is_away(error)
+        if not why:
+            raise
+        more = "what is finished is kept; the same command goes on, with --resume if it had begun to train"
+        raise PandaError(f"{why}; {more}") from error
 
 
 @contextlib.contextmanager

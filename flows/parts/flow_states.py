@@ -2,13 +2,15 @@
 
 In: the summary, or the error that ended the run. Out: a state. Names: Completed, Prepared, Stopped, Evaluated,
 SkippedNoNewData, NotApproved (all of type Completed); SkippedStillRunning, Cancelled; UserError, DataError, NonFinite,
-OutOfMemory, LostRank, Infrastructure (of type Failed). Cost: none.
+OutOfMemory, LostRank, Infrastructure (of type Failed); Crashed, which is started again. Cost: none.
 """
 
 from typing import Any
 
+import httpx
 from prefect.client.schemas.objects import State
-from prefect.states import Cancelled, Completed, Failed
+from prefect.settings import get_current_settings
+from prefect.states import Cancelled, Completed, Crashed, Failed
 
 from data_prep.errors import PandaError
 from flows.parts.run_dir import Summary
@@ -49,6 +51,33 @@ def failed(error: PandaError) -> State[Any]:
     if reason is ExitReason.cancelled:
         return Cancelled(message=str(error), data=error)
     return Failed(name=NAMES[reason], message=str(error), data=error)
+
+
+def crashed(error: Exception) -> State[Any]:
+    """Prefect's server was away for longer than its client waits, and the run could not go on without it.
+
+    :raises Exception: ``error``, where it is anything else.
+    """
+    why = of_a_server_that_is_away(error)
+    if not why:
+        raise error
+    return Crashed(message=f"{why}; what is finished is kept")
+
+
+def of_a_server_that_is_away(error: Exception) -> str:
+    """What to say, where an error says that Prefect's server is; else nothing."""
+    away = error if isinstance(error, httpx.HTTPError) else error.__cause__  # of a RuntimeError of Prefect's
+    if not isinstance(away, httpx.HTTPError):
+        return ""
+    if isinstance(away, httpx.HTTPStatusError) and away.response.is_client_error:
+        return ""  # there it is, and says that we are wrong
+    url = get_current_settings().api.url or ""
+    try:
+        of_prefect = bool(url) and str(away.request.url).startswith(url)
+    except RuntimeError:  # it does not know what was asked
+        return ""
+    said = str(away).partition("\n")[0] or type(away).__name__
+    return f"the Prefect server at {url} went away ({said})" if of_prefect else ""
 
 
 def with_outcome(summary: Summary, name: str = "Completed", message: str | None = None) -> Summary:

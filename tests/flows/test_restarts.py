@@ -6,13 +6,16 @@ import sys
 import time
 from datetime import timedelta
 
+import httpx
 import pytest
 from prefect import flow
 from prefect.client.schemas.objects import StateType
 from prefect.events import Event
+from prefect.settings import temporary_settings
 from prefect.states import Cancelling, Crashed, Running
 from prefect.types._datetime import now
 
+from flows.panda_train import panda_train
 from flows.stack.services import HEARTBEAT
 from flows.watch import restarts
 from flows.watch.restarts import RESTARTING, RUN_ID, being_cancelled, end_cancelled, heal, is_heard_of
@@ -39,6 +42,35 @@ def test_a_crash_is_no_end(prefect_client):
     run = crashed(prefect_client)
     heal(prefect_client, run)
     assert prefect_client.read_flow_run(run.id).state.name == RESTARTING
+
+
+def answered(status: int, request: httpx.Request) -> httpx.HTTPStatusError:
+    return httpx.HTTPStatusError(f"{status}", request=request, response=httpx.Response(status))
+
+
+@pytest.mark.parametrize(
+    ("error", "of_prefect", "kind"),
+    [
+        (lambda asked: httpx.ReadTimeout("", request=asked), True, StateType.CRASHED),
+        (lambda asked: httpx.ConnectError("refused", request=asked), True, StateType.CRASHED),
+        (lambda asked: answered(500, asked), True, StateType.CRASHED),
+        (lambda asked: answered(404, asked), True, StateType.FAILED),
+        (lambda asked: httpx.ReadTimeout("", request=asked), False, StateType.FAILED),
+        (lambda _: httpx.ReadTimeout(""), True, StateType.FAILED),
+        (lambda _: RuntimeError("of something else"), True, StateType.FAILED),
+    ],
+)
+def test_a_server_that_is_away_for_too_long_is_a_crash(monkeypatch, prefect_server, error, of_prefect, kind):
+    url = prefect_server.url if of_prefect else "https://models.example"
+
+    def ask(_):
+        raise error(httpx.Request("POST", f"{url}/task_runs/"))
+
+    monkeypatch.setattr(sys.modules["flows.panda_train"], "configure", ask)
+    with temporary_settings(prefect_server.settings):
+        state = panda_train(model="panda-tiny", return_state=True)
+    assert state.type is kind
+    assert ("went away" in state.message) is (kind is StateType.CRASHED)
 
 
 def test_what_a_person_has_cancelled_is_not_started_again(prefect_client):
