@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import shutil
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,7 @@ logger = logging.getLogger(__name__)
 
 AFTER_DATA = ("train", "evaluate", "register", "gate")
 """Stages that go on in a run directory that is there."""
+CLAIM_SECONDS = 60.0  # from its directory to its lock a run needs milliseconds
 NOT_THE_WORK = {
     *("run_name", "resume", "paths", "prepare_workers", "prepare_cluster", "price_per_gpu_hour", "currency"),
     *UnattendedSettings.model_fields,
@@ -185,6 +187,8 @@ def create(settings: PandaSettings) -> RunDir:
         path = _claimed(output, name) if settings.run_name else _free(output, name)
     except OSError as error:
         raise ConfigError([f"output_dir={settings.output_dir!r}: cannot write there ({error.strerror})"]) from None
+    if path is None and _is_abandoned(output / name):
+        path = output / name
     if path is None:
         raise ConfigError(
             [f"run_name={name!r}: {output / name} is there already; choose another name, or go on with it: --resume"]
@@ -214,6 +218,17 @@ def _claimed(output: Path, name: str) -> Path | None:
             return None
         raise
     return path
+
+
+def _is_abandoned(path: Path) -> bool:
+    """Whether who claimed it was killed before the run had a configuration: there is nothing to go on with."""
+    has_begun = (path / run_files.CONFIG).exists() or not (path / run_files.LOGS).is_dir()
+    if has_begun or not ownership.is_free(path):
+        return False
+    owner = ownership.owner_of(path)
+    if owner:
+        return owner.get("host") == socket.gethostname()  # a lock of another machine is not seen here
+    return time.time() - path.stat().st_mtime > CLAIM_SECONDS
 
 
 def as_in_the_run(loaded: Loaded, values: dict[str, Any], overrides: list[str] | None) -> Loaded:

@@ -11,6 +11,7 @@ from configs.errors import ConfigError
 from configs.load import load
 from data_prep.sample import write_sample
 from flows.parts import run_dir
+from training.launch import ownership
 
 AT_ONCE = 8
 
@@ -57,6 +58,23 @@ def test_one_of_several_gets_the_name_they_all_want(tmp_path, empty_before):
     assert len(refused) == AT_ONCE - 1
     assert "is there already; choose another name, or go on with it: --resume" in str(refused[0])
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
+
+
+def test_a_name_whose_run_was_killed_before_it_began_can_be_had_again(tmp_path):
+    """Nobody could go on with it: there is no configuration, and the name would be lost."""
+    settings = load({"output_dir": str(tmp_path), "run_name": "mine"}).settings
+    run = run_dir.create(settings)
+    with ownership.owning(run.path), pytest.raises(ConfigError, match="is there already"):
+        run_dir.create(settings)  # somebody is at work
+    assert run_dir.create(settings).path == run.path
+    (run.path / "owner.json").unlink()
+    with pytest.raises(ConfigError, match="is there already"):
+        run_dir.create(settings)  # somebody may be about to take the lock
+    os.utime(run.path, (0, 0))
+    assert run_dir.create(settings).path == run.path
+    (run.path / "config.yaml").touch()
+    with pytest.raises(ConfigError, match="go on with it: --resume"):
+        run_dir.create(settings)
 
 
 @pytest.mark.usefixtures("as_processes")
