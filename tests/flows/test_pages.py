@@ -23,6 +23,7 @@ from flows.parts.lifetime import begin
 from tasks.reporting import model_markdown
 from tasks.stage import stage
 from tasks.train import losses_in_words
+from tests.support.stack import wait_for
 
 MODEL = {"name": "panda-x", "version": 3, "uri": "models:/panda-x/3", "prompt": "What is `a`?"}
 REPORT = {
@@ -68,8 +69,12 @@ class TestRun:
         state = counting(return_state=True)
         assert state.result() == 1907
         run = state.state_details.flow_run_id
-        tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run]}))
-        assert [(task.name, task.state.message) for task in tasks] == [("count", "1907 records")]
+
+        def told() -> list[tuple[str, str]]:
+            tasks = client.read_task_runs(flow_run_filter=FlowRunFilter(id={"any_": [run]}))
+            return [(task.name, task.state.message) for task in tasks if task.state]
+
+        wait_for(lambda: told() == [("count", "1907 records")], 30, "the server to have recorded how the task ended")
         assert "Finished in state Completed('1907 records')" in logs_of(client, run)
 
     def test_the_configuration_is_composed_once(self, client, monkeypatch):
