@@ -47,6 +47,7 @@ logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = (2, 5, 10, 20, 40)
 PATIENT_SECONDS = (60,) * 60  # after those
+FULL = "disk is full"  # as SQLite says it, also through a server
 SHOWN_CHARS = 200
 FINAL_ERRORS = ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE", "PERMISSION_DENIED")
 SERVED_MODEL = Path(__file__).with_name("served_model.py")
@@ -101,16 +102,19 @@ def _registered(model: "_Model", name: str) -> ModelVersion:
 def with_retries(action: Callable[[], Result], patient: bool = False) -> Result:
     """Run an action that can be repeated, again while MLflow does not answer: for a minute and a half.
 
-    :param patient: for an hour more, where a training that is done would have to wait for the next run.
+    :param patient: for an hour more, where a training that is done would have to wait for the next run; not for room
+        on a disk, which somebody has to make.
     :raises MlflowAway: it did not for longer than that.
     """
-    for seconds in (*RETRY_SECONDS, *(PATIENT_SECONDS if patient else ()), None):
+    for number, seconds in enumerate((*RETRY_SECONDS, *(PATIENT_SECONDS if patient else ()), None)):
         try:
             return action()
         except away_errors() as error:
             said = what_it_says(error, SHOWN_CHARS)
             if getattr(error, "error_code", None) in FINAL_ERRORS:
                 raise
+            if FULL in said and number >= len(RETRY_SECONDS):
+                raise MlflowAway(f"MLflow cannot write ({said}): make room") from error
             if seconds is None:
                 raise MlflowAway(f"MLflow does not answer ({said})") from error
             logger.warning("MLflow does not answer (%s); trying again in %s s", said, seconds)

@@ -473,6 +473,18 @@ def test_what_a_training_has_cost_waits_longer(monkeypatch):
     assert registry.with_retries(answers_at_the_fourth_try, patient=True) == "here"
 
 
+def test_room_on_a_disk_is_not_waited_for_an_hour(monkeypatch):
+    """Somebody has to make it, and is to be told."""
+    monkeypatch.setattr(registry, "RETRY_SECONDS", (0, 0))
+    monkeypatch.setattr(registry, "PATIENT_SECONDS", (3600,))
+
+    def write():
+        raise MlflowException("(sqlite3.OperationalError) database or disk is full [SQL: INSERT INTO runs]")
+
+    with pytest.raises(MlflowAway, match=r"disk is full.*: make room"):
+        registry.with_retries(write, patient=True)
+
+
 @pytest.mark.slow
 def test_a_server_that_dies_in_the_middle_costs_time_only(output_dir, caplog):
     """The server is killed while the model is uploaded, and comes back after five seconds."""
