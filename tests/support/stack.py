@@ -201,10 +201,20 @@ class Stack:
             client.resume_flow_run(flow_run_id, run_input={"approve": approve, "comment": comment})
 
     def question(self, flow_run_id: UUID) -> str:
-        """The text above the form."""
+        """The text above the form, which Prefect writes after the state."""
+        from prefect.exceptions import PrefectHTTPStatusError
+
         with self.client() as client:
             keyset = client.read_flow_run(flow_run_id).state.state_details.run_input_keyset
-            return json.loads(client.read_flow_run_input(flow_run_id, keyset["description"]))
+
+            def text() -> str:
+                try:
+                    return client.read_flow_run_input(flow_run_id, keyset["description"])
+                except PrefectHTTPStatusError:
+                    return ""
+
+            wait_for(text, 30, "the text above the form")
+            return json.loads(text())
 
     def engine(self, flow_run_id: UUID) -> psutil.Process:
         """The process of the flow itself."""
