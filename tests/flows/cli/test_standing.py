@@ -102,8 +102,12 @@ def test_a_champion(project, capsys, empty_database):
 
 
 def test_the_next_run_of_a_schedule(project, capsys, prefect_server, use_prefect_server, prefect_client):
+    from prefect.client.schemas.filters import FlowRunFilter
     from prefect.states import Scheduled
 
+    of_other_tests = FlowRunFilter(state={"type": {"any_": ["SCHEDULED"]}})
+    for run in prefect_client.read_flow_runs(flow_run_filter=of_other_tests):
+        prefect_client.delete_flow_run(run.id)
     flow = prefect_client.create_flow_from_name("waits")
     deployment = prefect_client.create_deployment(flow, "standing")
     soon = datetime.now(UTC) + timedelta(hours=1)
