@@ -34,8 +34,8 @@ def panda_evaluate(**parameters: Any) -> State[Any]:
         run = run_dir.create(settings.model_copy(update={"resume": True}))
         as_trained = read_config(run.path / run_files.CONFIG).settings
         losses = evaluate(run.path, as_trained, _trained(run.path), everything=True)
-    except PandaError as error:
-        return flow_states.failed(error)
+    except flow_states.ERRORS as error:
+        return flow_states.ended_by(error)
     message = ", ".join(f"{source} {loss:.4f}" for source, loss in losses["after"].items())
     said = f"held-out loss: {message}" if message else "no record is held out (validation_fraction)"
     summary: run_dir.Summary = {"run_dir": str(run.path), "losses": losses}

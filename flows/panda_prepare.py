@@ -11,7 +11,6 @@ from prefect.client.schemas.objects import State
 
 from configs.settings import RunSettings
 from data_prep import in_use
-from data_prep.errors import PandaError
 from data_prep.settings import CorpusSettings, PackSettings, TokenizeSettings
 from flows.parts import flow_states
 from flows.parts.flow_states import EarlyExit
@@ -42,8 +41,8 @@ def panda_prepare(**parameters: Any) -> State[Any]:
             prepared = prepare_data(settings, watch)
     except EarlyExit as early:
         return flow_states.completed(early.summary)
-    except PandaError as error:
-        return flow_states.failed(error)
+    except flow_states.ERRORS as error:
+        return flow_states.ended_by(error)
     report = prepared.plan.report
     message = f"{report['rows']:,} rows, {report['target_tokens']:,} target tokens in {prepared.plan.path}"
     summary: Summary = {"data": report, "seconds": watch.seconds}

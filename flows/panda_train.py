@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import httpx
 from prefect.client.schemas.objects import State
 from prefect.runtime import deployment, flow_run
 from prefect.states import Cancelled
@@ -69,10 +68,8 @@ def panda_train(**parameters: Any) -> State[Any]:
             overview.show(early.summary)
         on_early_end(parameters, early.name, str(early))
         return finished(early.summary)
-    except PandaError as error:
-        return flow_states.failed(error)
-    except (httpx.HTTPError, RuntimeError) as error:
-        return flow_states.crashed(error)
+    except flow_states.ERRORS as error:
+        return flow_states.ended_by(error)
 
 
 def finished(summary: Summary) -> State[Any]:

@@ -71,5 +71,5 @@ def _kill_one(draw: random.Random) -> str:
         chosen = draw.choice(flows if draw.random() < 0.5 else alive)
         words = chosen.cmdline()
         chosen.kill()
-        return next((word for word in words if word == FLOW or ("." in word and "/" not in word)), words[0])
+        return next((word for word in words if "." in word and "/" not in word), words[0])
     return ""

@@ -54,6 +54,12 @@ def kill_preparation(seed: int, ground: Path) -> Round:
             found.found("orphaned", f"killed in {stage}: {left}")
     if code := _start(data, tokenizer, cache, workers, mark).wait():
         found.found("lost", f"the same command again ended with {code}")
+    compare(cache, whole, found)
+    return found
+
+
+def compare(cache: Path, whole: Path, found: Round) -> None:
+    """Every byte of a cache beside that of a preparation undisturbed."""
     ours, expected = contents(cache), contents(whole)
     more = sorted(ours.keys() - expected.keys())
     found.expect(not more, "orphaned", f"left over: {more[:3]}")
@@ -61,18 +67,22 @@ def kill_preparation(seed: int, ground: Path) -> Round:
     found.expect(not missing, "lost", f"missing: {sorted(missing)[:3]}")
     other = [name for name in expected.keys() & ours.keys() if ours[name] != expected[name]]
     found.expect(not other, "wrong", f"other bytes: {other[:3]}")
-    return found
+
+
+def write_corpus(data: Path, files: int, records: int) -> None:
+    """So many files of so many short records."""
+    data.mkdir()
+    for number in range(files):
+        made = ({"input": f"question {number} {i}", "target": f"answer {i} " * 12} for i in range(records))
+        (data / f"{number:02}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in made))
 
 
 def _undisturbed(ground: Path) -> tuple[Path, Path, Path]:
     """(corpus, tokenizer, cache of a whole preparation); made once."""
     data, tokenizer, whole = ground / "corpus", ground / "tokenizer-of-bytes", ground / "cache-whole"
     if not whole.exists():
-        data.mkdir()
+        write_corpus(data, FILES, RECORDS)
         save(bytes_core(), tokenizer, bos_token="<s>")
-        for number in range(FILES):
-            records = ({"input": f"question {number} {i}", "target": f"answer {i} " * 12} for i in range(RECORDS))
-            (data / f"{number:02}.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
         assert _start(data, tokenizer, whole, 1, "whole").wait() == 0
     return data, tokenizer, whole
 

@@ -9,7 +9,6 @@ still obeyed, and after `panda down` no process is left. Cost: 20 minutes, most 
 import random
 import socket
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -18,7 +17,7 @@ from urllib.parse import urlsplit
 from benchmarks.chaos.findings import Round
 from benchmarks.chaos.kill_ranks import of_steps
 from benchmarks.chaos.kill_stack import left_alone, processes_of
-from tests.support.postgresql import Server, away
+from tests.support.postgresql import away, running_server
 from tests.support.stack import Stack, wait_for
 from training import run_files
 
@@ -46,24 +45,19 @@ def outage(seed: int, ground: Path) -> Round:
 def postgresql_outage(seed: int, ground: Path) -> Round:
     """PostgreSQL dies as by a power cut in a training, and is started again ten minutes later."""
     draw, found = random.Random(seed), Round()
-    with tempfile.TemporaryDirectory(prefix="panda-pg-") as folder:  # the user `postgres` cannot enter the ground
-        database = Server(Path(folder))
-        database.start()
+    with running_server() as database:
         for name in ("prefect", "mlflow"):
             database.create(name)
         uris = {
             "PREFECT_SERVER_DATABASE_CONNECTION_URL": database.uri("prefect", "asyncpg"),
             "MLFLOW_BACKEND_STORE_URI": database.uri("mlflow"),
         }
-        try:
-            with left_alone(ground / f"postgresql-{seed}", found, **uris) as stack:
-                step = _wait_for_a_step(stack, draw)
-                print(f"    after step {step}: no PostgreSQL", file=sys.stderr, flush=True)
-                with away(database):
-                    time.sleep(SECONDS)
-                found.tried += 1
-        finally:
-            database.kill()
+        with left_alone(ground / f"postgresql-{seed}", found, **uris) as stack:
+            step = _wait_for_a_step(stack, draw)
+            print(f"    after step {step}: no PostgreSQL", file=sys.stderr, flush=True)
+            with away(database):
+                time.sleep(SECONDS)
+            found.tried += 1
     return found
 
 

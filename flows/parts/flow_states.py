@@ -28,6 +28,10 @@ NAMES = {
 }
 
 
+ERRORS = (PandaError, httpx.HTTPError, RuntimeError)
+"""What a flow catches, for `ended_by`."""
+
+
 class EarlyExit(Exception):
     """The run is over before its last stage, and that is no failure: tracking is told so by `report`."""
 
@@ -45,27 +49,29 @@ def reason_of(error: PandaError) -> ExitReason:
     return report.reason if report else reason_of_error(error)
 
 
-def failed(error: PandaError) -> State[Any]:
-    """An error the user is shown as a message: no traceback."""
-    reason = reason_of(error)
-    if reason is ExitReason.cancelled:
-        return Cancelled(message=str(error), data=error)
-    return Failed(name=NAMES[reason], message=str(error), data=error)
-
-
-def crashed(error: Exception) -> State[Any]:
-    """Prefect's server was away for longer than its client waits, and the run could not go on without it.
+def ended_by(error: Exception) -> State[Any]:
+    """One of `ERRORS` as a state: no traceback for what the user can mend, a crash where Prefect's server was away.
 
     :raises Exception: ``error``, where it is anything else.
     """
+    if isinstance(error, PandaError):
+        return failed(error)
     why = of_a_server_that_is_away(error)
     if not why:
         raise error
     return Crashed(message=f"{why}; what is finished is kept")
 
 
+def failed(error: PandaError) -> State[Any]:
+    """An error the user is shown as a message."""
+    reason = reason_of(error)
+    if reason is ExitReason.cancelled:
+        return Cancelled(message=str(error), data=error)
+    return Failed(name=NAMES[reason], message=str(error), data=error)
+
+
 def of_a_server_that_is_away(error: Exception) -> str:
-    """What to say, where an error says that Prefect's server is; else nothing."""
+    """What to say, where an error says that Prefect's server was, for longer than its client waits; else nothing."""
     away = error if isinstance(error, httpx.HTTPError) else error.__cause__  # of a RuntimeError of Prefect's
     if not isinstance(away, httpx.HTTPError):
         return ""

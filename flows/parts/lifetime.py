@@ -6,7 +6,6 @@ In: nothing. Out: nothing. Cost: one system call.
 import logging
 import os
 import signal
-import sys
 
 from data_prep.errors import PandaError
 from training.launch.processes import die_with_parent
@@ -44,9 +43,5 @@ def end_with_worker() -> None:
 
     Without this it would go on alone, and nobody could cancel it. A run of `python train.py` belongs to its terminal.
     """
-    if "PREFECT__FLOW_RUN_ID" not in os.environ or not sys.platform.startswith("linux"):
-        return
-    parent = os.getppid()
-    die_with_parent(signal.SIGTERM)
-    if os.getppid() != parent:  # it died in between
-        os.kill(os.getpid(), signal.SIGTERM)
+    if "PREFECT__FLOW_RUN_ID" in os.environ:
+        die_with_parent(signal.SIGTERM, os.getppid())

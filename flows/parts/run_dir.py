@@ -12,7 +12,6 @@ import json
 import logging
 import os
 import shutil
-import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -227,7 +226,7 @@ def _is_abandoned(path: Path) -> bool:
         return False
     owner = ownership.owner_of(path)
     if owner:
-        return owner.get("host") == socket.gethostname()  # a lock of another machine is not seen here
+        return ownership.is_here(owner)
     return time.time() - path.stat().st_mtime > CLAIM_SECONDS
 
 

@@ -15,6 +15,8 @@ from prefect.settings import temporary_settings
 from prefect.states import Cancelling, Crashed, Running
 from prefect.types._datetime import now
 
+from flows.panda_evaluate import panda_evaluate
+from flows.panda_prepare import panda_prepare
 from flows.panda_train import panda_train
 from flows.stack.services import HEARTBEAT
 from flows.watch import restarts
@@ -66,11 +68,12 @@ def test_a_server_that_is_away_for_too_long_is_a_crash(monkeypatch, prefect_serv
     def ask(_):
         raise error(httpx.Request("POST", f"{url}/task_runs/"))
 
-    monkeypatch.setattr(sys.modules["flows.panda_train"], "configure", ask)
-    with temporary_settings(prefect_server.settings):
-        state = panda_train(model="panda-tiny", return_state=True)
-    assert state.type is kind
-    assert ("went away" in state.message) is (kind is StateType.CRASHED)
+    for one, name in ((panda_train, "configure"), (panda_prepare, "configure"), (panda_evaluate, "read")):
+        monkeypatch.setattr(sys.modules[one.fn.__module__], name, ask)
+        with temporary_settings(prefect_server.settings):
+            state = one(return_state=True)
+        assert state.type is kind
+        assert ("went away" in state.message) is (kind is StateType.CRASHED)
 
 
 def test_what_a_person_has_cancelled_is_not_started_again(prefect_client):

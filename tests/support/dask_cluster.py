@@ -40,8 +40,8 @@ class Cluster:
         self.workers += added
 
     def kill(self) -> None:
-        """All that is left of it."""
-        for process in [*self.workers, self.scheduler]:
+        """All that is left of it; the scheduler first, which then gives the workers' batches to nobody."""
+        for process in [self.scheduler, *self.workers]:
             process.kill()
             process.wait()
 

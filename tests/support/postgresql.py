@@ -6,6 +6,7 @@ In: an empty folder. Out: its address, with a password; it can be killed and sta
 import os
 import shutil
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,18 @@ class Server:
     def kill(self) -> None:
         """As by a power cut."""
         self.call("stop", "-m", "immediate")
+
+
+@contextmanager
+def running_server() -> Iterator[Server]:
+    """One that lives inside; not below pytest's folders, which the user `postgres` cannot enter."""
+    with tempfile.TemporaryDirectory(prefix="panda-pg-") as folder:
+        server = Server(Path(folder))
+        server.start()
+        try:
+            yield server
+        finally:
+            server.kill()
 
 
 @contextmanager

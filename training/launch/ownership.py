@@ -95,6 +95,11 @@ def owner_of(run_dir: Path) -> Owner:
     return cast(Owner, content) if isinstance(content, dict) else {}
 
 
+def is_here(owner: Owner) -> bool:
+    """Whether the owner is of this machine, whose locks and processes are seen."""
+    return owner.get("host") == socket.gethostname()
+
+
 def is_free(run_dir: Path) -> bool:
     """Whether no process of this machine holds the lock."""
     try:
@@ -112,8 +117,7 @@ def _lock(descriptor: int, run_dir: Path) -> None:
     until, said = time.monotonic() + PATIENCE_SECONDS, False
     while not try_lock(descriptor):
         owner = owner_of(run_dir)
-        here = owner.get("host") == socket.gethostname()
-        if not here or is_alive(int(owner.get("pid", 0))) or time.monotonic() > until:
+        if not is_here(owner) or is_alive(int(owner.get("pid", 0))) or time.monotonic() > until:
             raise NotOwner(f"{run_dir}: {_who(owner)} is at work there; wait for its end, or end it first")
         if not said:
             logger.info("%s: waiting for the end of what a killed run has left there", run_dir.name)

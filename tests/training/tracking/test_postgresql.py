@@ -4,7 +4,6 @@ A server of its own is started on a free port. Needs PostgreSQL (Debian: `apt-ge
 `postgresql`, so these tests run only when asked for: `pytest -m extra`.
 """
 
-import tempfile
 import threading
 import time
 from collections.abc import Iterator
@@ -14,7 +13,7 @@ import pytest
 
 from flows.cli.main import main
 from tests.support.corpora import NAME, Project, add_version
-from tests.support.postgresql import PASSWORD, Server, away
+from tests.support.postgresql import PASSWORD, Server, away, running_server
 from tests.support.tiny_models import save_full_model
 from tests.training.registry.test_register import TAGS, tracked_run
 from training.errors import MlflowAway
@@ -30,14 +29,9 @@ pytestmark = pytest.mark.extra
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Server]:
-    with tempfile.TemporaryDirectory(prefix="panda-pg-") as directory:
-        server = Server(Path(directory))
-        server.start()
+    with running_server() as server:
         connect(server.uri()).search_experiments()  # makes MLflow's tables
-        try:
-            yield server
-        finally:
-            server.kill()
+        yield server
 
 
 def test_champion_and_rollback_and_no_password_anywhere(server, tmp_path, caplog, capsys):
