@@ -1,8 +1,9 @@
 """What the ranks say to whoever launched them, and the supervisor to the launcher: every event and its fields.
 
-In: an event. Out: a line `PANDA {json}` on stdout, which goes to the log of the rank; or the event of such a line. pdsh
-prefixes lines with `host: `; that is understood. Events are plain mappings whose types say what is in them; one that
-this code does not know (a worker of another's, a test) passes through as it is. Cost: one write.
+In: an event. Out: a line `PANDA {json}` on stdout, which goes to the log of the rank; or the event of such a line. The
+ranks of a machine may share a log, where another one (or C code) has perhaps begun a line and not ended it: an event
+begins one of its own. pdsh prefixes lines with `host: `; that is understood. Events are plain mappings whose types say
+what is in them; one that this code does not know (a worker of another's, a test) passes through. Cost: one write.
 """
 
 import json
@@ -134,8 +135,8 @@ def training_done(summary: Mapping[str, Any]) -> Done:
 
 
 def emit(event: Event) -> None:
-    """Print one event, in one write so that lines of several ranks never mix."""
-    sys.stdout.write(f"{PREFIX}{json.dumps(event, ensure_ascii=False, default=str)}\n")
+    """Print one event, in one write and on a line of its own, so that what several ranks write never mixes with it."""
+    sys.stdout.write(f"\n{PREFIX}{json.dumps(event, ensure_ascii=False, default=str)}\n")
     sys.stdout.flush()
 
 

@@ -230,11 +230,13 @@ def read_facts(attempt: Attempt, supervisor: subprocess.Popen) -> bool:
 
 
 def relay(attempt: Attempt, watchdog: Watchdog, listener: Listener) -> int:
-    """Pass on what the logs say that is new; returns the number of lines."""
-    num_lines = 0
+    """Pass on what the logs say that is new; returns the number of bytes."""
+    num_bytes = 0
     for name, tail in attempt.tails.items():
-        for line in tail.new_lines():
-            num_lines += 1
+        num_bytes -= tail.offset
+        lines = tail.new_lines()
+        num_bytes += tail.offset
+        for line in lines:
             event = event_of(line)
             if event is None:
                 listener.on_log(f"[{name}] {line}")
@@ -244,7 +246,7 @@ def relay(attempt: Attempt, watchdog: Watchdog, listener: Listener) -> int:
                 attempt.last_words.append((name, event))
             else:
                 listener.on_event(event)
-    return num_lines
+    return num_bytes
 
 
 def tell_last_words(attempt: Attempt, on_log: Callable[[str], None]) -> None:

@@ -31,7 +31,7 @@ class LogTail:
         self.rest = b""
 
     def new_lines(self) -> list[str]:
-        """Complete lines written since the last call (the first READ_BYTES of them)."""
+        """Complete lines written since the last call (the first READ_BYTES of them), without the empty ones."""
         if not self.path.exists():
             return []
         with open(self.path, "rb") as file:
@@ -39,7 +39,8 @@ class LogTail:
             data = file.read(READ_BYTES)
         self.offset += len(data)
         *lines, self.rest = (self.rest + data).split(b"\n")
-        return [line.decode("utf-8", "replace").rstrip("\r") for line in lines]
+        decoded = (line.decode("utf-8", "replace").rstrip("\r") for line in lines)
+        return [line for line in decoded if line]
 
     def text(self, since: int | None = None) -> str:
         """What the log says from an offset (default: of this start) on, without events; the last READ_BYTES of it."""
@@ -49,7 +50,7 @@ class LogTail:
         with open(self.path, "rb") as file:
             file.seek(max(first, self.path.stat().st_size - READ_BYTES))
             lines = file.read().decode("utf-8", "replace").splitlines()
-        return "\n".join(line for line in lines if event_of(line) is None)
+        return "\n".join(line for line in lines if line and event_of(line) is None)
 
 
 def traceback_of(text: str) -> str:

@@ -70,6 +70,12 @@ def test_completed(tmp_path):
     assert "step 2 of rank 0" in (tmp_path / "logs" / "rank-0.log").read_text()
 
 
+def test_events_are_found_behind_lines_that_others_have_begun(tmp_path):
+    _, events, lines = run(tmp_path, {0: "begin_lines", 1: "begin_lines"})
+    assert sum(event["event"] == "step" for event in events) == 6
+    assert lines.count("[rank-0] half a line") == 3 and "[rank-0] " not in lines
+
+
 @pytest.mark.parametrize("other", ["ignore_sigterm", "spawn_daemons", "crash_as_peer"])
 def test_the_traceback_of_the_rank_that_failed_is_shown_at_once(tmp_path, other):
     report, _, _ = run(tmp_path, {0: other, 1: "crash"}, stop_deadline_seconds=60)
@@ -221,7 +227,7 @@ def test_a_flood_of_lines_is_limited_in_the_log_but_not_in_the_file(tmp_path):
     report, _, lines = run(tmp_path, {0: "talk_a_lot"})
     assert report.reason is ExitReason.completed
     assert len(lines) < 300 and any("left out" in line for line in lines)
-    assert (tmp_path / "logs" / "rank-0.log").read_text().count("\n") == 20_001
+    assert (tmp_path / "logs" / "rank-0.log").read_text().count("line ") == 20_000
 
 
 def test_a_second_start_shows_only_its_own_lines(tmp_path):
