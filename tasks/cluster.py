@@ -75,20 +75,24 @@ def _submitted(address: str, function: Callable[..., Any], calls: Calls) -> Iter
     :raises concurrent.futures.CancelledError: the connection to the scheduler is lost.
     """
     with _connected(address) as (runner, num_workers):
+        from distributed.client import ClosedClientError
+        from distributed.comm import CommClosedError
         from distributed.scheduler import KilledWorker
 
         stage = function.__module__.rpartition(".")[2]
         batches = _batches(calls, BATCHES_PER_WORKER * num_workers)
         named = [f"{stage}: batch {number + 1} of {len(batches)}" for number in range(len(batches))]
-        futures = [
-            runner.submit(
-                make_batch.with_options(task_run_name=name), {"work": partial(_make, os.getcwd(), function, batch)}
-            )
-            for name, batch in zip(named, batches, strict=True)
-        ]
         try:
+            futures = [
+                runner.submit(
+                    make_batch.with_options(task_run_name=name), {"work": partial(_make, os.getcwd(), function, batch)}
+                )
+                for name, batch in zip(named, batches, strict=True)
+            ]
             for future in as_completed(futures):
                 yield from future.result()
+        except (CommClosedError, ClosedClientError) as error:  # it went while something was asked of it
+            raise CancelledError(str(error)) from error
         except KilledWorker as error:
             raise StoreError(f"Workers died again and again at the same batch (out of memory?): {error}") from error
 

@@ -2,10 +2,10 @@
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,7 @@ from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary
 
 from data_prep import store
 from tests.support import warm
-from tests.support.dask_cluster import cluster
+from tests.support.dask_cluster import Cluster, cluster
 from tests.support.stack import ROOT, wait_for
 from training.launch.processes import free_port
 
@@ -111,16 +111,28 @@ class Slow:
     corpus: Path
     reader = '{"_target_": "slow_reader.read"}'
 
-    def start(self, there: Path, address: str) -> subprocess.Popen:
-        command, env = train_up_to_the_plan(there, self.corpus, reader=self.reader, prepare_cluster=address)
-        with there.with_suffix(".log").open("w") as log:
-            return subprocess.Popen(command, cwd=there, env=env, stdout=log, stderr=log)
-
-    def place(self, there: Path) -> Path:
+    def place(self, name: str) -> Path:
+        there = self.folder / name
         there.mkdir()
         (there / "slow_reader.py").symlink_to(self.folder / "slow_reader.py")
         (there / "panda.toml").write_text('allowed_targets = ["slow_reader"]')  # workers find it by PYTHONPATH
         return there
+
+    def disturbed(self, name: str, disturb: Callable[[Cluster], None]) -> str:
+        """What a run on a cluster has logged to which something is done when it has made a few units."""
+        there, log = self.place(name), self.folder / f"{name}.log"
+        with cluster(self.folder) as dask:
+            command, env = train_up_to_the_plan(there, self.corpus, reader=self.reader, prepare_cluster=dask.address)
+            with log.open("w") as file:
+                run = subprocess.Popen(command, cwd=there, env=env, stdout=file, stderr=file)
+            wait_for(lambda: len(units(there)) >= 6, 120, "some units")
+            before = units(there)
+            disturb(dask)
+            assert run.wait(timeout=900) == 0, log.read_text()
+        assert len(before) < 40
+        assert before.items() <= units(there).items()
+        assert contents(there / "cache") == contents(self.folder / "here" / "cache")
+        return log.read_text()
 
 
 @pytest.fixture(scope="module")
@@ -131,39 +143,24 @@ def slow(tmp_path_factory) -> Slow:
     for number in range(40):
         write_records(slow.corpus / f"{number:02}.jsonl", number, 50)
     (folder / "slow_reader.py").write_text(SLOW_READER)
-    prepared(slow.place(folder / "here"), slow.corpus, reader=slow.reader)
+    prepared(slow.place("here"), slow.corpus, reader=slow.reader)
     return slow
 
 
 def test_killed_worker_loses_nothing(slow):
     """One of two is killed with -9 in the middle of a batch; what it had finished is kept, the other goes on."""
-    there = slow.place(slow.folder / "there")
-    with cluster(slow.folder) as dask:
-        run = slow.start(there, dask.address)
-        wait_for(lambda: len(units(there)) >= 6, 120, "some units")
-        before = units(there)
-        dask.workers[0].send_signal(signal.SIGKILL)
-        assert run.wait(timeout=900) == 0, there.with_suffix(".log").read_text()
+    slow.disturbed("there", lambda dask: dask.workers[0].kill())
     wait_for(lambda: all(tasks_of_newest_run().values()), 30, "the killed task to be told completed by its successor")
-    assert len(before) < 40
-    assert before.items() <= units(there).items()
-    assert contents(there / "cache") == contents(slow.folder / "here" / "cache")
 
 
 def test_lost_scheduler_is_waited_for(slow):
     """All of the cluster is killed and started again; the run goes on there with what is not done."""
-    there = slow.place(slow.folder / "lost")
-    with cluster(slow.folder) as dask:
-        run = slow.start(there, dask.address)
-        wait_for(lambda: len(units(there)) >= 6, 120, "some units")
-        before = units(there)
+
+    def kill_and_start(dask: Cluster) -> None:
         dask.kill()
         dask.start()
-        assert run.wait(timeout=900) == 0, there.with_suffix(".log").read_text()
-    assert "went away; trying again" in there.with_suffix(".log").read_text()
-    assert len(before) < 40
-    assert before.items() <= units(there).items()
-    assert contents(there / "cache") == contents(slow.folder / "here" / "cache")
+
+    assert "went away; trying again" in slow.disturbed("lost", kill_and_start)
 
 
 def units(folder: Path) -> dict[str, int]:
