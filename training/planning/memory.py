@@ -63,17 +63,27 @@ def stage_of(settings: TrainSettings) -> int:
     return settings.zero_stage if settings.strategy == "deepspeed" else -1
 
 
-def _frozen_bytes(shape: ModelShape, hardware: Hardware) -> float:
+def _frozen_bytes(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> float:
     frozen = shape.parameters - shape.trainable - shape.quantised
-    dequantised = shape.largest_matrix * hardware.element_bytes if shape.quantised else 0
+    dequantised = _dequantised(shape, settings) * hardware.element_bytes
     return frozen * hardware.element_bytes + shape.quantised * NF4_BYTES + dequantised
 
 
-def _sharded_bytes(shape: ModelShape, hardware: Hardware, element: int) -> float:
+def _dequantised(shape: ModelShape, settings: TrainSettings) -> int:
+    """4-bit weights that are unpacked at the peak: a matrix; of DoRA with dropout, which multiplies by them once more
+    than bitsandbytes does, those of all layers whose activations are alive."""
+    if not shape.quantised:
+        return 0
+    if settings.use_dora and settings.lora_dropout:
+        return shape.quantised // (shape.num_layers if settings.gradient_checkpointing else 1)
+    return shape.largest_matrix
+
+
+def _sharded_bytes(shape: ModelShape, settings: TrainSettings, hardware: Hardware, element: int) -> float:
     """Frozen weights of a rank that shards them; the constants of 4-bit ones and an unpacked matrix are whole."""
     frozen = (shape.parameters - shape.trainable - shape.quantised) * element + shape.quantised * 0.5
     constants = shape.quantised * (NF4_BYTES - 0.5)
-    dequantised = shape.largest_matrix * hardware.element_bytes if shape.quantised else 0
+    dequantised = _dequantised(shape, settings) * hardware.element_bytes
     return frozen / hardware.ranks + constants + dequantised
 
 
@@ -90,7 +100,7 @@ def _plain(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> di
     autocast = trainable * 2 if hardware.bf16 else 0
     reduced = min(trainable, REDUCE_BUCKET_ELEMENTS) * FLOAT32 if hardware.ranks > 1 else 0
     return {
-        "weights": _frozen_bytes(shape, hardware) + trainable * FLOAT32 + autocast,
+        "weights": _frozen_bytes(shape, settings, hardware) + trainable * FLOAT32 + autocast,
         "gradients": trainable * FLOAT32,
         "optimizer": trainable * state_bytes(settings),
         "engine": reduced,
@@ -108,7 +118,7 @@ def _zero12(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> d
         min(trainable, REDUCE_BUCKET_ELEMENTS) if hardware.is_gpu else 0
     )  # on a CPU its pages replace freed gradients
     return {
-        "weights": _frozen_bytes(shape, hardware) + trainable * element,
+        "weights": _frozen_bytes(shape, settings, hardware) + trainable * element,
         "gradients": gradients,
         "optimizer": share * (FLOAT32 + state_bytes(settings)) * on_rank,
         "engine": bucket * FLOAT32,
@@ -119,7 +129,7 @@ def _zero3(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> di
     """ZeRO 3: everything sharded; some gathered weights alive at any moment."""
     element = hardware.element_bytes
     share = shape.trainable / hardware.ranks
-    weights = _sharded_bytes(shape, hardware, element) + share * element
+    weights = _sharded_bytes(shape, settings, hardware, element) + share * element
     on_rank = 0 if settings.offload_optimizer else 1
     bucket = min(shape.trainable, REDUCE_BUCKET_ELEMENTS)
     copies = 1 if hardware.is_gpu else 2  # gloo scatters from copies
@@ -136,7 +146,7 @@ def _fsdp(shape: ModelShape, settings: TrainSettings, hardware: Hardware) -> dic
     """FSDP2: float32 shards; two layers gathered in the type that is computed in, and one layer's whole gradient."""
     trained = shape.trainable / hardware.ranks
     return {
-        "weights": _sharded_bytes(shape, hardware, FLOAT32) + trained * FLOAT32,
+        "weights": _sharded_bytes(shape, settings, hardware, FLOAT32) + trained * FLOAT32,
         "gradients": trained * FLOAT32,
         "optimizer": trained * state_bytes(settings),
         "engine": 3 * max(shape.largest_layer, shape.vocabulary * shape.hidden_size) * hardware.element_bytes,

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +68,7 @@ def measure(
         quantised = _linear_parameters(model) if settings.use_quant else 0
         if settings.use_lora:
             model = add_adapter(model, settings, rows=range(len(settings.add_tokens or ())))
-            if settings.strategy == "deepspeed" and settings.zero_stage:  # which casts the whole module
+            if settings.strategy == "fsdp" or settings.zero_stage:  # which compute with adapters in the model's type
                 model.to(dtype)
         causal: Any = causal_model(model)
         saved = _saved_by_autograd(model, num_tokens)
@@ -98,24 +99,33 @@ def kernel_of(settings: TrainSettings, config: PreTrainedConfig) -> str:
 
 
 def _saved_by_autograd(model: Any, num_tokens: int) -> int:
-    """Bytes of the distinct tensors that autograd saves of the decoder's forward pass, parameters apart."""
+    """Bytes of the distinct tensors that autograd holds after the decoder's forward pass, parameters apart."""
     own = {_identity(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    kept: dict[int, Tensor] = {}
+    held: WeakSet[_Saved] = WeakSet()  # without what autograd has let go of again, as of a graph that was detached
 
-    def pack(tensor: Tensor) -> Tensor:
-        if _identity(tensor) not in own:
-            kept.setdefault(_identity(tensor), tensor)  # kept alive: identities are not used again
-        return tensor
+    def pack(tensor: Tensor) -> _Saved:
+        saved = _Saved(tensor)
+        held.add(saved)
+        return saved
 
     ids = torch.zeros(1, num_tokens, dtype=torch.long)
     positions = torch.zeros(1, num_tokens, dtype=torch.long)
     model.train()
     if not any(parameter.requires_grad for parameter in model.get_input_embeddings().parameters()):
         model.get_input_embeddings().register_forward_hook(lambda *call: call[-1].requires_grad_())
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda saved: saved.tensor):
         causal: Any = causal_model(model)
-        causal.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+        output = causal.get_decoder()(input_ids=ids, position_ids=positions, use_cache=False)
+    sizes = {_identity(saved.tensor): saved.tensor.untyped_storage().nbytes() for saved in held}
+    del output  # which holds the graph
+    return sum(size for identity, size in sizes.items() if identity not in own)
+
+
+@dataclass(frozen=True, eq=False)
+class _Saved:
+    """A tensor for as long as autograd wants it."""
+
+    tensor: Tensor
 
 
 def _identity(tensor: Tensor) -> int:

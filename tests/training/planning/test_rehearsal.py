@@ -3,11 +3,15 @@
 import json
 
 import pytest
+import torch
 
 from tests.support.tallied import write_tallied_run
 from tests.support.tiny import logs, start, wait
 from tests.support.tiny_models import save_full_model
 from training.launch.run_config import read_config
+from training.planning.hardware import Hardware
+from training.planning.memory import estimate
+from training.planning.model_shape import config_from, measure
 from training.planning.rehearsal import rehearse
 from training.planning.rehearsal_job import PlayedPhase, Rehearsal
 from training.settings import TrainSettings
@@ -61,3 +65,29 @@ def test_what_is_trained_decides_what_is_held_saved_and_sent():
     gathered = parameters * 2 * 3 / 4  # of bfloat16 weights, forward and backward, in each micro-batch
     reduced = parameters * 4 * 3 / 4
     assert full["step"].sent == pytest.approx(2 * (2 * gathered + reduced), rel=0.15)
+
+
+WAYS = {
+    "full": {},
+    "LoRA": {"use_lora": True},
+    "DoRA": {"use_lora": True, "use_dora": True},
+    "DoRA, 4 bits": {"use_lora": True, "use_dora": True, "use_quant": True},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", WAYS)
+def test_the_formula_knows_the_activations_that_are_played(way):
+    """What gradient checkpointing frees is found apart from all else: both by the formula and by a played step."""
+    architecture = {
+        "model_type": "llama", "hidden_size": 1024, "intermediate_size": 2816, "num_hidden_layers": 8,
+        "num_attention_heads": 16, "vocab_size": 8192,
+    }  # fmt: skip
+    common = {"architecture": architecture, "precision": "bf16", "strategy": "fsdp", **ROWS, **WAYS[way]}
+    told, needed = [], []
+    for checkpointing in (False, True):
+        settings = TrainSettings(**common, gradient_checkpointing=checkpointing)
+        needed.append(played(settings, ranks=4, is_gpu=True)["step"].peak)
+        shape = measure(config_from(None, architecture), settings, 64, torch.bfloat16, packed=False)
+        told.append(estimate(shape, settings, Hardware(4, is_gpu=True, bf16=True)).total)
+    assert told[0] - told[1] == pytest.approx(needed[0] - needed[1], rel=0.2)
