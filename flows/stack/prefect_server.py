@@ -89,8 +89,16 @@ class Temporary:
         self._process = self._start()
 
     def wait_until_up(self, url: str) -> None:
-        """Until it answers; from then on it is kept."""
-        wait_for_server(self._process, url, self._log)
+        """Until it answers, started again where it is killed before; from then on it is kept."""
+        for left in reversed(range(MOST_STARTS)):
+            try:
+                wait_for_server(self._process, url, self._log)
+                break
+            except ServerError:
+                was_killed = self._process.returncode is not None and self._process.returncode < 0
+                if not (was_killed and left):
+                    raise
+            self._start_again()
         self._keeper.start()
 
     def stop(self) -> None:
@@ -109,14 +117,17 @@ class Temporary:
             start_new_session=True,  # Ctrl-C is for us: the server has to see the run end
         )
 
+    def _start_again(self) -> None:
+        logger.warning("this run's Prefect server died (%s); starting it again", self._process.returncode)
+        self._process = self._start()
+
     def _keep(self) -> None:
         """It dies with the thread that has started it, so this one lives until the end."""
         for _ in range(MOST_STARTS):
             while self._process.poll() is None:
                 if self._ending.wait(LOOK_SECONDS):
                     return
-            logger.warning("this run's Prefect server died (%s); starting it again", self._process.returncode)
-            self._process = self._start()
+            self._start_again()
         self._listening.close()  # who asks now gets an answer: nobody is there
         self._ending.wait()
 

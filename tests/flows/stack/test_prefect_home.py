@@ -99,13 +99,17 @@ class TestAuthString:
         assert prefect_home.address().url == "http://127.0.0.1:4300/api" and not prefect_home.address().by_user
 
 
-def test_a_temporary_server_that_is_killed_is_started_again(project):
+@pytest.mark.parametrize("is_up", [True, False])
+def test_a_temporary_server_that_is_killed_is_started_again(project, is_up):
     """A request made while nobody is there waits at the socket."""
     with connected() as wait_until_up:
-        wait_until_up()
+        if is_up:
+            wait_until_up()
         url = os.environ[URL]
         server = of_port(urlsplit(url).port)
         server.kill()
+        if not is_up:
+            wait_until_up()
         server.wait()
         with urllib.request.urlopen(f"{url}/health", timeout=120) as response:
             assert response.status == 200
