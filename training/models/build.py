@@ -69,7 +69,7 @@ def empty_model(
     rows = ids_of(load_tokenizer(Path(tokenizer_dir)).core, settings.add_tokens) if settings.add_tokens else []
     model = add_adapter(causal, settings, values, rows) if settings.use_lora else causal
     if settings.gradient_checkpointing:
-        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        causal.activation_checkpointing_enable({"use_reentrant": False})
     return model.train(), values
 
 

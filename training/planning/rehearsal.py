@@ -146,7 +146,7 @@ def _model(settings: TrainSettings, wanted: Rehearsal, ranks: Ranks) -> nn.Modul
         if settings.use_quant:
             _quantise(model, causal)
     if settings.gradient_checkpointing:
-        causal.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        causal.activation_checkpointing_enable({"use_reentrant": False})
     return model
 
 
