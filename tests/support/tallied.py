@@ -19,7 +19,7 @@ from typing import Any
 from tests.support.plans import example, write_plan
 from tests.support.tiny import write_run
 
-NUM_ROWS = 16
+NUM_ROWS, NUM_VALIDATION = 16, 8
 
 
 def full_rows(root: Path, num_tokens: int, num_segments: int, num_rows: int = NUM_ROWS) -> Path:
@@ -27,7 +27,7 @@ def full_rows(root: Path, num_tokens: int, num_segments: int, num_rows: int = NU
     length = num_tokens // num_segments
     examples = [example([3], [4 + (i + j) % 40 for j in range(length - 1)]) for i in range(8)]
     rows = [[((row + i) % 8, 0, length) for i in range(num_segments)] for row in range(num_rows)]
-    return write_plan(root, examples, max_seq_length=num_tokens, rows=rows, validation=rows[:8])
+    return write_plan(root, examples, max_seq_length=num_tokens, rows=rows, validation=rows[:NUM_VALIDATION])
 
 
 def write_tallied_run(root: Path, name: str, model_dir: Path, num_tokens: int, num_segments: int, **settings) -> Path:
