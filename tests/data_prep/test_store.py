@@ -87,10 +87,11 @@ def test_a_damaged_manifest_is_named_and_rebuilt(tmp_path, damage):
     assert store.build(tmp_path, "f00", write_hello).reused
 
 
-def test_a_changed_count_in_the_manifest_is_found(tmp_path):
+@pytest.mark.parametrize("change", [{"rows": 3}, {"files": {"b.txt": {"bytes": 5, "xxh3": "0" * 32}}}])
+def test_a_changed_value_in_the_manifest_is_found_and_no_file_is_blamed(tmp_path, change):
     path = store.build(tmp_path, "f00", write_hello).path
     manifest = json.loads((path / "manifest.json").read_text())
-    (path / "manifest.json").write_text(json.dumps({**manifest, "rows": 3}))
+    (path / "manifest.json").write_text(json.dumps({**manifest, **change}))
     assert store.verify(path) == ["manifest.json"]
 
 
