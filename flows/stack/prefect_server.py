@@ -95,7 +95,7 @@ class Temporary:
                 wait_for_server(self._process, url, self._log)
                 break
             except ServerError:
-                was_killed = self._process.returncode is not None and self._process.returncode < 0
+                was_killed = (self._process.returncode or 0) < 0
                 if not (was_killed and left):
                     raise
             self._start_again()

@@ -231,12 +231,9 @@ def read_facts(attempt: Attempt, supervisor: subprocess.Popen) -> bool:
 
 def relay(attempt: Attempt, watchdog: Watchdog, listener: Listener) -> int:
     """Pass on what the logs say that is new; returns the number of bytes."""
-    num_bytes = 0
+    before = sum(tail.offset for tail in attempt.tails.values())
     for name, tail in attempt.tails.items():
-        num_bytes -= tail.offset
-        lines = tail.new_lines()
-        num_bytes += tail.offset
-        for line in lines:
+        for line in tail.new_lines():
             event = event_of(line)
             if event is None:
                 listener.on_log(f"[{name}] {line}")
@@ -246,7 +243,7 @@ def relay(attempt: Attempt, watchdog: Watchdog, listener: Listener) -> int:
                 attempt.last_words.append((name, event))
             else:
                 listener.on_event(event)
-    return num_bytes
+    return sum(tail.offset for tail in attempt.tails.values()) - before
 
 
 def tell_last_words(attempt: Attempt, on_log: Callable[[str], None]) -> None:
